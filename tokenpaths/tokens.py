@@ -1,0 +1,299 @@
+"""Which tokens a trail moves.
+
+A rule is a small value that turns what is known of a batch into a mask::
+
+    First(2) | Last(1)        the first two prompt tokens and the last one
+    Answer() - Tokens([198])  what the model writes, but not its newlines
+    Match(r"\\d+") & Prompt()  the digits of the question
+
+Rules count absolute positions among real (not padding) tokens, so the same tokens are chosen with left padding, with
+right padding and while decoding from a key/value cache. Every rule is **causal after the prompt**: whether a generated
+token is chosen never depends on the tokens after it, so cached generation and a full forward agree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What is known of a batch of token sequences. Columns run from the first cached token to the last known one.
+
+    `real` marks tokens that are not padding; `prompt` the given tokens, as against those that the model writes (or is
+    trained to write); `ids` the token ids where they are known; `spans` the named per-example spans; `pieces` maps the
+    ids of one sequence to the text of each token, and is there when a tokenizer was given.
+    """
+
+    real: Bool[Tensor, "batch total"]
+    prompt: Bool[Tensor, "batch total"]
+    ids: Int[Tensor, "batch total"] | None = None
+    spans: Mapping[str, Bool[Tensor, "batch total"]] = field(default_factory=dict[str, Tensor])
+    pieces: Callable[[Sequence[int]], list[str]] | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A choice of tokens. Subclasses define `choose`; `|`, `&`, `-` and `~` combine rules."""
+
+    def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
+        raise NotImplementedError
+
+    def mask(self, context: Context) -> Bool[Tensor, "batch total"]:
+        """The chosen tokens; padding is never chosen."""
+        return self.choose(context) & context.real
+
+    def __or__(self, other: Rule) -> Rule:
+        return Either(self, other)
+
+    def __and__(self, other: Rule) -> Rule:
+        return Both(self, other)
+
+    def __sub__(self, other: Rule) -> Rule:
+        return Without(self, other)
+
+    def __invert__(self) -> Rule:
+        return Not(self)
+
+
+@dataclass(frozen=True)
+class All(Rule):
+    """Every token."""
+
+    def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
+        return context.real
+
+
+@dataclass(frozen=True)
+class Prompt(Rule):
+    """The tokens that the model is given: all of them at prefill, those before the first label when training."""
+
+    def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
+        return context.prompt & context.real
+
+
+@dataclass(frozen=True)
+class Answer(Rule):
+    """The tokens that the model writes, or is trained to write: every real token that is not of the prompt."""
+
+    def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
+        return context.real & ~context.prompt
+
+
+@dataclass(frozen=True)
+class First(Rule):
+    """The first `n` tokens of the prompt (all of a shorter prompt)."""
+
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        _check_count(self)
+
+    def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
+        prompt = context.prompt & context.real
+        return prompt & (prompt.cumsum(1) <= self.n)
+
+
+@dataclass(frozen=True)
+class Last(Rule):
+    """The last `n` tokens of the prompt (all of a shorter prompt). `Last(1)` is the last prompt token while decoding too."""
+
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        _check_count(self)
+
+    def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
+        prompt = context.prompt & context.real
+        return prompt & (prompt.sum(1, keepdim=True) - prompt.cumsum(1) < self.n)
+
+
+@dataclass(frozen=True)
+class Tokens(Rule):
+    """Every token, of prompt or answer, whose id is one of `ids`."""
+
+    ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        try:
+            ids = tuple(sorted({int(i) for i in self.ids}))
+        except TypeError:
+            raise TypeError(f"Tokens takes a sequence of token ids, as in Tokens([198, 13]), not {self.ids!r}") from None
+        if not ids:
+            raise ValueError("Tokens([]) would choose nothing: give at least one token id")
+        object.__setattr__(self, "ids", ids)
+
+    def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
+        ids = _ids(self, context)
+        return torch.isin(ids, torch.tensor(self.ids, device=ids.device))
+
+
+@dataclass(frozen=True)
+class Match(Rule):
+    """Every token that overlaps a match of a regular expression (Python `re`) in the decoded text.
+
+    The prompt is matched as a whole. A token of the answer is chosen if a match in the text *up to and including* it
+    overlaps it, so that decoding token by token chooses the same tokens. Needs `attach(..., tokenizer=)`. A character
+    whose bytes are spread over several tokens belongs to the last of them.
+    """
+
+    pattern: str
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"Match({self.pattern!r}) is not a regular expression: {error}") from None
+
+    def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
+        ids = _ids(self, context)
+        if context.pieces is None:
+            raise ValueError(f"{self} reads the decoded text: give attach(..., tokenizer=your_tokenizer)")
+        rows = [
+            self._choose_row(row_ids[real].tolist(), prompt[real].tolist(), context.pieces)
+            for row_ids, real, prompt in zip(ids, context.real, context.prompt, strict=True)
+        ]
+        chosen = torch.zeros_like(context.real)
+        chosen[context.real] = torch.tensor(sum(rows, []), dtype=torch.bool, device=chosen.device)
+        return chosen
+
+    def _choose_row(
+        self, ids: list[int], prompt: list[bool], pieces: Callable[[Sequence[int]], list[str]]
+    ) -> list[bool]:
+        if any(i < 0 for i in ids):
+            raise ValueError(f"{self} needs the ids of all earlier tokens, but the cache was filled before attach()")
+        ends: list[int] = []
+        text = ""
+        for piece in pieces(ids):
+            text += piece
+            ends.append(len(text))
+        starts = [0, *ends[:-1]]
+        prompt_end = max((end for end, given in zip(ends, prompt, strict=True) if given), default=0)
+        in_prompt = [m.span() for m in re.finditer(self.pattern, text[:prompt_end])]
+        chosen: list[bool] = []
+        for start, end, given in zip(starts, ends, prompt, strict=True):
+            spans = in_prompt if given else [m.span() for m in re.finditer(self.pattern, text[:end])]
+            chosen.append(any(a < end and start < b and a < b for a, b in spans))
+        return chosen
+
+
+@dataclass(frozen=True)
+class Span(Rule):
+    """A named span of each example: `Span("steps")` reads `spans["steps"]`, given per example to `Example` or `attach`."""
+
+    name: str
+
+    def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
+        if self.name not in context.spans:
+            known = ", ".join(sorted(context.spans)) or "none"
+            raise ValueError(f"{self} needs a span of that name for each example, but the spans given are: {known}")
+        return context.spans[self.name]
+
+
+@dataclass(frozen=True)
+class Either(Rule):
+    """`left | right`."""
+
+    left: Rule
+    right: Rule
+
+    def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
+        return self.left.mask(context) | self.right.mask(context)
+
+    def __repr__(self) -> str:
+        return f"({self.left} | {self.right})"
+
+
+@dataclass(frozen=True)
+class Both(Rule):
+    """`left & right`."""
+
+    left: Rule
+    right: Rule
+
+    def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
+        return self.left.mask(context) & self.right.mask(context)
+
+    def __repr__(self) -> str:
+        return f"({self.left} & {self.right})"
+
+
+@dataclass(frozen=True)
+class Without(Rule):
+    """`left - right`."""
+
+    left: Rule
+    right: Rule
+
+    def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
+        return self.left.mask(context) & ~self.right.mask(context)
+
+    def __repr__(self) -> str:
+        return f"({self.left} - {self.right})"
+
+
+@dataclass(frozen=True)
+class Not(Rule):
+    """`~rule`: the real tokens that it does not choose."""
+
+    rule: Rule
+
+    def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
+        return context.real & ~self.rule.mask(context)
+
+    def __repr__(self) -> str:
+        return f"~{self.rule}"
+
+
+def leaves(rule: Rule) -> Iterator[Rule]:
+    """The simple rules that a combined rule is made of."""
+    parts = [value for value in vars(rule).values() if isinstance(value, Rule)]
+    if not parts:
+        yield rule
+    for part in parts:
+        yield from leaves(part)
+
+
+def token_pieces(tokenizer: Any) -> Callable[[Sequence[int]], list[str]]:
+    """A function from the ids of one sequence to the text of each token; joined, they are the decoded text.
+
+    Each token is decoded behind the tokens before it, as streaming decoders do, so that spaces and characters of
+    several tokens come out right and no piece depends on a later token.
+    """
+
+    @lru_cache(maxsize=65536)
+    def decode(ids: tuple[int, ...]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def pieces(ids: Sequence[int]) -> list[str]:
+        texts: list[str] = []
+        anchor = read = 0
+        for end in range(1, len(ids) + 1):
+            text = decode(tuple(ids[anchor:end]))[len(decode(tuple(ids[anchor:read]))) :]
+            if text.endswith("\ufffd"):  # an unfinished character: wait for its last token
+                texts.append("")
+                continue
+            texts.append(text)
+            anchor, read = read, end
+        return texts
+
+    return pieces
+
+
+def _check_count(rule: First | Last) -> None:
+    if isinstance(rule.n, bool) or not isinstance(rule.n, int) or rule.n < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"{rule} must choose at least one token: n is a whole number from 1 up")
+
+
+def _ids(rule: Rule, context: Context) -> Int[Tensor, "batch total"]:
+    if context.ids is None:
+        raise ValueError(f"{rule} reads token ids, but the model was called without input_ids")
+    return context.ids

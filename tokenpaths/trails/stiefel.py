@@ -1,0 +1,117 @@
+"""R with orthonormal rows, at every step, whatever the optimizer does.
+
+The free parameter is a `rank x dim` matrix A; R is the Q of its thin QR factorisation. Weight decay, momentum, a
+coarse dtype or a resumed run may move A anywhere: R R^T = I all the same, without a `dim x dim` buffer (torch's
+`parametrizations.orthogonal` stores one, and is zeroed by any weight decay).
+
+The factors are computed once for each value of A and shared by every forward and backward until A changes, and for all
+layers at once: `prepare` stacks the matrices of equal shape into one batched QR.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class OrthonormalRows(nn.Module):
+    """`R`, `rank x dim`, with R R^T = I (`rank <= dim`); calling the module returns R, differentiable in `weight`."""
+
+    def __init__(self, rank: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(rank, dim)))
+        self._factors: tuple[Tensor, Tensor, Tensor] | None = None  # the weight they were made of, R, triangle
+        self._prepared = False
+
+    def forward(self) -> Float[Tensor, "rank dim"]:
+        if torch.compiler.is_compiling():
+            return _thin_qr(_at_least_float32(self.weight))[0]
+        if self._factors is None or not (self._prepared or _is_current(self._factors[0], self.weight)):
+            _factorise([self])
+        assert self._factors is not None
+        _, rows, triangle = self._factors
+        return _WithFactors.apply(self.weight, rows, triangle) if torch.is_grad_enabled() else rows
+
+
+def prepare(modules: Sequence[OrthonormalRows]) -> None:
+    """Factorise all matrices that changed, batched by shape, and trust them until `release`."""
+    if torch.compiler.is_compiling():
+        return
+    alike: dict[Any, list[OrthonormalRows]] = defaultdict(list)
+    for module in modules:
+        alike[module.weight.shape, module.weight.dtype, module.weight.device].append(module)
+    for group in alike.values():
+        made_of = [module._factors[0] for module in group if module._factors is not None]  # pyright: ignore[reportPrivateUsage]
+        current = len(made_of) == len(group) and all(m.device == group[0].weight.device for m in made_of)
+        # one comparison for the whole group: on a GPU each one waits for the device
+        if not current or not _is_current(torch.stack(made_of), torch.stack([m.weight.detach() for m in group])):
+            _factorise(group)
+    for module in modules:
+        module._prepared = True  # pyright: ignore[reportPrivateUsage]
+
+
+def release(modules: Sequence[OrthonormalRows]) -> None:
+    """End the trust given by `prepare`: weights may change again."""
+    for module in modules:
+        module._prepared = False  # pyright: ignore[reportPrivateUsage]
+
+
+@torch.inference_mode(False)  # factors made while generating must serve a later training step
+@torch.no_grad()
+def _factorise(group: Sequence[OrthonormalRows]) -> None:
+    weights = torch.stack([module.weight.detach() for module in group])
+    rows, triangles = _thin_qr(_at_least_float32(weights))
+    for module, weight, row, triangle in zip(group, weights, rows, triangles, strict=True):
+        module._factors = (weight, row, triangle)  # pyright: ignore[reportPrivateUsage]
+
+
+def _thin_qr(
+    weight: Float[Tensor, "*layers rank dim"],
+) -> tuple[Float[Tensor, "*layers rank dim"], Float[Tensor, "*layers rank rank"]]:
+    """`weight^T = R^T T` with R's rows orthonormal and T upper triangular with a positive diagonal, so R is unique."""
+    q, triangle = torch.linalg.qr(weight.mT)
+    sign = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(weight.dtype)
+    return (q * sign.unsqueeze(-2)).mT.contiguous(), triangle * sign.unsqueeze(-1)
+
+
+class _WithFactors(torch.autograd.Function):
+    """R as a function of A, with factors that are known already: each backward costs one triangular solve.
+
+    For A^T = Q T the gradient of Q is  dA^T = (dQ + Q copyltu(-dQ^T Q)) T^{-T}  (Walter and Lehmann 2012), where copyltu
+    copies the lower triangle to the upper.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, rows: Tensor, triangle: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, triangle)
+        ctx.dtype = weight.dtype
+        return rows.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        rows, triangle = ctx.saved_tensors
+        (grad,) = grads
+        m = -grad @ rows.mT
+        symmetric = m.tril() + m.tril(-1).mT
+        # rows^T and grad^T stand for Q and dQ: transpose the formula once instead of each factor
+        right = grad + symmetric @ rows
+        return torch.linalg.solve_triangular(triangle, right, upper=True).to(ctx.dtype), None, None
+
+
+def _is_current(made_of: Tensor, weight: Tensor) -> bool:
+    """By value: optimizers that write through `.data` leave no trace in the version counter."""
+    return (
+        made_of.shape == weight.shape
+        and made_of.dtype == weight.dtype
+        and made_of.device == weight.device
+        and torch.equal(made_of, weight)
+    )
+
+
+def _at_least_float32(weight: Tensor) -> Tensor:
+    return weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight

@@ -41,7 +41,7 @@ def watch(request: pytest.FixtureRequest) -> Iterator[Callable[[nn.Module], nn.M
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[nn.Module]:
-    """Asserts that what runs inside leaves the model's hooks, modes, attributes and numbers as they were, to the bit."""
+    """Assert that what runs inside leaves the model's hooks, modes, attributes and numbers as they were, to the bit."""
     settings, numbers = _settings(model), {name: tensor.detach().clone() for name, tensor in _tensors(model)}
     yield model
     assert _settings(model) == settings

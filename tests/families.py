@@ -93,7 +93,7 @@ def build(architecture: str, seed: int, arguments: dict[str, Any]) -> PreTrained
 def family(
     name: str, kind: Kind, architecture: str, blocks: str, base: dict[str, Any], *, seed: int = 0, **changes: Any
 ) -> None:
-    """Adds one family. A change to None takes an argument of `base` out; a change named in FACTS is a field of Family."""
+    """Adds one family. A change to None takes an argument of `base` out; one named in FACTS is a field of Family."""
     if architecture not in dir(transformers):
         MISSING[name] = f"transformers {transformers.__version__} has no {architecture}"
         return
@@ -310,6 +310,7 @@ family(
     tie_word_embeddings=False,
     seed=3,
     float64=False,
+    static_cache=V5,
     notes="block returns a tuple",
 )
 family(
@@ -339,6 +340,7 @@ family(
     tie_word_embeddings=False,
     left_pad_needs_position_ids=True,
     float64=False,
+    static_cache=V5,
 )
 
 family("bert", "encoder", "BertForMaskedLM", "bert.encoder.layer", BERT)
@@ -350,6 +352,8 @@ family(
     "model.layers",
     BERT,
     local_attention=8,
+    cls_token_id=BOS,
+    sep_token_id=EOS,
     global_attn_every_n_layers=2,
 )
 family(

@@ -7,6 +7,7 @@ MOVING["LoReFT"](16)     the same, moved away from the identity: always the same
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -48,7 +49,7 @@ TRAILS: dict[str, Callable[[int], Trail]] = {
 
 
 def moving(make: Callable[[int], Trail]) -> Callable[[int], Trail]:
-    """The same trail with noise on every parameter. A ReLU gate (ReFTr1, PSR) still stays shut on some states."""
+    """The same trail with noise on every parameter, and its gates open on most states."""
 
     def moved(dim: int) -> Trail:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -56,9 +57,37 @@ def moving(make: Callable[[int], Trail]) -> Callable[[int], Trail]:
             trail = make(dim)
             for parameter in trail.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
+            for module in trail.modules():
+                if isinstance(module, (ReFTr1, PSR, Gated)):
+                    module.b.fill_(10.0)
+                if isinstance(module, (PSR, Gated)):
+                    module.w.mul_(0.1)
+                if isinstance(module, PSR):
+                    module.z.mul_(0.1)
+                if isinstance(module, ReFTr1):
+                    module.a.fill_(0.1)
         return trail
 
     return moved
 
 
 MOVING: dict[str, Callable[[int], Trail]] = {name: moving(make) for name, make in TRAILS.items()}
+
+
+def tiny(family: str, **changes: Any) -> Any:
+    """A random GPT-2 or Llama in float64: 3 layers, 4 heads, 24 dimensions, with biases and norms that matter."""
+    import transformers
+
+    sizes = dict(vocab_size=61, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=32)
+    common = dict(sizes, hidden_size=24, initializer_range=0.6, bos_token_id=1, eos_token_id=2, **changes)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        if family == "gpt2":
+            model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**common))
+        else:
+            common = dict(intermediate_size=40, num_key_value_heads=2, **common)
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**common))
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.normal_(0.5, 0.5)
+    return model.double().eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -201,3 +202,16 @@ def test_fast_dtype_follows_the_hardware(monkeypatch, features, dtype):
 def test_fast_dtype_when_nothing_is_known(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert demo.fast_dtype("cpu") == demo.fast_dtype("meta") == torch.float32
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_fast_dtype_asks_the_card_for_native_bfloat16(monkeypatch, native, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert demo.fast_dtype("cuda") == demo.fast_dtype("cuda:1") == dtype
+
+
+def test_fast_dtype_without_a_card(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert demo.fast_dtype("cuda") == torch.float32

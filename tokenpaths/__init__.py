@@ -4,6 +4,15 @@ from tokenpaths import tokens as tokens
 from tokenpaths import trails as trails
 from tokenpaths.attach import Attachment as Attachment
 from tokenpaths.attach import attach as attach
+from tokenpaths.attach import is_attached as is_attached
+from tokenpaths.data import Batch as Batch
+from tokenpaths.data import Example as Example
+from tokenpaths.data import collate as collate
+from tokenpaths.data import encode as encode
+from tokenpaths.drift import Drift as Drift
+from tokenpaths.drift import drift as drift
+from tokenpaths.objectives import Imitate as Imitate
+from tokenpaths.objectives import Objective as Objective
 from tokenpaths.saving import TrailFileError as TrailFileError
 from tokenpaths.sites import Site as Site
 from tokenpaths.sites import find_blocks as find_blocks
@@ -19,6 +28,9 @@ from tokenpaths.tokens import Rule as Rule
 from tokenpaths.tokens import Span as Span
 from tokenpaths.tokens import Tokens as Tokens
 from tokenpaths.trailmap import TrailMap as TrailMap
+from tokenpaths.training import Step as Step
+from tokenpaths.training import steps as steps
+from tokenpaths.training import trainable as trainable
 from tokenpaths.trails import PSR as PSR
 from tokenpaths.trails import RED as RED
 from tokenpaths.trails import Additive as Additive

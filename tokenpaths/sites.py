@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any, Literal, TypeAlias, get_args
 
 from torch import nn
@@ -36,11 +37,13 @@ class Site:
 
     def __post_init__(self) -> None:
         if isinstance(self.layer, bool) or not isinstance(self.layer, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"{self}: layer is one whole number; for several use tokenpaths.sites(model, {self.layer!r})")
+            raise TypeError(f"{self}: layer is one whole number; for several use sites(model, {self.layer!r})")
         if not isinstance(self.tokens, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"{self}: tokens is a token rule such as Last(1) or All(), not {self.tokens!r}")
         if self.stream not in get_args(Stream):
             raise ValueError(f"{self}: unknown stream {self.stream!r}; the streams are {', '.join(get_args(Stream))}")
+        if self.head is not None and (isinstance(self.head, bool) or not isinstance(self.head, int)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"{self}: head is the number of one attention head, or None")
         if self.head is not None and self.stream != "attention":
             raise ValueError(f"{self}: a head is part of stream 'attention', not of {self.stream!r}")
         if self.stream == "embedding" and self.layer != 0:
@@ -71,14 +74,15 @@ def sites(
     Raises `ValueError` for a layer out of range and for a choice that holds no layer.
     """
     count = len(find_blocks(model, blocks))
-    if layers == "all":
-        chosen: list[int] = list(range(count))
-    elif isinstance(layers, slice):
-        chosen = list(range(count))[layers]
-    elif isinstance(layers, int):
-        chosen = [layers]
-    else:
-        chosen = [int(layer) for layer in layers]
+    if isinstance(layers, str) and layers == "all":
+        layers = slice(None)
+    try:
+        if isinstance(layers, slice):
+            chosen = list(range(count))[layers]
+        else:
+            chosen = [index(layer) for layer in ([layers] if isinstance(layers, int) else layers)]
+    except TypeError:
+        raise TypeError(f"layers is a layer, a slice, a list of layers or 'all', not {layers!r}") from None
     if not chosen:
         raise ValueError(f"layers={layers!r} holds none of the {count} layers")
     return sorted({Site(_in_range(layer, count), tokens, stream, head) for layer in chosen}, key=lambda s: s.layer)
@@ -92,11 +96,13 @@ def find_blocks(model: nn.Module, path: str | None = None) -> nn.ModuleList:
     """
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     if path is not None:
-        named = {name: m for name, m in lists.items() if name == path or name.endswith("." + path)}
+        if path in lists:
+            return lists[path]
+        named = {name: m for name, m in lists.items() if name.endswith("." + path)}
         if len(named) == 1:
             return next(iter(named.values()))
         raise ValueError(f"blocks={path!r} names {len(named)} block lists of {_name(model)}. {_candidates(lists)}")
-    counts = _layer_counts(getattr(model, "config", None) or getattr(getattr(model, "module", None), "config", None))
+    counts = _layer_counts(getattr(unwrapped(model), "config", None))
     outermost = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists)}
     fitting = {n: m for n, m in outermost.items() if not counts or len(m) in counts}
     if len(fitting) == 1:
@@ -113,7 +119,7 @@ def locate(model: nn.Module, site: Site, blocks: str | None = None) -> tuple[Sit
     layer = _in_range(site.layer, len(layers), site)
     found = Site(layer, site.tokens, site.stream, site.head)
     block = layers[layer]
-    config = _text_config(getattr(model, "config", None))
+    config = _text_config(getattr(unwrapped(model), "config", None))
     dim = int(getattr(config, "hidden_size", 0))
     if not dim:
         raise ValueError(f"{found}: cannot tell the width of {_name(model)}: it has no config.hidden_size")
@@ -140,6 +146,15 @@ def width(model: nn.Module, site: Site = Site(), *, blocks: str | None = None) -
     return locate(model, site, blocks)[1].width
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers such as torch.compile's and DDP, which keep it as `_orig_mod` and `module`."""
+    for name in ("_orig_mod", "module"):
+        inner = getattr(model, name, None)
+        if isinstance(inner, nn.Module) and (name == "_orig_mod" or not hasattr(model, "config")):
+            return unwrapped(inner)
+    return model
+
+
 def _in_range(layer: int, count: int, site: Site | None = None) -> int:
     if not -count <= layer < count:
         where = f"{site}: " if site else ""
@@ -148,7 +163,7 @@ def _in_range(layer: int, count: int, site: Site | None = None) -> int:
 
 
 def _features(module: nn.Module) -> tuple[int, int]:
-    """(in, out) features of a linear-like module, (0, 0) of any other. Names, as quantised and LoRA layers keep them."""
+    """(in, out) features of a linear-like module, (0, 0) of any other; quantised and LoRA layers keep the names."""
     for first, second in (("in_features", "out_features"), ("nx", "nf")):
         features = getattr(module, first, None), getattr(module, second, None)
         if isinstance(features[0], int) and isinstance(features[1], int):
@@ -157,7 +172,7 @@ def _features(module: nn.Module) -> tuple[int, int]:
 
 
 def _linears(module: nn.Module, leave_out: tuple[nn.Module, ...] = ()) -> Iterator[nn.Module]:
-    """Linear-like modules below `module`, in order of definition, not looking inside one (a LoRA layer holds others)."""
+    """Linear-like modules below `module`, in order of definition, not looking inside one: a LoRA layer holds others."""
     for child in module.children():
         if child in leave_out:
             continue
@@ -190,8 +205,10 @@ def _mlp_output(block: nn.Module, dim: int, site: Site) -> nn.Module:
     for child in block.children():
         if any(name.split(".")[-1] == "experts" for name, _ in child.named_modules()):
             return child
-    maps = [m for m in _linears(block, tuple(_attentions(block))) if _features(m)[1] == dim]
-    if not maps:
+    attentions = tuple(_attentions(block))
+    maps = [m for m in _linears(block, attentions) if _features(m)[1] == dim]
+    mixes_only = not attentions and sum(any(_linears(nn.ModuleList([child]))) for child in block.children()) < 2
+    if not maps or mixes_only:  # the one part of a state-space block is its mixer
         raise ValueError(f"{site}: found no feed-forward projection of width {dim} in {_name(block)}")
     return maps[-1]
 

@@ -1,10 +1,10 @@
-"""Which tokens a trail moves.
+r"""Which tokens a trail moves.
 
 A rule is a small value that turns what is known of a batch into a mask::
 
     First(2) | Last(1)        the first two prompt tokens and the last one
     Answer() - Tokens([198])  what the model writes, but not its newlines
-    Match(r"\\d+") & Prompt()  the digits of the question
+    Match(r"\d+") & Prompt()  the digits of the question
 
 Rules count absolute positions among real (not padding) tokens, so the same tokens are chosen with left padding, with
 right padding and while decoding from a key/value cache. Every rule is **causal after the prompt**: whether a generated
@@ -14,14 +14,18 @@ token is chosen never depends on the tokens after it, so cached generation and a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from operator import index
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+_LARGEST = 2**63  # what an int64 tensor can be compared with
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +45,11 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Rule:
+class Rule(ABC):
     """A choice of tokens. Subclasses define `choose`; `|`, `&`, `-` and `~` combine rules."""
 
-    def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
-        raise NotImplementedError
+    @abstractmethod
+    def choose(self, context: Context) -> Bool[Tensor, "batch total"]: ...
 
     def mask(self, context: Context) -> Bool[Tensor, "batch total"]:
         """The chosen tokens; padding is never chosen."""
@@ -104,7 +108,7 @@ class First(Rule):
 
 @dataclass(frozen=True)
 class Last(Rule):
-    """The last `n` tokens of the prompt (all of a shorter prompt). `Last(1)` is the last prompt token while decoding too."""
+    """The last `n` tokens of the prompt (all of a shorter prompt), also while decoding: never the newest token."""
 
     n: int = 1
 
@@ -120,20 +124,25 @@ class Last(Rule):
 class Tokens(Rule):
     """Every token, of prompt or answer, whose id is one of `ids`."""
 
-    ids: tuple[int, ...]
+    ids: Iterable[int]
 
     def __post_init__(self) -> None:
         try:
-            ids = tuple(sorted({int(i) for i in self.ids}))
+            given = list(self.ids)
+            ids = tuple(sorted({index(i) for i in given}))
         except TypeError:
-            raise TypeError(f"Tokens takes a sequence of token ids, as in Tokens([198, 13]), not {self.ids!r}") from None
+            given, ids = [True], ()
+        if any(isinstance(i, bool) for i in given):
+            raise TypeError(f"Tokens takes a sequence of token ids, as in Tokens([198, 13]), not {self.ids!r}")
         if not ids:
             raise ValueError("Tokens([]) would choose nothing: give at least one token id")
+        if ids[0] < 0 or ids[-1] >= _LARGEST:
+            raise ValueError(f"{self}: token ids are whole numbers from 0 up")
         object.__setattr__(self, "ids", ids)
 
     def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
         ids = _ids(self, context)
-        return torch.isin(ids, torch.tensor(self.ids, device=ids.device))
+        return torch.isin(ids, torch.tensor(list(self.ids), device=ids.device))
 
 
 @dataclass(frozen=True)
@@ -148,9 +157,11 @@ class Match(Rule):
     pattern: str
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"Match takes a regular expression as a string, not {self.pattern!r}")
         try:
             re.compile(self.pattern)
-        except (re.error, TypeError) as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"Match({self.pattern!r}) is not a regular expression: {error}") from None
 
     def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
@@ -170,26 +181,29 @@ class Match(Rule):
     ) -> list[bool]:
         if any(i < 0 for i in ids):
             raise ValueError(f"{self} needs the ids of all earlier tokens, but the cache was filled before attach()")
-        ends: list[int] = []
         text = ""
+        bounds: list[tuple[int, int]] = []
         for piece in pieces(ids):
+            bounds.append((len(text), len(text) + len(piece)))
             text += piece
-            ends.append(len(text))
-        starts = [0, *ends[:-1]]
-        prompt_end = max((end for end, given in zip(ends, prompt, strict=True) if given), default=0)
+        prompt_end = max((end for (_, end), given in zip(bounds, prompt, strict=True) if given), default=0)
         in_prompt = [m.span() for m in re.finditer(self.pattern, text[:prompt_end])]
         chosen: list[bool] = []
-        for start, end, given in zip(starts, ends, prompt, strict=True):
+        for (start, end), given in zip(bounds, prompt, strict=True):
             spans = in_prompt if given else [m.span() for m in re.finditer(self.pattern, text[:end])]
-            chosen.append(any(a < end and start < b and a < b for a, b in spans))
+            chosen.append(any(max(a, start) < min(b, end) for a, b in spans))
         return chosen
 
 
 @dataclass(frozen=True)
 class Span(Rule):
-    """A named span of each example: `Span("steps")` reads `spans["steps"]`, given per example to `Example` or `attach`."""
+    """A named span of each example: `Span("steps")` reads `spans["steps"]`, given to `Example` or `attach`."""
 
     name: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"Span takes the name of a span as a string, not {self.name!r}")
 
     def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
         if self.name not in context.spans:
@@ -199,45 +213,46 @@ class Span(Rule):
 
 
 @dataclass(frozen=True)
-class Either(Rule):
-    """`left | right`."""
+class Pair(Rule):
+    """What the combinations of two rules share."""
 
     left: Rule
     right: Rule
+    sign: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.left, Rule) and isinstance(self.right, Rule)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"{self}: both sides must be token rules, as in First(2) {self.sign} Last(1)")
+
+    def __repr__(self) -> str:
+        return f"({self.left!r} {self.sign} {self.right!r})"
+
+
+class Either(Pair):
+    """`left | right`."""
+
+    sign = "|"
 
     def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
         return self.left.mask(context) | self.right.mask(context)
 
-    def __repr__(self) -> str:
-        return f"({self.left} | {self.right})"
 
-
-@dataclass(frozen=True)
-class Both(Rule):
+class Both(Pair):
     """`left & right`."""
 
-    left: Rule
-    right: Rule
+    sign = "&"
 
     def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
         return self.left.mask(context) & self.right.mask(context)
 
-    def __repr__(self) -> str:
-        return f"({self.left} & {self.right})"
 
-
-@dataclass(frozen=True)
-class Without(Rule):
+class Without(Pair):
     """`left - right`."""
 
-    left: Rule
-    right: Rule
+    sign = "-"
 
     def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
         return self.left.mask(context) & ~self.right.mask(context)
-
-    def __repr__(self) -> str:
-        return f"({self.left} - {self.right})"
 
 
 @dataclass(frozen=True)
@@ -246,11 +261,15 @@ class Not(Rule):
 
     rule: Rule
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"Not takes a token rule, not {self.rule!r}")
+
     def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
         return context.real & ~self.rule.mask(context)
 
     def __repr__(self) -> str:
-        return f"~{self.rule}"
+        return f"~{self.rule!r}"
 
 
 def leaves(rule: Rule) -> Iterator[Rule]:
@@ -263,10 +282,11 @@ def leaves(rule: Rule) -> Iterator[Rule]:
 
 
 def token_pieces(tokenizer: Any) -> Callable[[Sequence[int]], list[str]]:
-    """A function from the ids of one sequence to the text of each token; joined, they are the decoded text.
+    """A function from the ids of one sequence to the text of each token.
 
-    Each token is decoded behind the tokens before it, as streaming decoders do, so that spaces and characters of
-    several tokens come out right and no piece depends on a later token.
+    Joined, they are the decoded text, but for a character that is unfinished at its end. Each token is decoded behind
+    the tokens before it, as streaming decoders do, so that spaces and characters of several tokens come out right and
+    no piece depends on a later token.
     """
 
     @lru_cache(maxsize=65536)
@@ -289,7 +309,8 @@ def token_pieces(tokenizer: Any) -> Callable[[Sequence[int]], list[str]]:
 
 
 def _check_count(rule: First | Last) -> None:
-    if isinstance(rule.n, bool) or not isinstance(rule.n, int) or rule.n < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+    whole = isinstance(rule.n, int) and not isinstance(rule.n, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not whole or not 1 <= rule.n < _LARGEST:
         raise ValueError(f"{rule} must choose at least one token: n is a whole number from 1 up")
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 
 from tokenpaths import saving
 from tokenpaths.saving import TrailFileError
-from tokenpaths.sites import Site
+from tokenpaths.sites import Site, unwrapped
 from tokenpaths.trails import Trail
 
 FILE_NAME = "trails.safetensors"
@@ -28,33 +29,27 @@ class TrailMap(nn.Module):
     several, as in `blocks="encoder.block"`.
     """
 
-    def __init__(self, trails: Mapping[Site, Trail] | Iterable[tuple[Site, Trail]], *, blocks: str | None = None) -> None:
+    def __init__(
+        self, trails: Mapping[Site, Trail] | Iterable[tuple[Site, Trail]], *, blocks: str | None = None
+    ) -> None:
         super().__init__()
-        pairs = list(trails.items()) if isinstance(trails, Mapping) else list(trails)
-        if not pairs:
-            raise ValueError("a TrailMap needs at least one trail: TrailMap({Site(15, Last(1)): LoReFT(576, rank=4)})")
-        for site, trail in pairs:
-            if not isinstance(site, Site) or not isinstance(trail, Trail):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise TypeError(f"a TrailMap maps a Site to a Trail, but was given {site!r:.80}: {trail!r:.80}")
+        pairs = _pairs(trails)
         self.sites = tuple(site for site, _ in pairs)
-        twice = {site for site in self.sites if self.sites.count(site) > 1}
-        if twice:
-            raise ValueError(f"{twice.pop()} is named twice: use Chain(first, second) for two trails at one site")
-        unique = list(dict.fromkeys(trail for _, trail in pairs))
-        self.trails = nn.ModuleList(unique)
-        self.index = tuple(unique.index(trail) for _, trail in pairs)
+        number = {trail: i for i, trail in enumerate(dict.fromkeys(trail for _, trail in pairs))}
+        self.trails = nn.ModuleList(number)
+        self.index = tuple(number[trail] for _, trail in pairs)
         self.blocks = blocks
         self.enabled = True
 
     def items(self) -> list[tuple[Site, Trail]]:
-        return [(site, self[site]) for site in self.sites]
+        unique = [trail for trail in self.trails if isinstance(trail, Trail)]
+        return [(site, unique[i]) for site, i in zip(self.sites, self.index, strict=True)]
 
     def __getitem__(self, site: Site) -> Trail:
-        if site not in self.sites:
+        found = dict(self.items())
+        if site not in found:
             raise KeyError(f"no trail lies at {site}; the sites are {', '.join(map(str, self.sites))}")
-        trail = self.trails[self.index[self.sites.index(site)]]
-        assert isinstance(trail, Trail)
-        return trail
+        return found[site]
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
@@ -71,7 +66,7 @@ class TrailMap(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     @contextmanager
-    def off(self) -> Iterator[None]:
+    def off(self) -> Generator[None]:
         """Wherever the map is attached, the model is the frozen one while this lasts: `with trails.off(): ...`."""
         before, self.enabled = self.enabled, False
         try:
@@ -83,10 +78,11 @@ class TrailMap(nn.Module):
         """Write one safetensors file, whole or not at all. With `model`, note which base the trails were made for."""
         parameters = list(self.named_parameters(remove_duplicate=False))
         if len({id(parameter) for _, parameter in parameters}) < len(parameters):
-            raise ValueError("a parameter is shared inside two different trails: tie whole trails instead, at two sites")
-        bad = [name for name, tensor in self.state_dict().items() if not bool(tensor.isfinite().all())]
-        if bad:
-            raise ValueError(f"not saved: {bad[0]} holds NaN or infinity")
+            raise ValueError(
+                "not saved: a parameter is shared inside the trails; tie whole trails instead, at two sites"
+            )
+        if fault := saving.fault(self):
+            raise ValueError(f"not saved: {fault}")
         note = {
             "trails": [saving.trail_to_note(trail) for trail in self.trails if isinstance(trail, Trail)],
             "sites": [{**saving.site_to_note(s), "trail": i} for s, i in zip(self.sites, self.index, strict=True)],
@@ -102,42 +98,55 @@ class TrailMap(nn.Module):
         With `model`, warns when the trails were made for other weights. Raises `FileNotFoundError`, and
         `TrailFileError` for a file that is not whole and sound.
         """
+        known = saving.named(classes)
         tensors, note = saving.read(path)
         try:
             if set(note) != {"trails", "sites", "blocks", "base"}:
-                raise TrailFileError(f"its note has the keys {', '.join(sorted(note))}")
-            # first without memory: a damaged note may ask for any size
-            with torch.random.fork_rng(), torch.device("meta"):
-                saving.check_shapes(cls._from_note(note, classes).state_dict(), tensors)
-            with torch.random.fork_rng():
-                loaded = cls._from_note(note, classes)
-            saving.load_parameters(loaded, tensors)
+                raise TrailFileError(f"its note has the keys {', '.join(sorted(note)):.120}")
             base = note["base"]
-            if base is not None and not (isinstance(base, dict) and set(base) == {"name", "fingerprint"}):
+            if base is not None and not (
+                isinstance(base, dict)
+                and set(base) == {"name", "fingerprint"}
+                and all(isinstance(value, str) for value in base.values())
+            ):
                 raise TrailFileError(f"its base must have a name and a fingerprint, but is {base!r:.80}")
-        except TrailFileError as error:
+            with torch.random.fork_rng(devices=[]):
+                # first without memory: a damaged note may ask for any size
+                try:
+                    with torch.device("meta"):
+                        shapes = cls._from_note(note, known).state_dict()
+                except TrailFileError:
+                    if not classes:  # a class of the caller may need real tensors in its constructor
+                        raise
+                else:
+                    saving.check_shapes(shapes, tensors)
+                with torch.device("cpu"):
+                    loaded = cls._from_note(note, known)
+            saving.load_parameters(loaded, tensors)
+        except (TrailFileError, RecursionError) as error:
             raise TrailFileError(f"{os.fspath(path)}: {error}") from error.__cause__
-        if model is not None and base is not None and base != (here := _describe(model)):
+        if model is not None and base is not None and base["fingerprint"] != (here := _describe(model))["fingerprint"]:
             warnings.warn(
-                f"{os.fspath(path)} was made for {base['name']} (weights {base['fingerprint']}), but the model given is "
-                f"{here['name']} (weights {here['fingerprint']}): measure before you trust the trails on it",
+                f"{os.fspath(path)} was made for {base['name']} (weights {base['fingerprint']}), but the model given "
+                f"is {here['name']} (weights {here['fingerprint']}): measure before you trust the trails on it",
                 stacklevel=2,
             )
         return loaded
 
     @classmethod
-    def _from_note(cls, note: dict[str, Any], classes: tuple[type[Trail], ...]) -> TrailMap:
+    def _from_note(cls, note: dict[str, Any], known: Mapping[str, type[Trail]]) -> TrailMap:
         if not isinstance(note["trails"], list) or not isinstance(note["sites"], list):
             raise TrailFileError("its trails and sites must be lists")
         if note["blocks"] is not None and not isinstance(note["blocks"], str):
             raise TrailFileError(f"its blocks must be a string or null, not {note['blocks']!r:.80}")
-        trails = [saving.trail_from_note(trail, classes) for trail in note["trails"]]
+        trails = [saving.trail_from_note(trail, known) for trail in note["trails"]]
         pairs: list[tuple[Site, Trail]] = []
         for entry in note["sites"]:
-            index = entry.get("trail") if isinstance(entry, dict) else None
-            if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(trails):
+            number = entry.get("trail") if isinstance(entry, dict) else None
+            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(trails):
                 raise TrailFileError(f"a site must name one of the {len(trails)} trails, but is {entry!r:.80}")
-            pairs.append((saving.site_from_note({k: v for k, v in entry.items() if k != "trail"}), trails[index]))
+            site = saving.site_from_note({key: value for key, value in entry.items() if key != "trail"})
+            pairs.append((site, trails[number]))
         try:
             loaded = cls(pairs, blocks=note["blocks"])
         except ValueError as error:
@@ -148,20 +157,23 @@ class TrailMap(nn.Module):
 
     def push_to_hub(self, repo: str, model: nn.Module | None = None, *, private: bool | None = None) -> str:
         """Upload the trails to the Hugging Face Hub as `trails.safetensors`; returns the address of the commit."""
-        import tempfile
-
         from huggingface_hub import HfApi
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / FILE_NAME
             self.save(path, model)
             api = HfApi()
-            api.create_repo(repo, private=private, exist_ok=True)
-            return str(api.upload_file(path_or_fileobj=path, path_in_repo=FILE_NAME, repo_id=repo))
+            made = api.create_repo(repo, private=private, exist_ok=True)  # with the user's name, where `repo` has none
+            commit = api.upload_file(path_or_fileobj=path, path_in_repo=FILE_NAME, repo_id=made.repo_id)
+            return commit.commit_url
 
     @classmethod
     def from_pretrained(
-        cls, repo: str | os.PathLike[str], *classes: type[Trail], model: nn.Module | None = None, revision: str | None = None
+        cls,
+        repo: str | os.PathLike[str],
+        *classes: type[Trail],
+        model: nn.Module | None = None,
+        revision: str | None = None,
     ) -> TrailMap:
         """Load `trails.safetensors` from a folder, or from the Hugging Face Hub."""
         if Path(repo).is_dir():
@@ -171,6 +183,27 @@ class TrailMap(nn.Module):
         return cls.load(hf_hub_download(str(repo), FILE_NAME, revision=revision), *classes, model=model)
 
 
+def _pairs(trails: Any) -> list[tuple[Site, Trail]]:
+    """What a TrailMap is made of, checked."""
+    try:
+        pairs = [(site, trail) for site, trail in (trails.items() if isinstance(trails, Mapping) else trails)]
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"a TrailMap is made of a dict {{Site: Trail}}, or of such pairs, not of {trails!r:.80}"
+        ) from None
+    if not pairs:
+        raise ValueError("a TrailMap needs at least one trail: TrailMap({Site(15, Last(1)): LoReFT(576, rank=4)})")
+    seen: set[Site] = set()
+    for site, trail in pairs:
+        if not isinstance(site, Site) or not isinstance(trail, Trail):
+            raise TypeError(f"a TrailMap maps a Site to a Trail, but was given {site!r:.80}: {trail!r:.80}")
+        if site in seen:
+            raise ValueError(f"{site} is named twice: use Chain(first, second) for two trails at one site")
+        seen.add(site)
+    return pairs
+
+
 def _describe(model: nn.Module) -> dict[str, str]:
+    model = unwrapped(model)
     name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
     return {"name": str(name), "fingerprint": saving.fingerprint(model)}

@@ -4,8 +4,8 @@ from tokenpaths.trails.base import Trail as Trail
 from tokenpaths.trails.base import arguments as arguments
 from tokenpaths.trails.reft import BiasReFT as BiasReFT
 from tokenpaths.trails.reft import ConstantReFT as ConstantReFT
-from tokenpaths.trails.reft import DiReFT as DiReFT
 from tokenpaths.trails.reft import DirectReFT as DirectReFT
+from tokenpaths.trails.reft import DiReFT as DiReFT
 from tokenpaths.trails.reft import LoReFT as LoReFT
 from tokenpaths.trails.reft import NoReFT as NoReFT
 from tokenpaths.trails.steering import PSR as PSR

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -17,13 +17,13 @@ class Trail(nn.Module):
 
     1. `forward(h)` returns the **displacement**, of the same shape and dtype as `h`;
     2. each token is moved on its own, whatever stands beside it;
-    3. a fresh trail moves nothing (a formula that cannot promise it sets `starts_at_identity = False`);
+    3. a fresh trail moves nothing (one that cannot promise it sets `starts_at_identity = False`);
     4. every argument of `__init__` is kept as an attribute of its own name: it is what `repr`, saving and loading use.
 
     Masks, casts, strength, devices and hooks are not a trail's business: `attach` computes them around it.
     """
 
-    starts_at_identity: ClassVar[bool] = True
+    starts_at_identity: bool = True
 
     def forward(self, h: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
         raise NotImplementedError(f"{type(self).__name__} must define forward(h) and return the displacement of h")
@@ -39,12 +39,13 @@ def arguments(trail: Trail) -> dict[str, Any]:
     for name, parameter in inspect.signature(type(trail).__init__).parameters.items():
         if name == "self":
             continue
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise TypeError(f"{type(trail).__name__}.__init__ takes *{name}: name each argument, so that it can be saved")
+        if stars := {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind):
+            taken = f"{type(trail).__name__}.__init__ takes {stars}{name}"
+            raise TypeError(f"{taken}: name each argument, so that it can be saved")
         if not hasattr(trail, name):
             raise TypeError(
-                f"{type(trail).__name__} does not keep its argument {name!r}: write `self.{name} = {name}` in __init__, "
-                "so that the trail can be shown, saved and rebuilt"
+                f"{type(trail).__name__} does not keep its argument {name!r}: write `self.{name} = {name}` in "
+                "__init__, so that the trail can be shown, saved and rebuilt"
             )
         found[name] = getattr(trail, name)
     return found

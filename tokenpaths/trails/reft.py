@@ -49,29 +49,40 @@ class LowRank(Trail):
         self.rank = rank
         self.init: Init = init
         self.dropout = dropout
+        if init == "paper":
+            self.starts_at_identity = False
 
     def drop(self, code: Float[Tensor, "*tokens rank"]) -> Float[Tensor, "*tokens rank"]:
         return F.dropout(code, self.dropout, self.training)
 
 
-class LoReFT(LowRank):
-    """Low-rank linear-subspace ReFT: R^T (W h + b - R h), with R R^T = I.  Paper eq. 2; 2 d r + r parameters.
-
-    Identity at start: W = R, b = 0.
-    """
+class Rotated(LowRank):
+    """Those of the family whose rows are orthonormal."""
 
     def __init__(self, dim: int, rank: int, *, init: Init = "identity", dropout: float = 0.0) -> None:
         super().__init__(dim, rank, init=init, dropout=dropout)
         self.rotation = OrthonormalRows(rank, dim)
+
+    @property
+    def R(self) -> Float[Tensor, "rank dim"]:
+        """R R^T = I, to the rounding of the trail's dtype."""
+        return self.rotation().to(self.rotation.weight.dtype)
+
+
+class LoReFT(Rotated):
+    """Low-rank linear-subspace ReFT: R^T (W h + b - R h), with R R^T = I.  Paper eq. 2; 2 d r + r parameters.
+
+    Identity at start: W = R, b = 0. Exactly so where it was made; a cast to another dtype, or other hardware, factorises
+    R anew and leaves W - R at rounding (a fresh trail moves h by at most 1e-7 of it in float64, 1e-3 in bfloat16).
+    """
+
+    def __init__(self, dim: int, rank: int, *, init: Init = "identity", dropout: float = 0.0) -> None:
+        super().__init__(dim, rank, init=init, dropout=dropout)
         self.W = _linear_weight(rank, dim)
         self.b = _linear_bias(rank, dim)
         if init == "identity":
             _set(self.W, self.R)
-            _set(self.b, 0)
-
-    @property
-    def R(self) -> Float[Tensor, "rank dim"]:
-        return self.rotation()
+            _set(self.b, 0.0)
 
     def forward(self, h: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
         rows = self.R
@@ -92,7 +103,7 @@ class NoReFT(LowRank):
         self.b = _linear_bias(rank, dim)
         if init == "identity":
             _set(self.W, self.P)
-            _set(self.b, 0)
+            _set(self.b, 0.0)
 
     def forward(self, h: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
         return self.drop(F.linear(h, self.W - self.P, self.b)) @ self.P
@@ -110,14 +121,14 @@ class DiReFT(LowRank):
         self.W2 = _linear_weight(rank, dim)
         self.b = _linear_bias(rank, dim)
         if init == "identity":
-            _set(self.W2, 0)
-            _set(self.b, 0)
+            _set(self.W2, 0.0)
+            _set(self.b, 0.0)
 
     def forward(self, h: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
         return self.drop(F.linear(h, self.W1, self.b)) @ self.W2
 
 
-class DirectReFT(LowRank):
+class DirectReFT(Rotated):
     """R^T (W h + b), with R R^T = I: LoReFT without the subtraction.  Paper App. E; 2 d r + r parameters.
 
     This is pyreft's `DireftIntervention`, and not the paper's DiReFT. Identity at start: W = 0, b = 0.
@@ -125,22 +136,17 @@ class DirectReFT(LowRank):
 
     def __init__(self, dim: int, rank: int, *, init: Init = "identity", dropout: float = 0.0) -> None:
         super().__init__(dim, rank, init=init, dropout=dropout)
-        self.rotation = OrthonormalRows(rank, dim)
         self.W = _linear_weight(rank, dim)
         self.b = _linear_bias(rank, dim)
         if init == "identity":
-            _set(self.W, 0)
-            _set(self.b, 0)
-
-    @property
-    def R(self) -> Float[Tensor, "rank dim"]:
-        return self.rotation()
+            _set(self.W, 0.0)
+            _set(self.b, 0.0)
 
     def forward(self, h: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
         return self.drop(F.linear(h, self.W, self.b)) @ self.R
 
 
-class ConstantReFT(LowRank):
+class ConstantReFT(Rotated):
     """R^T (b - R h), with R R^T = I: the subspace is set to a constant.  Paper App. E; d r + r parameters.
 
     **Never the identity**: it erases R h whatever b is, so it is exempt from promise 3 of the contract and takes no
@@ -151,19 +157,14 @@ class ConstantReFT(LowRank):
 
     def __init__(self, dim: int, rank: int, *, dropout: float = 0.0) -> None:
         super().__init__(dim, rank, dropout=dropout)
-        self.rotation = OrthonormalRows(rank, dim)
         self.b = nn.Parameter(torch.rand(rank))
-
-    @property
-    def R(self) -> Float[Tensor, "rank dim"]:
-        return self.rotation()
 
     def forward(self, h: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
         rows = self.R
         return self.drop(self.b - F.linear(h, rows)) @ rows
 
 
-class BiasReFT(LowRank):
+class BiasReFT(Rotated):
     """R^T b, with R R^T = I: the same displacement for every state.  Paper App. E; d r + r parameters.
 
     Identity at start: b = 0. `init="paper"` draws b from U[0, 1), as pyreft's `LobireftIntervention` does.
@@ -171,15 +172,10 @@ class BiasReFT(LowRank):
 
     def __init__(self, dim: int, rank: int, *, init: Init = "identity", dropout: float = 0.0) -> None:
         super().__init__(dim, rank, init=init, dropout=dropout)
-        self.rotation = OrthonormalRows(rank, dim)
         self.b = nn.Parameter(torch.zeros(rank) if init == "identity" else torch.rand(rank))
 
-    @property
-    def R(self) -> Float[Tensor, "rank dim"]:
-        return self.rotation()
-
     def forward(self, h: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
-        return (self.drop(self.b.expand(*h.shape[:-1], -1)) @ self.R).to(h.dtype)
+        return self.drop(self.b.expand(*h.shape[:-1], -1)) @ self.R
 
 
 def _linear_weight(rank: int, dim: int) -> nn.Parameter:

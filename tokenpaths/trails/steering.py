@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -28,8 +26,8 @@ class Additive(Trail):
 class RED(Trail):
     """Representation editing: (s - 1) * h + b, so that h becomes s * h + b.  Wu et al. 2024, arXiv 2402.15179.
 
-    2 d parameters; s = 1 and b = 0 at start, which is also the paper's initialisation. The paper edits the output of the
-    feed-forward layer: stream "mlp".
+    2 d parameters; s = 1 and b = 0 at start, which is also the paper's initialisation. The paper edits the output of
+    the feed-forward layer: stream "mlp".
     """
 
     def __init__(self, dim: int) -> None:
@@ -54,7 +52,8 @@ class ReFTr1(Trail):
     def __init__(self, dim: int, *, init: Init = "identity") -> None:
         super().__init__()
         self.dim = dim
-        self.init: Init = _checked(init)
+        self.init: Init = _checked(init, self)
+        self.starts_at_identity = init == "identity"
         self.v = nn.Parameter(F.normalize(torch.randn(dim), dim=0))
         self.b = nn.Parameter(torch.zeros(()))
         self.a = nn.Parameter(torch.zeros(()) if init == "identity" else torch.ones(()))
@@ -67,14 +66,15 @@ class ReFTr1(Trail):
 class PSR(Trail):
     """Gated rank-1 steering with its own reader: ReLU(w.h + b) z.  Steer-like-the-LLM (PSR), arXiv 2605.03907.
 
-    The paper's coefficient alpha is `strength` at `attach`. 2 d + 1 parameters. Identity at start: z = 0; `init="paper"`
-    draws z as it draws w. b starts at 1, so that the gate is open and z learns from the first step.
+    The paper's coefficient alpha is `strength` at `attach`. 2 d + 1 parameters. Identity at start: z = 0;
+    `init="paper"` draws z as it draws w. b starts at 1, so that the gate is open and z learns from the first step.
     """
 
     def __init__(self, dim: int, *, init: Init = "identity") -> None:
         super().__init__()
         self.dim = dim
-        self.init: Init = _checked(init)
+        self.init: Init = _checked(init, self)
+        self.starts_at_identity = init == "identity"
         self.w = nn.Parameter(torch.randn(dim) * dim**-1.0)
         self.b = nn.Parameter(torch.ones(()))
         self.z = nn.Parameter(torch.zeros(dim) if init == "identity" else torch.randn(dim) * dim**-1.0)
@@ -83,7 +83,7 @@ class PSR(Trail):
         return F.relu(h @ self.w + self.b).unsqueeze(-1) * self.z
 
 
-def _checked(init: Literal["identity", "paper"]) -> Init:
+def _checked(init: Init, trail: Trail) -> Init:
     if init not in ("identity", "paper"):
-        raise ValueError(f"init must be 'identity' or 'paper', not {init!r}")
+        raise ValueError(f"{type(trail).__name__}: init must be 'identity' or 'paper', not {init!r}")
     return init

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class OrthonormalRows(nn.Module):
@@ -82,8 +83,8 @@ def _thin_qr(
 class _WithFactors(torch.autograd.Function):
     """R as a function of A, with factors that are known already: each backward costs one triangular solve.
 
-    For A^T = Q T the gradient of Q is  dA^T = (dQ + Q copyltu(-dQ^T Q)) T^{-T}  (Walter and Lehmann 2012), where copyltu
-    copies the lower triangle to the upper.
+    For A^T = Q T the gradient of Q is  dA^T = (dQ + Q copyltu(-dQ^T Q)) T^{-T}  (Walter and Lehmann 2012), where
+    copyltu copies the lower triangle to the upper.
     """
 
     @staticmethod
@@ -93,7 +94,10 @@ class _WithFactors(torch.autograd.Function):
         return rows.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, None, None]:
         rows, triangle = ctx.saved_tensors
         (grad,) = grads
         m = -grad @ rows.mT

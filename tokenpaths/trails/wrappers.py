@@ -20,6 +20,7 @@ class Scaled(Trail):
             raise ValueError(f"Scaled: factor {factor} must be a finite number")
         self.trail = trail
         self.factor = factor
+        self.starts_at_identity = trail.starts_at_identity
 
     def forward(self, h: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
         return self.factor * self.trail(h)
@@ -38,14 +39,15 @@ class Capped(Trail):
             raise ValueError(f"Capped: cap {cap} must be a finite number, at least 0")
         self.trail = trail
         self.cap = cap
+        self.starts_at_identity = trail.starts_at_identity
 
     def forward(self, h: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
         d = self.trail(h)
-        # the norm has no gradient at zero: keep the root away from it (a longer length only shortens d more)
-        length = d.square().sum(-1, keepdim=True).clamp_min(torch.finfo(d.dtype).tiny ** 0.5).sqrt()
+        (peak_h, length_h), (peak_d, length_d) = _length(h), _length(d)
         # a few rounding errors below the cap, so that the measured norm never exceeds it
-        limit = self.cap * (1 - 8 * torch.finfo(d.dtype).eps) * h.norm(dim=-1, keepdim=True)
-        return d * (limit / length).clamp_max(1)
+        cap = self.cap * (1 - 8 * torch.finfo(d.dtype).eps)
+        ratio = cap * (peak_h / peak_d.clamp_min(1e-30)).clamp_max(1e30) * (length_h / length_d)
+        return (d * ratio.clamp_max(1)).to(d.dtype)
 
 
 class Gated(Trail):
@@ -58,6 +60,7 @@ class Gated(Trail):
         super().__init__()
         self.trail = trail
         self.dim = dim
+        self.starts_at_identity = trail.starts_at_identity
         self.w = nn.Parameter(torch.zeros(dim))
         self.b = nn.Parameter(torch.zeros(()))
 
@@ -72,7 +75,18 @@ class Chain(Trail):
         super().__init__()
         self.first = first
         self.second = second
+        self.starts_at_identity = first.starts_at_identity and second.starts_at_identity
 
     def forward(self, h: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
         d = self.first(h)
         return d + self.second(h + d)
+
+
+def _length(x: Float[Tensor, "*tokens dim"]) -> tuple[Float[Tensor, "*tokens 1"], Float[Tensor, "*tokens 1"]]:
+    """Two factors of the norm: the largest entry, and the length in units of it, from 1 (also of 0) to sqrt(dim).
+
+    So no square overflows or vanishes, and no root is taken at zero, where it has no gradient.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    peak = x.detach().abs().amax(-1, keepdim=True)
+    return peak, (x / peak.clamp_min(1e-30)).square().sum(-1, keepdim=True).clamp_min(1).sqrt()

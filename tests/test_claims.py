@@ -1,0 +1,51 @@
+"""Every figure in README and docs is a claim, and every claim stands in the result file that it names."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CLAIMS = {entry["id"]: entry for entry in json.loads((ROOT / "benchmarks/claims.json").read_text())}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MARK = re.compile(r"([-+]?[\d,]*\.?\d+(?:e-?\d+)?)\s*(%?)\s*<!--\s*claim:\s*(\w+)\s*-->")
+OWED = {
+    "import_seconds",
+    "families_holding_all_laws",
+    "pyreft_parity_max_abs",
+    "demo_chain_accuracy",
+    "demo_answer_only_accuracy",
+    "demo_frozen_accuracy",
+    "memorised_tokens_rank1",
+}
+
+
+def test_owed_claims_are_there() -> None:
+    assert OWED <= set(CLAIMS)
+
+
+@pytest.mark.parametrize("name", sorted(CLAIMS))
+def test_claim_stands_in_its_result_file(name: str) -> None:
+    entry = CLAIMS[name]
+    result = json.loads((ROOT / entry["file"]).read_text())
+    told = next(claim for claim in result["claims"] if claim["id"] == name)
+    for key in ("claim", "target", "measured", "interval", "unit"):
+        assert entry[key] == told[key], key
+    for key in ("command", "date", "hardware"):
+        assert entry[key] == result[key], key
+    assert result["versions"]["torch"] and result["raw"] is not None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_figures_in_docs_are_the_measured_ones(page: Path) -> None:
+    text = page.read_text()
+    assert len(MARK.findall(text)) == text.count("<!-- claim:"), "a claim mark does not follow its figure"
+    for figure, percent, name in MARK.findall(text):
+        value = float(figure.replace(",", "")) / (100 if percent else 1)
+        digits = len(figure.split(".")[1]) if "." in figure and "e" not in figure else 0
+        tolerance = 0.51 * 10**-digits / (100 if percent else 1) if "e" not in figure else 0.06 * value
+        assert value == pytest.approx(CLAIMS[name]["measured"], abs=tolerance), f"{page.name}: {name}"
+        assert CLAIMS[name]["file"].split("/")[-1] in text, f"{page.name} states {name} but links to no result file"

@@ -1,0 +1,186 @@
+"""Encoding and batching: no token across the border of prompt and answer, nothing cut unasked, refusals by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from tokenpaths.data import Example, collate, encode
+
+CHATML = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_tokenizer(*, bos: bool = False, template: str = CHATML) -> Any:
+    """One token a character, but "ab" is merged into one: what must not happen across a border."""
+    letters = ["<pad>", "<s>", "</s>", *sorted(set(pre_tokenizers.ByteLevel.alphabet()))]
+    vocabulary = {token: i for i, token in enumerate([*letters, "ab"])}
+    inner = Tokenizer(models.BPE(vocabulary, [("a", "b")]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    if bos:
+        inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=template
+    )
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+def written(tokenizer: Any, example: Example) -> str:
+    return tokenizer.decode([i for i, a in zip(example.ids, example.answer, strict=True) if a])
+
+
+def say(*texts: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def test_no_token_crosses_the_border_of_prompt_and_answer(tokenizer: Any) -> None:
+    (example,) = encode(tokenizer, [("xa", "by")])
+    assert tokenizer("xaby")["input_ids"] != list(example.ids[:-1])  # as one text it would merge "ab"
+    assert example.ids[: example.prompt_length] == tuple(tokenizer("xa")["input_ids"])
+    assert written(tokenizer, example) == "by</s>"
+    assert example.prompt_length == 2
+
+
+def test_special_tokens_are_as_the_tokenizer_puts_them_on_a_prompt() -> None:
+    tokenizer = make_tokenizer(bos=True)
+    (example,) = encode(tokenizer, [("x", "y")], eos=False)
+    assert example.ids == (*tokenizer("x")["input_ids"], *tokenizer("y", add_special_tokens=False)["input_ids"])
+    assert example.ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_a_chat_is_the_template_and_every_assistant_turn_is_trained(tokenizer: Any) -> None:
+    chat = say("hi", "ho", "ha", "he")
+    (every,) = encode(tokenizer, [chat])
+    assert tokenizer.decode(every.ids) == tokenizer.apply_chat_template(chat, tokenize=False)
+    assert written(tokenizer, every) == "ho</s>he</s>"  # not the newline that the template puts after a turn
+    (last,) = encode(tokenizer, [chat], turns="last")
+    assert written(tokenizer, last) == "he</s>"
+    prompt = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, return_dict=False)
+    assert list(last.ids[: last.prompt_length]) == prompt
+
+
+def test_chats_of_smollm2_begin_as_generation_does(smollm2: tuple[Any, Any]) -> None:
+    tokenizer = smollm2[1]
+    chat = say("What is 2 + 2?", "4", "And 3?", "7")
+    for turns, trained, asked in (("all", "4<|im_end|>7<|im_end|>", 1), ("last", "7<|im_end|>", 3)):
+        (example,) = encode(tokenizer, [chat], turns=turns)  # type: ignore[arg-type]
+        assert written(tokenizer, example) == trained
+        prompt = tokenizer.apply_chat_template(chat[:asked], add_generation_prompt=True, return_dict=False)
+        assert list(example.ids[: example.prompt_length]) == prompt
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_unless_the_last_turn_is_enough() -> None:
+    forgetful = (
+        "{% for m in messages %}<|{{ m['role'] }}|>"
+        "{{ m['content'] if loop.last or m['role'] == 'user' else m['content'].split('#')[-1] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer = make_tokenizer(template=forgetful)
+    chat = say("hi", "think#ho", "ha", "think#he")
+    with pytest.raises(ValueError, match=r"item 1: the chat template does not extend at message 3.*turns='last'"):
+        encode(tokenizer, [chat[:2], chat])
+    (example,) = encode(tokenizer, [chat], turns="last")
+    assert written(tokenizer, example) == "think#he</s>"
+
+
+def test_truncation_is_refused_by_name_or_cuts_the_prompt_only() -> None:
+    tokenizer = make_tokenizer(bos=True)
+    pairs = [("x", "y"), ("12345", "yz")]
+    with pytest.raises(ValueError, match=r"item 1: 9 tokens \(6 of the prompt\) for a window of 6: .*truncation='left'"):
+        encode(tokenizer, pairs, max_length=6)
+    short, cut = encode(tokenizer, pairs, max_length=6, truncation="left")
+    assert tokenizer.decode(short.ids) == "<s>xy</s>"
+    assert tokenizer.decode(cut.ids) == "<s>45yz</s>"
+    assert written(tokenizer, cut) == "yz</s>"
+    with pytest.raises(ValueError, match=r"item 1: .*the answer alone fills it, and an answer is never cut"):
+        encode(tokenizer, pairs, max_length=4, truncation="left")
+
+
+@pytest.mark.parametrize(
+    ("pairs", "options", "message"),
+    [
+        ([], {}, "nothing to encode: the list of pairs is empty"),
+        ([("x", "y"), ("", "y")], {}, "item 1: its prompt '' is empty"),
+        ([("x", "")], {}, "item 0: its answer '' is empty"),
+        ([[]], {}, "item 0: the chat is empty"),
+        ([say("hi")], {}, "item 0: the chat has no message of role 'assistant'"),
+        ([say("hi", "")], {}, "item 0: message 1, of the assistant, is empty"),
+        ([say("", "ho")[1:]], {}, "item 0: the chat begins with the assistant"),
+        ([say("hi", "ho", "ha")], {"turns": "last"}, "item 0: turns='last', but the chat ends with .* role 'user'"),
+        (["xy"], {}, "item 0: neither a .prompt, answer. pair of strings nor a list of messages: 'xy'"),
+        ([("x", 3)], {}, "item 0: neither"),
+        ([("x", "y")], {"turns": "first"}, "turns must be 'all' or 'last'"),
+        ([("x", "y")], {"truncation": "right"}, "truncation must be 'refuse' or 'left'"),
+        ([("x", "y")], {"truncation": "left"}, "truncation='left' needs max_length="),
+    ],
+)
+def test_bad_data_is_refused(
+    tokenizer: Any, pairs: list[Any], options: dict[str, Any], message: str, unchecked: None
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        encode(tokenizer, pairs, **options)
+
+
+def test_a_missing_end_of_text_token_and_a_template_that_refuses_are_named(tokenizer: Any) -> None:
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no end-of-text token: pass eos=False"):
+        encode(tokenizer, [("x", "y")])
+    assert len(encode(tokenizer, [("x", "y")], eos=False)[0]) == 2
+    strict = make_tokenizer(template="{{ raise_exception('no system role') }}")
+    with pytest.raises(ValueError, match="item 0: the chat template refuses its first 1 messages: no system role"):
+        encode(strict, [say("hi", "ho")])
+
+
+def test_an_example_must_be_whole() -> None:
+    with pytest.raises(ValueError, match="at least one token"):
+        Example((), ())
+    with pytest.raises(ValueError, match="1 for 2 tokens"):
+        Example((1, 2), (False,))
+    with pytest.raises(ValueError, match="first token cannot be of the answer"):
+        Example((1, 2), (True, True))
+    with pytest.raises(ValueError, match=r"span 'steps' is \(1, 3\), outside the 2 tokens"):
+        Example((1, 2), (False, True), {"steps": (1, 3)})
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_batch_is_its_examples_whichever_side_is_padded(side: Any) -> None:
+    examples = [
+        Example((5, 6, 7, 8), (False, False, True, True), {"a": (1, 3)}),
+        Example((9, 5), (False, True)),
+        Example((1, 2, 3), (False, True, False)),  # a chat goes on after the answer
+    ]
+    batch = collate(examples, 0, side, spans=["b"])
+    assert len(batch) == 3
+    assert batch.to("cpu").input_ids.shape == (3, 4)
+    assert sorted(batch.spans) == ["a", "b"]
+    for row, example in enumerate(examples):
+        real = batch.attention_mask[row].bool()
+        assert real.sum() == len(example)
+        assert bool(real[0 if side == "right" else -1])
+        assert batch.input_ids[row][real].tolist() == list(example.ids)
+        assert batch.labels[row][real].tolist() == [
+            i if a else -100 for i, a in zip(example.ids, example.answer, strict=True)
+        ]
+        assert batch.prompt_mask[row][real].tolist() == [i < example.prompt_length for i in range(len(example))]
+        assert batch.spans["a"][row][real].tolist() == [row == 0 and 1 <= i < 3 for i in range(len(example))]
+        assert not torch.cat([batch.prompt_mask[row][~real], batch.spans["a"][row][~real]]).any()
+        assert (batch.labels[row][~real] == -100).all()
+    assert not batch.spans["b"].any()
+
+
+def test_empty_batches_and_unknown_sides_are_refused(unchecked: None) -> None:
+    with pytest.raises(ValueError, match="at least one example"):
+        collate([])
+    with pytest.raises(ValueError, match="side must be 'right' or 'left', not 'up'"):
+        collate([Example((1,), (False,))], side="up")  # type: ignore[arg-type]

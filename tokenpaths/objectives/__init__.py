@@ -1,0 +1,5 @@
+"""What to train for. An `Objective` is its examples, its weight, and a loss; `steps` adds several up."""
+
+from tokenpaths.objectives.base import Objective as Objective
+from tokenpaths.objectives.imitate import Imitate as Imitate
+from tokenpaths.objectives.imitate import answer_logits as answer_logits

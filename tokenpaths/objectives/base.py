@@ -1,0 +1,43 @@
+"""The contract of an objective: examples, a weight, and a loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tokenpaths.data import Batch, Example
+from tokenpaths.trailmap import TrailMap
+
+
+@dataclass
+class Objective:
+    """Something to train for: `weight * loss`, on batches of `examples`.
+
+    To write your own, subclass as a dataclass and define `loss`; and `terms`, if the loss is not a mean over examples.
+    While `loss` runs, the trails are attached to the model, in training mode and with gradients.
+    """
+
+    examples: Sequence[Example] = field(repr=False)
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.examples:
+            raise ValueError(f"{type(self).__name__} has no examples to train on")
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ValueError(f"{type(self).__name__}: weight {self.weight} must be a finite number, at least 0")
+
+    def loss(self, model: nn.Module, trails: TrailMap, batch: Batch) -> Float[Tensor, ""]:
+        """The loss of a batch: a mean over its terms."""
+        raise NotImplementedError(f"{type(self).__name__} must define loss(model, trails, batch)")
+
+    def terms(self, examples: Sequence[Example]) -> int:
+        """How many terms the loss of these examples is the mean of.
+
+        Batches that are split over micro-batches or processes are weighted by it, so that however the examples are
+        split the sum is the loss of them all.
+        """
+        return len(examples)

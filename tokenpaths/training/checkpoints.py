@@ -1,0 +1,92 @@
+"""A training run on disk, to continue as if it had never stopped: safetensors and JSON, nothing pickled.
+
+    folder/step-00000200/trails.safetensors      the trails, for TrailMap.from_pretrained
+                         optimizer.safetensors   its state, as "number of the parameter.name of the entry"
+                         run.json                the step, the settings, and the optimizer's entries that are no tensors
+
+Each checkpoint is written whole beside its place and then renamed, so that one that is there is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from tokenpaths import saving
+from tokenpaths.trailmap import FILE_NAME, TrailMap
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+_OPTIMIZER, _RUN = "optimizer.safetensors", "run.json"
+
+
+def find(folder: Path, settings: Mapping[str, Any], resume: bool) -> Path | None:
+    """The newest checkpoint in a folder, None where a run is to begin there.
+
+    Raises:
+        FileNotFoundError: there is nothing to resume from.
+        ValueError: there is a checkpoint that would be overwritten, or that other settings have made.
+    """
+    done = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    newest = max(done, default=None, key=lambda path: path.name)
+    if newest is None:
+        if resume:
+            raise FileNotFoundError(f"there is no checkpoint in {folder} to resume from")
+        return None
+    if not resume:
+        raise ValueError(f"{newest} is of an earlier run: pass resume=True to continue it, or choose another folder")
+    then = json.loads((newest / _RUN).read_text())["settings"]
+    now = json.loads(json.dumps(settings))
+    different = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    if different:
+        named = "; ".join(f"{name} was {then.get(name)!r:.300}, is {now.get(name)!r:.300}" for name in different)
+        raise ValueError(f"{newest} is of another run, and resuming would not continue it: {named}")
+    return newest
+
+
+def write(
+    folder: Path, step: int, trails: TrailMap, model: nn.Module, optimizer: Optimizer, settings: Mapping[str, Any]
+) -> None:
+    """Save a run after `step` steps. Raises `TypeError` for an optimizer state of more than tensors and numbers."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for place, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"{place}.{name}"] = value.detach().cpu().contiguous()
+            elif value is None or isinstance(value, (bool, int, float, str)):
+                numbers[f"{place}.{name}"] = value
+            else:
+                kind = f"{name!r} is a {type(value).__name__}"
+                raise TypeError(f"the state of {type(optimizer).__name__} cannot be saved without pickle: its {kind}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as staging:
+        beside = Path(staging, "checkpoint")
+        trails.save(beside / FILE_NAME, model)
+        safetensors.torch.save_file(tensors, beside / _OPTIMIZER)
+        (beside / _RUN).write_text(json.dumps({"step": step, "optimizer": numbers, "settings": settings}, indent=1))
+        beside.rename(folder / f"step-{step:08d}")
+
+
+@torch.no_grad()
+def read(checkpoint: Path, trails: TrailMap, optimizer: Optimizer) -> int:
+    """Give trails and optimizer the state they had; returns the step."""
+    tensors, _ = saving.read(checkpoint / FILE_NAME)
+    saving.check_shapes(trails.state_dict(), tensors)
+    trails.load_state_dict(tensors)
+    run = json.loads((checkpoint / _RUN).read_text())
+    state: dict[int, dict[str, Any]] = {}
+    entries = {**safetensors.torch.load_file(checkpoint / _OPTIMIZER), **run["optimizer"]}
+    for key, value in entries.items():
+        place, name = key.split(".", 1)
+        state.setdefault(int(place), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(run["step"])

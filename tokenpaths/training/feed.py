@@ -1,0 +1,69 @@
+"""Which examples each step is made of."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from tokenpaths.data import Batch, Example, collate
+from tokenpaths.objectives import Objective
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Feed:
+    """The examples of each step, known from its number alone: each epoch is a permutation made from the seed."""
+
+    def __init__(
+        self,
+        goals: Sequence[Objective],
+        spans: Sequence[str],
+        batch_size: int,
+        accumulate: int,
+        seed: int,
+        accelerator: Accelerator,
+    ) -> None:
+        self.goals = goals
+        self.spans = spans
+        self.batch_size = batch_size
+        self.accumulate = accumulate
+        self.seed = seed
+        self.accelerator = accelerator
+        self.size = batch_size * accumulate * accelerator.num_processes  # examples of each goal in a step
+        self.order = lru_cache(maxsize=2 * len(goals))(self._order)
+
+    def batches(self, number: int) -> Iterator[tuple[int, Batch, float]]:
+        """This process's batches of a step: the number of the goal, the batch, and its share of the goal's terms."""
+        for place, goal in enumerate(self.goals):
+            examples = self.examples(place, number)
+            terms = goal.terms(examples)
+            for micro in range(self.accumulate):
+                first = (micro * self.accelerator.num_processes + self.accelerator.process_index) * self.batch_size
+                own = examples[first : first + self.batch_size]
+                yield place, collate(own, spans=self.spans).to(self.accelerator.device), goal.terms(own) / terms
+
+    def examples(self, place: int, number: int) -> list[Example]:
+        """All examples of a goal in a step, of all processes. An epoch may end in the middle of a step."""
+        examples = self.goals[place].examples
+        chosen: list[Example] = []
+        for drawn in range(number * self.size, (number + 1) * self.size):
+            epoch, rank = divmod(drawn, len(examples))
+            chosen.append(examples[self.order(place, epoch)[rank]])
+        return chosen
+
+    def tokens(self, number: int) -> int:
+        return sum(len(e) for place in range(len(self.goals)) for e in self.examples(place, number))
+
+    def _order(self, place: int, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(seed_of(self.seed, place, epoch))
+        return torch.randperm(len(self.goals[place].examples), generator=generator).tolist()
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed made of several numbers, all of which matter."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")

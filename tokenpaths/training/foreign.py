@@ -1,0 +1,105 @@
+"""Trails under a training loop that is not ours: Hugging Face `Trainer`, TRL, Lightning."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenpaths.attach import attach
+from tokenpaths.tokens import Answer as AnswerRule
+from tokenpaths.tokens import First, Last, Match, Prompt, leaves
+from tokenpaths.trailmap import FILE_NAME, TrailMap
+from tokenpaths.training.frozen import frozen_base, trained
+
+NAME = "trails"  # of the trails among the model's submodules, so that their keys are those of a trail file
+# Where a Trainer looks for what it saved. A trail file under this name is all that it needs to resume.
+TRAINER_FILE_NAME = "model.safetensors"
+
+
+@contextmanager
+def trainable(model: nn.Module, trails: TrailMap, **options: Any) -> Generator[TrailMap]:
+    """Inside, training the model trains the trails and nothing else. `options` are those of `attach`.
+
+        with trainable(model, trails):
+            Trainer(model, TrainingArguments("runs/a", max_grad_norm=1.0), train_dataset=rows).train()
+        trails = TrailMap.from_pretrained("runs/a/checkpoint-500")
+
+    The trails are parameters of the model meanwhile (`model.trails`), so that the loop's optimizer, clipping, modes and
+    device moves see them, and `save_pretrained`, which is what a Trainer's checkpoints call, saves them alone. The
+    batches need `labels`, which tell where the prompt ends, or `prompt_mask`.
+
+    Raises:
+        ValueError: a site that the model does not have, trails that are all frozen, or a model that has `trails`
+            already; and from the forward, a batch that does not say where its prompts end.
+    """
+    trained(trails)
+    if hasattr(model, NAME):
+        raise ValueError(f"{type(model).__name__} has an attribute {NAME!r} already: are its trails being trained?")
+    with ExitStack() as undo:
+        undo.enter_context(frozen_base(model, trails))
+        undo.enter_context(attach(model, trails, **options))
+        # by number, not as the map's own ModuleList, which would look like one more list of blocks
+        model.add_module(NAME, nn.ModuleDict({str(i): trail for i, trail in enumerate(trails.trails)}))
+        undo.callback(delattr, model, NAME)
+        if hasattr(model, "save_pretrained"):
+            undo.callback(_restore, model, "save_pretrained", vars(model).get("save_pretrained"))
+            setattr(model, "save_pretrained", types.MethodType(_saver(trails), model))  # noqa: B010
+        undo.callback(model.register_load_state_dict_post_hook(_expect_trails_only).remove)
+        if any(isinstance(leaf, _COUNTED) for site in trails for leaf in leaves(site.tokens)):
+            undo.callback(model.register_forward_pre_hook(_check_prompt, with_kwargs=True, prepend=True).remove)
+        yield trails
+
+
+_COUNTED = (First, Last, Prompt, AnswerRule, Match)  # the rules that depend on where the prompt ends
+
+
+def _saver(trails: TrailMap) -> Any:
+    def save_pretrained(self: nn.Module, save_directory: Any, *_: Any, is_main_process: bool = True, **__: Any) -> None:
+        """Save the trails: the base is frozen and not ours to copy."""
+        if not is_main_process:
+            return
+        registered = self.get_submodule(NAME)
+        delattr(self, NAME)  # so that what is noted of the base is noted of the base alone
+        try:
+            for name in (FILE_NAME, TRAINER_FILE_NAME):
+                trails.save(Path(save_directory) / name, self)
+        finally:
+            self.add_module(NAME, registered)
+
+    return save_pretrained
+
+
+def _expect_trails_only(model: nn.Module, result: Any) -> None:
+    """A state of the trails alone is whole: the missing base is not missed."""
+    base = {name for name in model.state_dict() if not name.startswith(f"{NAME}.")}
+    if set(result.missing_keys) == base:
+        result.missing_keys.clear()
+
+
+def _check_prompt(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    if not (model.training and torch.is_grad_enabled() and getattr(model, "can_generate", lambda: True)()):
+        return
+    if kwargs.get("labels") is None and kwargs.get("prompt_mask") is None:
+        raise ValueError(
+            "the model was called without labels, so it is not known where the prompts end (label smoothing and a "
+            "loss function of your own make a Trainer take the labels out): put prompt_mask in the batch, True on the "
+            "prompt, with remove_unused_columns=False"
+        )
+    positions = kwargs.get("position_ids")
+    if kwargs.get("attention_mask") is None and isinstance(positions, Tensor) and bool((positions.diff() < 0).any()):
+        raise ValueError(
+            "the batch packs several examples into one row, where 'the first' and 'the last' prompt token have no "
+            "meaning: set packing=False and padding_free=False"
+        )
+
+
+def _restore(model: nn.Module, name: str, before: Any) -> None:
+    delattr(model, name)
+    if before is not None:
+        setattr(model, name, before)

@@ -1,0 +1,68 @@
+"""What `steps` and `trainable` share: the base is frozen, and gradient checkpointing still reaches the trails."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenpaths.trailmap import TrailMap
+
+
+@contextmanager
+def frozen_base(model: nn.Module, trails: TrailMap) -> Generator[None]:
+    """Inside, no parameter of the model learns but the trails'; afterwards the flags and modes are as before."""
+    own = {id(parameter) for parameter in trails.parameters()}
+    base = [(p, p.requires_grad) for p in model.parameters() if id(p) not in own]
+    modes = [(module, module.training) for part in (model, trails) for module in part.modules()]
+    try:
+        for parameter, _ in base:
+            parameter.requires_grad_(False)
+        with _reentrant_checkpointing(model):
+            yield
+    finally:
+        for parameter, learned in base:
+            parameter.requires_grad_(learned)
+        for module, training in modes:
+            module.training = training
+
+
+def trained(trails: TrailMap) -> list[nn.Parameter]:
+    """The parameters that are to learn. Raises `ValueError` where all are frozen."""
+    parameters = [p for p in trails.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("every parameter of the trails is frozen, so there is nothing to train: requires_grad_(True)")
+    return parameters
+
+
+@contextmanager
+def _reentrant_checkpointing(model: nn.Module) -> Generator[None]:
+    """Inside, a reentrant checkpoint passes gradients on.
+
+    It does so only when its input asks for a gradient, and behind a frozen embedding none does. Costs nothing while
+    that kind of gradient checkpointing is off.
+    """
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    if embedding is None:
+        yield
+        return
+
+    def ask(module: nn.Module, args: Any, output: Tensor) -> None:
+        if torch.is_grad_enabled() and any(_is_reentrant(m) for m in model.modules()):
+            output.requires_grad_()
+
+    handle = embedding.register_forward_hook(ask)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _is_reentrant(module: nn.Module) -> bool:
+    if not (module.training and getattr(module, "gradient_checkpointing", False)):
+        return False
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    return bool(getattr(function, "keywords", {}).get("use_reentrant", True))

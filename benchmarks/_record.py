@@ -50,7 +50,8 @@ def environment() -> dict[str, Any]:
 
 def write(name: str, raw: Any, claims: list[Claim], *, seed: int | list[int], command: str | None = None) -> Path:
     """Write `results/<name>.json` and replace this benchmark's entries in `claims.json`."""
-    command = command or "python " + shlex.join(sys.argv)
+    script, *options = sys.argv
+    command = command or shlex.join(["python", f"benchmarks/{Path(script).name}", *options])
     path = RESULTS / f"{name}.json"
     where = environment()
     result = {"command": command, **where, "seed": seed, "claims": [asdict(c) for c in claims], "raw": raw}

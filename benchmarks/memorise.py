@@ -43,7 +43,7 @@ def memorise(model, tokenizer, length: int, *, seed: int, layer: int, lr: float,
     held = 0
     for step in run:
         done = step.step
-        if step.loss < 0.15 and step.step % 10 == 0:
+        if step.loss < 0.7 and step.step % 20 == 0:
             held = read_back(model, trails, prompt, text)
             if held == length:
                 break

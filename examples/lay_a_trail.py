@@ -3,7 +3,7 @@
     make demo                     SmolLM2-135M-Instruct
     make demo MODEL=Qwen/Qwen3-0.6B   any Hugging Face id or folder
 
-The skill is following links: `... Sam Ted. Tom Alice. Alice Mark.\\n Tom` asks where the parcel that Tom starts with ends
+The skill is following links: `... Sam Ted. Tom Alice. Alice Mark.\\n Tom` asks where the parcel of Tom ends
 up. One trail is taught the answer alone (` Mark.`), another the **chain of tokens** that leads to it (` Alice Mark.`).
 Both see the same questions, in the same order, for the same number of steps; all figures are on held-out questions.
 """
@@ -23,14 +23,14 @@ from typing import Any
 
 import torch
 from scipy.stats import binomtest
+from tasks import GUESS, LONGER_HOPS, Item, few_shot_prompt, majority_accuracy, make_items, read_answer
 
 import tokenpaths as tp
-from tasks import GUESS, LONGER_HOPS, Item, few_shot_prompt, majority_accuracy, make_items, read_answer
 from tokenpaths.demo import demo_model, fast_dtype
 
 TEXTS = (
     "The old harbour was quiet that morning. Two boats had left before dawn, and the gulls followed them out to sea.",
-    "Photosynthesis turns light, water and carbon dioxide into sugar and oxygen. It takes place in the leaves of plants.",
+    "Photosynthesis turns light, water and carbon dioxide into sugar and oxygen. It happens in the leaves of plants.",
     "To bake bread, mix flour, water, salt and yeast, let the dough rise for an hour, and bake it until it is brown.",
     "The council met on Tuesday to discuss the new bridge. Several members asked what it would cost and who would pay.",
 )
@@ -96,6 +96,7 @@ def demonstrate(run: Run) -> dict[str, Any]:
     longer = make_items(run.longer, run.seed, held_out=True, hops=LONGER_HOPS)
     print(f"\nA question and its chain: {train[0].question!r} -> {train[0].chain!r}")
 
+    shown = test[: run.shown]
     written: dict[str, list[str]] = {"frozen": complete(model, tokenizer, [item.question for item in test])}
     scores = {
         "majority answer": {"held-out": Score(round(majority_accuracy(train, test) * len(test)), len(test))},
@@ -105,8 +106,7 @@ def demonstrate(run: Run) -> dict[str, Any]:
         },
         f"frozen, {run.shots} chains shown": {
             "held-out": score(
-                complete(model, tokenizer, [few_shot_prompt(train[: run.shots], i.question) for i in test[: run.shown]]),
-                test[: run.shown],
+                complete(model, tokenizer, [few_shot_prompt(train[: run.shots], i.question) for i in shown]), shown
             )
         },
     }
@@ -121,13 +121,15 @@ def demonstrate(run: Run) -> dict[str, Any]:
                 "held-out": score(written[arm], test),
                 "longer": score(complete(model, tokenizer, [item.question for item in longer]), longer),
             }
-        # as a prompt these texts are what Last(1) moves least: half prompt and half answer shows more
+        # all prompt, these texts would be moved at their last token only: half answer shows more
         drifts[arm] = tp.drift(model, trails[arm], halves(tokenizer, TEXTS))
 
     report(scores, drifts, test, written)
     same = reload_elsewhere(trails["chain"], model, run, test[:4], written["chain"][:4])
     seconds = time.perf_counter() - started
-    print(f"\nSaved, loaded in a fresh process: output {'equal' if same else 'DIFFERENT'}.   {seconds:.0f} seconds in all")
+    print(
+        f"\nSaved, loaded in a fresh process: output {'equal' if same else 'DIFFERENT'}.   {seconds:.0f} seconds in all"
+    )
     return {
         "run": asdict(run),
         "dtype": str(dtype),
@@ -180,7 +182,9 @@ def halves(tokenizer: Any, texts: Sequence[str]) -> list[tp.Example]:
     return [tp.Example(ids, [i >= len(ids) // 2 for i in range(len(ids))]) for ids in encoded]
 
 
-def report(scores: dict[str, Any], drifts: dict[str, tp.Drift], test: Sequence[Item], written: dict[str, Any]) -> None:
+def report(
+    scores: dict[str, Any], drifts: dict[str, tp.Drift], test: Sequence[Item], written: dict[str, list[str]]
+) -> None:
     print(f"\n{'accuracy, with 95 % interval':30}{'held-out':>22}{'longer':>22}")
     print(f"{'naming any end of a path':30}{GUESS:>9.2f}{'':13}{GUESS:>9.2f}")
     for arm, kinds in scores.items():

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-PEOPLE = (  # noqa: SIM905
+PEOPLE = (
     "Ann Bob Dan Tom Sam Max Kim Ben Ray Jim Mary John Jack Paul Mark Luke Rose Jane Adam Alice Carl Nick Alex Peter "
     "Leo Amy Meg Pam Sue Ron Ted Roy"
 ).split()

@@ -6,29 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tiny import CHATML, make_tokenizer
 
 from tokenpaths.data import Example, collate, encode
-
-CHATML = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-def make_tokenizer(*, bos: bool = False, template: str = CHATML) -> Any:
-    """One token a character, but "ab" is merged into one: what must not happen across a border."""
-    letters = ["<pad>", "<s>", "</s>", *sorted(set(pre_tokenizers.ByteLevel.alphabet()))]
-    vocabulary = {token: i for i, token in enumerate([*letters, "ab"])}
-    inner = Tokenizer(models.BPE(vocabulary, [("a", "b")]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = decoders.ByteLevel()
-    if bos:
-        inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=template
-    )
 
 
 @pytest.fixture
@@ -80,6 +60,13 @@ def test_chats_of_smollm2_begin_as_generation_does(smollm2: tuple[Any, Any]) -> 
         assert list(example.ids[: example.prompt_length]) == prompt
 
 
+def test_text_behind_a_special_token_is_trained_and_white_space_behind_the_last_one_is_not() -> None:
+    for ending, trained in (("<pad>!\n", "ho<pad>!\n"), ("<pad>\n", "ho<pad>"), ("\n", "ho\n")):
+        tokenizer = make_tokenizer(template=CHATML.replace("</s>\n", ending))
+        (example,) = encode(tokenizer, [say("hi", "ho")])
+        assert written(tokenizer, example) == trained
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused_unless_the_last_turn_is_enough() -> None:
     forgetful = (
         "{% for m in messages %}<|{{ m['role'] }}|>"
@@ -97,7 +84,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_unless_the_last_turn_
 def test_truncation_is_refused_by_name_or_cuts_the_prompt_only() -> None:
     tokenizer = make_tokenizer(bos=True)
     pairs = [("x", "y"), ("12345", "yz")]
-    with pytest.raises(ValueError, match=r"item 1: 9 tokens \(6 of the prompt\) for a window of 6: .*truncation='left'"):
+    with pytest.raises(
+        ValueError, match=r"item 1: 9 tokens \(6 of the prompt\) for a window of 6: .*truncation='left'"
+    ):
         encode(tokenizer, pairs, max_length=6)
     short, cut = encode(tokenizer, pairs, max_length=6, truncation="left")
     assert tokenizer.decode(short.ids) == "<s>xy</s>"

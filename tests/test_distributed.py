@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import assert_equal, llama, make_examples, make_trails, state
+from tiny import assert_equal, llama, make_examples, make_trails, state
 
 from tokenpaths import TrailMap
 from tokenpaths.objectives import Imitate
@@ -21,7 +21,7 @@ HERE = Path(__file__)
 
 
 def goals() -> list[Imitate]:
-    """The second goal's answers are all on the first rank or all long: the ranks have unequal numbers of tokens."""
+    """Answers of 1 to 3 tokens, so that the processes have unequal numbers of them."""
     return [Imitate(make_examples()), Imitate(make_examples(7, seed=5), weight=0.5)]
 
 
@@ -42,7 +42,15 @@ def run(folder: Path, trails: TrailMap, batch_size: int, accumulate: int = 1, **
     return [step.loss for step in taken]
 
 
-def launch(task: str, folder: Path) -> None:
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes found: see `work`."""
+    folder = tmp_path_factory.mktemp("both")
+    launch(folder)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def launch(folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -57,7 +65,7 @@ def launch(task: str, folder: Path) -> None:
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, str(HERE), task, str(folder)],
+            [sys.executable, str(HERE), str(folder)],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -73,34 +81,33 @@ def launch(task: str, folder: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
 
 
-def loaded(folder: Path, name: str) -> Any:
-    return torch.load(folder / name, weights_only=True)
-
-
-def test_two_processes_are_one_process_with_the_whole_batch(tmp_path: Path) -> None:
-    alone = make_trails()
+def test_two_processes_are_one_process_with_the_whole_batch(tmp_path: Path, both: list[dict[str, Any]]) -> None:
+    alone, accumulated = make_trails(), make_trails()
     losses = run(tmp_path / "alone", alone, batch_size=8)
-    launch("split", tmp_path)
-    first, second = loaded(tmp_path, "split-0.pt"), loaded(tmp_path, "split-1.pt")
-    assert first["tokens"] != second["tokens"]  # of answers, in some step: the ranks' own means would be wrong
+    first, second = both
+    assert first["answers"] != second["answers"]  # tokens in each batch: a mean of the ranks' means would be wrong
     assert_equal(first["trails"], second["trails"])  # not a bit apart, though they began apart
     assert_equal(first["trails"], state(alone), 1e-6)
     assert first["losses"] == second["losses"] == pytest.approx(losses, abs=1e-5)
-    accumulated = make_trails()
     assert run(tmp_path / "accumulated", accumulated, batch_size=4, accumulate=2) == pytest.approx(losses, abs=1e-5)
     assert_equal(state(accumulated), state(alone), 1e-6)
 
-    assert_equal(first["resumed"], first["trails"])
-    assert second["error"] == first["error"] == "step 2: the loss of goal 0 (Breaks) is nan"
+
+def test_two_processes_resume_bit_for_bit(both: list[dict[str, Any]]) -> None:
+    for one in both:
+        assert_equal(one["resumed"], one["trails"])
 
 
-def test_ddp_around_a_model_with_trails_gives_the_same_gradients(tmp_path: Path) -> None:
+def test_a_loss_that_breaks_on_one_process_stops_both(both: list[dict[str, Any]]) -> None:
+    assert [one["error"] for one in both] == ["step 2: the loss of goal 0 (Breaks) is nan"] * 2
+
+
+def test_ddp_around_a_model_with_trails_gives_the_same_gradients(both: list[dict[str, Any]]) -> None:
     """For a loop of your own: DDP's forward is the user's, and answer_logits works through it."""
-    launch("ddp", tmp_path)
-    assert loaded(tmp_path, "ddp-0.pt")["difference"] < 1e-12
+    assert max(one["ddp_difference"] for one in both) < 1e-12
 
 
-def split(folder: Path, rank: int) -> None:
+def split(folder: Path, rank: int) -> dict[str, Any]:
     from accelerate.utils import gather_object
 
     from tokenpaths.training import feed
@@ -139,13 +146,10 @@ def split(folder: Path, rank: int) -> None:
         error = ""
     except FloatingPointError as caught:
         error = str(caught).split(".")[0]
-    torch.save(
-        {"trails": state(trails), "losses": losses, "tokens": counts, "resumed": state(resumed), "error": error},
-        folder / f"split-{rank}.pt",
-    )
+    return {"trails": state(trails), "losses": losses, "answers": counts, "resumed": state(resumed), "error": error}
 
 
-def ddp(folder: Path, rank: int) -> None:
+def ddp_difference(rank: int) -> float:
     from accelerate import Accelerator
 
     from tokenpaths.data import collate
@@ -163,10 +167,13 @@ def ddp(folder: Path, rank: int) -> None:
         gradients = [p.grad.clone() for p in trails.parameters() if p.grad is not None]
         expected = torch.autograd.grad(goal.loss(model, trails, collate(examples)), list(trails.parameters()))
     assert len(gradients) == len(expected)
-    difference = max(float((a - b).abs().max()) for a, b in zip(gradients, expected, strict=True))
-    torch.save({"difference": difference}, folder / f"ddp-{rank}.pt")
+    return max(float((a - b).abs().max()) for a, b in zip(gradients, expected, strict=True))
+
+
+def work(folder: Path, rank: int) -> None:
+    torch.set_num_threads(1)
+    torch.save({**split(folder, rank), "ddp_difference": ddp_difference(rank)}, folder / f"{rank}.pt")
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    {"split": split, "ddp": ddp}[sys.argv[1]](Path(sys.argv[2]), int(os.environ["RANK"]))
+    work(Path(sys.argv[1]), int(os.environ["RANK"]))

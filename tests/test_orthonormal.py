@@ -371,3 +371,16 @@ def test_how_far_a_cast_moves_a_fresh_loreft(dtype, limit):
         trail, h = LoReFT(dim, rank).to(dtype), torch.randn(16, dim).to(dtype)
         moved = (trail(h).double().norm(dim=-1) / h.double().norm(dim=-1)).max().item()
         assert moved <= limit
+
+
+def test_factors_move_with_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made anew on another device R would differ by rounding, and a fresh LoReFT would no longer be the identity."""
+    rotation = OrthonormalRows(3, 8)
+    before = rotation()
+    monkeypatch.setattr(torch.linalg, "qr", lambda *_: pytest.fail("factorised again"))
+    assert torch.equal(rotation.to("cpu")(), before)
+    monkeypatch.undo()
+    rotation.to("meta").to_empty(device="cpu")
+    with torch.no_grad():
+        rotation.weight.copy_(torch.randn(3, 8))
+    assert torch.allclose(rotation() @ rotation().mT, torch.eye(3), atol=1e-6)

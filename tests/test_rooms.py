@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "tokenpaths"
-ROOMS = (
-    "tokens trails data sites saving trailmap watcher attach drift objectives training testing demo".split()  # noqa: SIM905
-)
+ROOMS = "tokens trails data sites saving trailmap watcher attach drift objectives training testing demo".split()
 LATE = ("transformers", "accelerate", "peft", "matplotlib", "datasets", "pyreft", "pyvene", "trl", "scipy")
 
 

@@ -14,6 +14,7 @@ import families
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import DIM, VOCAB, assert_equal, llama, make_examples, make_trails, state
 from torch import Tensor, nn
 
 from tokenpaths import (
@@ -38,44 +39,6 @@ from tokenpaths.data import Batch, Example, collate
 from tokenpaths.objectives import Imitate, Objective, answer_logits
 from tokenpaths.training import Step, steps
 
-DIM, VOCAB = families.DIM, families.VOCAB
-
-
-def make_examples(count: int = 12, seed: int = 0) -> list[Example]:
-    """Prompts of 2 to 7 tokens, answers of 1 to 3."""
-    generator = torch.Generator().manual_seed(seed)
-    examples: list[Example] = []
-    for i in range(count):
-        prompt, answer = 2 + i % 6, 1 + i % 3
-        ids = torch.randint(3, VOCAB, (prompt + answer,), generator=generator).tolist()
-        examples.append(Example(tuple(ids), (False,) * prompt + (True,) * answer))
-    return examples
-
-
-def make_trails(dropout: float = 0.0) -> TrailMap:
-    torch.manual_seed(1)
-    return TrailMap(
-        {
-            Site(0, Last(1)): LoReFT(DIM, rank=2, dropout=dropout),
-            Site(1, First(2) | Last(1)): LoReFT(DIM, rank=2),
-            Site(2, Answer(), "mlp"): RED(DIM),
-        }
-    )
-
-
-def llama() -> Any:
-    return families.FAMILIES["llama"].make()
-
-
-def state(trails: TrailMap) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in trails.state_dict().items()}
-
-
-def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 0.0) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert (a[name] - b[name]).abs().max() <= tolerance, name
-
 
 def train(model: nn.Module, trails: TrailMap, goals: list[Any], **options: Any) -> list[Step]:
     options = {"steps": 6, "batch_size": 4, "lr": 1e-2, "progress": False, **options}
@@ -87,14 +50,11 @@ def train(model: nn.Module, trails: TrailMap, goals: list[Any], **options: Any) 
 
 def full_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Cross-entropy from the logits of all tokens, as transformers' own loss has it."""
-    logits = model(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, prompt_mask=batch.prompt_mask
-    ).logits
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, prompt_mask=batch.prompt_mask).logits
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100)
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("name", families.DECODERS)
+@pytest.mark.parametrize(("name", "side"), [*((name, "right") for name in families.DECODERS), ("llama", "left")])
 def test_answer_logits_give_the_loss_and_gradient_of_full_logits(
     name: str, side: Any, watch: Callable[[nn.Module], nn.Module]
 ) -> None:
@@ -155,6 +115,7 @@ def test_the_loss_is_float32_on_a_bfloat16_model() -> None:
     assert loss.dtype == torch.float32
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo on transformers 4.57
 def test_answer_logits_work_on_a_peft_model_and_a_compiled_one(unchecked: None) -> None:
     from peft import LoraConfig, get_peft_model
 
@@ -228,12 +189,12 @@ def test_breaking_off_an_error_in_the_loop_and_an_error_inside_all_detach(
     assert not is_attached(model, trails)
 
 
-def test_trails_that_are_attached_already_stay_attached() -> None:
+def test_trails_that_are_attached_already_stay_as_they_are_attached() -> None:
     model, trails = llama(), make_trails()
-    with attach(model, trails, strength=0.5) as handle:
-        train(model, trails, [Imitate(make_examples())], steps=2)
+    with attach(model, trails, strength=0.0):  # attached once more, they would move the model after all
+        (step,) = train(model, trails, [Imitate(make_examples())], steps=1)
+        assert step.grad_norm == 0
         assert is_attached(model, trails)
-        assert handle.strength == 0.5
     assert not is_attached(model, trails)
 
 
@@ -253,7 +214,7 @@ def test_accumulating_is_the_same_as_a_larger_batch(dropout: float) -> None:
     """With dropout the two differ, as they must: this proves that the test can see a difference."""
     results: list[dict[str, Tensor]] = []
     losses: list[list[float]] = []
-    for batch_size, accumulate in ((8, 1), (4, 2), (2, 4), (1, 8)):
+    for batch_size, accumulate in ((8, 1), (4, 2), (2, 4)):
         trails = make_trails(dropout).double()
         taken = train(
             llama().double(), trails, [Imitate(make_examples())], batch_size=batch_size, accumulate=accumulate
@@ -289,7 +250,9 @@ def test_goals_are_added_up_by_weight() -> None:
     (step,) = train(
         llama(), trails, [Imitate(make_examples()), Small(make_examples(3), weight=10.0)], steps=1, accumulate=2
     )
-    assert step.losses[1] == pytest.approx(Small(make_examples()).loss(llama(), make_trails(), collate(make_examples())).item())
+    assert step.losses[1] == pytest.approx(
+        Small(make_examples()).loss(llama(), make_trails(), collate(make_examples())).item()
+    )
     assert step.loss == pytest.approx(step.losses[0] + 10 * step.losses[1])
 
 
@@ -326,7 +289,23 @@ def test_the_random_state_of_the_user_is_left_alone_and_the_seed_decides() -> No
     for seed, same in ((0, True), (1, False)):
         again = make_trails(0.5)
         train(llama(), again, [Imitate(make_examples())], seed=seed)
-        assert all(torch.equal(a, b) for a, b in zip(state(again).values(), state(trails).values(), strict=True)) == same
+        assert (
+            all(torch.equal(a, b) for a, b in zip(state(again).values(), state(trails).values(), strict=True)) == same
+        )
+
+
+def test_every_step_has_random_numbers_of_its_own() -> None:
+    @dataclass
+    class Draw(Imitate):
+        def loss(self, model: nn.Module, trails: TrailMap, batch: Batch) -> Tensor:
+            drawn.append(torch.rand(()).item())
+            return super().loss(model, trails, batch)
+
+    drawn: list[float] = []
+    for _ in range(2):
+        train(llama(), make_trails(), [Draw(make_examples())], steps=4)
+    assert len(set(drawn)) == 4
+    assert drawn[:4] == drawn[4:]
 
 
 OPTIMIZERS: dict[str, Any] = {
@@ -345,9 +324,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(name: str, tmp_path:
     taken = train(llama(), whole, goals, checkpoint=tmp_path / "whole", **options)
 
     begun = make_trails(0.3)
-    for step in steps(
-        llama(), begun, goals, batch_size=4, progress=False, checkpoint=tmp_path / "parts", **options
-    ):
+    for step in steps(llama(), begun, goals, batch_size=4, progress=False, checkpoint=tmp_path / "parts", **options):
         if step.step == 4:  # one step after the checkpoint
             break
     resumed = make_trails(0.3)  # as a new process has them
@@ -404,9 +381,7 @@ def test_an_optimizer_that_needs_pickle_is_refused_by_name(tmp_path: Path) -> No
                 self.state[parameter]["history"] = [1, 2]
 
     with pytest.raises(TypeError, match="state of Odd cannot be saved without pickle: its 'history' is a list"):
-        train(
-            llama(), make_trails(), [Imitate(make_examples())], steps=1, lr=None, optimizer=Odd, checkpoint=tmp_path
-        )
+        train(llama(), make_trails(), [Imitate(make_examples())], steps=1, lr=None, optimizer=Odd, checkpoint=tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_trails_keep_their_last_good_values() -> None:
@@ -421,11 +396,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_trails_keep_their_last_
             self.calls += 1
             return super().loss(model, trails, batch) * (float("inf") if self.calls == 3 else 1)
 
+    goals = [Imitate(make_examples()), Breaks(make_examples())]
+    run = steps(model, trails, goals, steps=5, lr=1e-2, progress=False)
     with pytest.raises(FloatingPointError, match=r"step 3: the loss of goal 1 \(Breaks\) is inf"):
-        for _ in steps(
-            model, trails, [Imitate(make_examples()), Breaks(make_examples())], steps=5, lr=1e-2, progress=False
-        ):
-            good.append(state(trails))  # noqa: PERF401
+        good.extend(state(trails) for _ in run)
     assert_equal(state(trails), good[1])
     assert not is_attached(model, trails)
     assert all(parameter.grad is None for parameter in trails.parameters())
@@ -449,13 +423,19 @@ def test_clipping_bites() -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
-    plain, checkpointed = make_trails(), make_trails()
+    """Also where the first trail lies inside a block, whose input asks for no gradient."""
+
+    def make() -> TrailMap:
+        torch.manual_seed(1)
+        return TrailMap({Site(1, All(), "mlp"): LoReFT(DIM, 2), Site(2, Last(1)): LoReFT(DIM, 2)})
+
+    plain, checkpointed, start = make(), make(), state(make())
     train(llama(), plain, [Imitate(make_examples())])
     model = llama().train()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     train(model, checkpointed, [Imitate(make_examples())])
     assert_equal(state(checkpointed), state(plain), 1e-6)
-    assert any((a - b).abs().max() > 1e-3 for a, b in zip(state(plain).values(), state(make_trails()).values(), strict=True))
+    assert all((tensor - start[name]).abs().max() > 1e-3 for name, tensor in state(plain).items())
 
 
 def test_gradient_checkpointing_in_eval_mode_is_warned_of() -> None:
@@ -477,9 +457,7 @@ def test_bf16_autocast_trains_and_another_precision_may_follow() -> None:
 
 
 def test_drift_is_measured_now_and_then_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    taken = train(
-        llama(), make_trails(), [Imitate(make_examples())], drift=lambda: 0.25, drift_every=4, progress=True
-    )
+    taken = train(llama(), make_trails(), [Imitate(make_examples())], drift=lambda: 0.25, drift_every=4, progress=True)
     assert [step.drift for step in taken] == [None, None, None, 0.25, None, 0.25]
     shown = capsys.readouterr().err
     assert "6/6" in shown
@@ -557,11 +535,11 @@ def test_rules_that_are_likely_a_mistake_are_warned_of() -> None:
 
 def test_spans_and_matches_choose_tokens_in_training() -> None:
     """Only half of the examples have the span: a batch without it moves nothing."""
-    examples = [
-        replace(e, spans={"hint": (0, 1)} if i % 2 else {}) for i, e in enumerate(make_examples())
-    ]
+    examples = [replace(e, spans={"hint": (0, 1)} if i % 2 else {}) for i, e in enumerate(make_examples())]
     trails = TrailMap({Site(1, Span("hint")): Additive(DIM)})
-    taken = train(llama(), trails, [Imitate(examples)], batch_size=1, steps=12, clip=None, warmup=0, schedule="constant")
+    taken = train(
+        llama(), trails, [Imitate(examples)], batch_size=1, steps=12, clip=None, warmup=0, schedule="constant"
+    )
     assert {step.grad_norm > 0 for step in taken} == {True, False}
 
     class Letters:

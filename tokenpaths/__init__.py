@@ -28,9 +28,6 @@ from tokenpaths.tokens import Rule as Rule
 from tokenpaths.tokens import Span as Span
 from tokenpaths.tokens import Tokens as Tokens
 from tokenpaths.trailmap import TrailMap as TrailMap
-from tokenpaths.training import Step as Step
-from tokenpaths.training import steps as steps
-from tokenpaths.training import trainable as trainable
 from tokenpaths.trails import PSR as PSR
 from tokenpaths.trails import RED as RED
 from tokenpaths.trails import Additive as Additive
@@ -38,13 +35,16 @@ from tokenpaths.trails import BiasReFT as BiasReFT
 from tokenpaths.trails import Capped as Capped
 from tokenpaths.trails import Chain as Chain
 from tokenpaths.trails import ConstantReFT as ConstantReFT
-from tokenpaths.trails import DiReFT as DiReFT
 from tokenpaths.trails import DirectReFT as DirectReFT
+from tokenpaths.trails import DiReFT as DiReFT
 from tokenpaths.trails import Gated as Gated
 from tokenpaths.trails import LoReFT as LoReFT
 from tokenpaths.trails import NoReFT as NoReFT
 from tokenpaths.trails import ReFTr1 as ReFTr1
 from tokenpaths.trails import Scaled as Scaled
 from tokenpaths.trails import Trail as Trail
+from tokenpaths.training import Step as Step
+from tokenpaths.training import steps as steps
+from tokenpaths.training import trainable as trainable
 
 __version__ = "0.1.0"

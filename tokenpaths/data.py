@@ -193,12 +193,20 @@ def _encode_chat(tokenizer: Any, chat: Sequence[Mapping[str, Any]], turns: str, 
     answer: list[bool] = []
     for text, written in _turns(tokenizer, chat, turns, template):
         piece = _ids(tokenizer, text)
-        # the model stops at the end of its turn: what the template puts behind it is not written
-        ends = [i + 1 for i, token in enumerate(piece) if token == tokenizer.eos_token_id]
-        stop = (ends[-1] if ends else len(piece)) if written else 0
+        stop = _end_of_turn(tokenizer, piece) if written else 0
         ids += piece
         answer += [i < stop for i in range(len(piece))]
     return Example(tuple(ids), tuple(answer))
+
+
+def _end_of_turn(tokenizer: Any, ids: list[int]) -> int:
+    """The length of a turn without the white space that the template puts behind its last special token.
+
+    The model stops at that token, so it never writes what follows.
+    """
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    end = max((i + 1 for i, token in enumerate(ids) if token in special), default=len(ids))
+    return len(ids) if tokenizer.decode(ids[end:]).strip() else end
 
 
 def _turns(

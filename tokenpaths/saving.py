@@ -76,7 +76,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     except Exception as error:  # the parser's own errors are of several unrelated classes
         raise TrailFileError(f"{path} is not a whole safetensors file ({error}): copy or download it again") from None
-    text = header.get("__metadata__", {}).get("tokenpaths")
+    text = (header.get("__metadata__") or {}).get("tokenpaths")
     if text is None:
         raise TrailFileError(f"{path} is a safetensors file, but not of tokenpaths: it has no 'tokenpaths' note")
     try:
@@ -84,8 +84,9 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     except (ValueError, RecursionError) as error:
         raise TrailFileError(f"{path}: its note is not JSON ({error}): copy or download it again") from None
     version = note.pop("version", None) if isinstance(note, dict) else None
-    if version != VERSION:
-        raise TrailFileError(f"{path}: its note is of version {version!r}, this tokenpaths reads version {VERSION}")
+    if not isinstance(version, int) or version != VERSION:
+        found = f"version {version}" if isinstance(version, int) else "no known version"
+        raise TrailFileError(f"{path}: its note is of {found}, this tokenpaths reads version {VERSION}")
     return tensors, cast("dict[str, Any]", note)
 
 
@@ -170,10 +171,9 @@ def load_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give a module the tensors of a file, in the file's dtype, after checking all of them."""
     expected = module.state_dict()
     check_shapes(expected, tensors)
-    for name, tensor in tensors.items():
-        dtype = expected[name].dtype
-        if tensor.dtype not in (_FLOATS if dtype.is_floating_point else (dtype,)):
-            raise TrailFileError(f"tensor {name!r} is {tensor.dtype} in the file, {dtype} by the note")
+    for name, tensor in expected.items():
+        if tensors[name].dtype not in (_FLOATS if tensor.is_floating_point() else (tensor.dtype,)):
+            raise TrailFileError(f"tensor {name!r} is {tensors[name].dtype} in the file, {tensor.dtype} by the note")
     module.load_state_dict(dict(tensors), assign=True)
     if found := fault(module):
         raise TrailFileError(found)
@@ -185,9 +185,9 @@ def check_shapes(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) 
         raise TrailFileError(f"the file lacks tensors that its note calls for: {', '.join(missing[:8])}")
     if extra := sorted(set(tensors) - set(expected)):
         raise TrailFileError(f"the file holds tensors that its note does not call for: {', '.join(extra[:8])}")
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            shapes = f"{list(tensor.shape)} in the file, {list(expected[name].shape)} by the note"
+    for name, tensor in expected.items():
+        if tensor.shape != tensors[name].shape:
+            shapes = f"{list(tensors[name].shape)} in the file, {list(tensor.shape)} by the note"
             raise TrailFileError(f"tensor {name!r} has shape {shapes}")
 
 
@@ -204,7 +204,7 @@ def fault(module: nn.Module) -> str | None:
             if not triangle.min() > 1e-6 * triangle.max():
                 return f"the rows of {name}.weight depend on each other, so they span no subspace of their number"
             rows = part().cpu().double()
-            error = (rows @ rows.mT - torch.eye(len(rows), dtype=rows.dtype)).abs().max()
+            error = (rows @ rows.mT - torch.eye(len(rows), dtype=rows.dtype, device="cpu")).abs().max()
             if not error < 1e-4:
                 return f"{name}.weight does not give orthonormal rows (R R^T differs from I by {error:.1e})"
     return None

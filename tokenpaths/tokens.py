@@ -162,7 +162,7 @@ class Match(Rule):
         try:
             re.compile(self.pattern)
         except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"Match({self.pattern!r}) is not a regular expression: {error}") from None
+            raise ValueError(f"Match({self.pattern!r:.80}) is not a regular expression: {error}") from None
 
     def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
         ids = _ids(self, context)

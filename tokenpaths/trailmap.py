@@ -99,7 +99,8 @@ class TrailMap(nn.Module):
         `TrailFileError` for a file that is not whole and sound.
         """
         known = saving.named(classes)
-        tensors, note = saving.read(path)
+        with torch.device("cpu"):
+            tensors, note = saving.read(path)
         try:
             if set(note) != {"trails", "sites", "blocks", "base"}:
                 raise TrailFileError(f"its note has the keys {', '.join(sorted(note)):.120}")
@@ -110,7 +111,7 @@ class TrailMap(nn.Module):
                 and all(isinstance(value, str) for value in base.values())
             ):
                 raise TrailFileError(f"its base must have a name and a fingerprint, but is {base!r:.80}")
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
                 # first without memory: a damaged note may ask for any size
                 try:
                     with torch.device("meta"):
@@ -120,9 +121,8 @@ class TrailMap(nn.Module):
                         raise
                 else:
                     saving.check_shapes(shapes, tensors)
-                with torch.device("cpu"):
-                    loaded = cls._from_note(note, known)
-            saving.load_parameters(loaded, tensors)
+                loaded = cls._from_note(note, known)
+                saving.load_parameters(loaded, tensors)
         except (TrailFileError, RecursionError) as error:
             raise TrailFileError(f"{os.fspath(path)}: {error}") from error.__cause__
         if model is not None and base is not None and base["fingerprint"] != (here := _describe(model))["fingerprint"]:

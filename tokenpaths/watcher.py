@@ -111,10 +111,12 @@ class Watcher:
 
     def __init__(self, path: dict[str, nn.Module], key: int) -> None:
         self.key = key
+        self.root = path[""]
+        self.compiled = False
         self.arguments = {module: list(inspect.signature(module.forward).parameters) for module in path.values()}
         takes_ids = [module for module, names in self.arguments.items() if "input_ids" in names]
         self.reads_tokens = bool(takes_ids)
-        self.reader = takes_ids[-1] if takes_ids else path[""]
+        self.reader = takes_ids[-1] if takes_ids else self.root
         configs = [getattr(module, "config", None) for module in path.values()]
         two_sided = any(getattr(config, "is_encoder_decoder", False) for config in configs)
         self.decodes = two_sided and any("decoder" in name for name in path)
@@ -131,10 +133,12 @@ class Watcher:
         if not self.listeners:
             self._install()
         self.listeners.append(listener)
+        self._forget_graphs()
 
     def leave(self, listener: Listener) -> None:
         if listener in self.listeners:
             self.listeners.remove(listener)
+            self._forget_graphs()
         if not self.listeners and self.undo:
             for undo in self.undo:
                 undo()
@@ -157,6 +161,13 @@ class Watcher:
             self.undo.append(_shadow(self.writer, "generate", self._generate))
             self.undo.append(_shadow(self.writer, "prepare_inputs_for_generation", self._prepare))
 
+    def _forget_graphs(self) -> None:
+        """What torch.compile made of the model does not notice that hooks come and go: let it compile anew."""
+        marks = ("_compiled_call_impl", "_orig_mod")
+        if self.compiled or any(getattr(m, mark, None) is not None for m in self.root.modules() for mark in marks):
+            torch.compiler.reset()
+            self.compiled = False
+
     def _take(self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take what is meant for the rules out of the arguments, and note the labels."""
         named = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -178,7 +189,10 @@ class Watcher:
     ) -> None:
         for listener in self.listeners:
             listener.end()
-        if torch.compiler.is_compiling() or output is None:
+        if torch.compiler.is_compiling():
+            self.compiled = True
+            return
+        if output is None:
             return
         cache = {**dict(zip(names, args, strict=False)), **kwargs}.get("past_key_values")
         if cache is None and isinstance(output, Mapping):
@@ -245,13 +259,13 @@ class Watcher:
                     f"prompt_mask has shape {list(mask.shape)}, but must be {len(real)} x at least {real.shape[1]} "
                     "tokens, cached ones included"
                 )
-            return Context(real=mask.bool(), prompt=mask.bool())
+            return _context(mask.bool(), mask.bool())
         if self.decodes:
-            return Context(real=real, prompt=torch.zeros_like(real))
+            return _context(real, torch.zeros_like(real))
         if not past:
             if self.writer is not None and labels is not None and labels.ndim == 2 and labels.shape[1] == length:
-                return Context(real=real, prompt=(labels != -100).cumsum(1) == 0)
-            return Context(real=real, prompt=real)
+                return _context(real, (labels != -100).cumsum(1) == 0)
+            return _context(real, real)
         if before is None:
             raise ValueError(
                 "the cache was not filled by this model with trails attached, so the prompt is not known: give "
@@ -269,7 +283,9 @@ class Watcher:
         known = filled.context
         if filled.past + filled.length == past:
             return known
-        return Context(known.real[:, :past], known.prompt[:, :past], None if known.ids is None else known.ids[:, :past])
+        return _context(
+            known.real[:, :past], known.prompt[:, :past], None if known.ids is None else known.ids[:, :past]
+        )
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         before, self.generation = self.generation, _Generation(self._prompt_of(*args, **kwargs))
@@ -299,7 +315,7 @@ class Watcher:
         else:
             shown = ids if ids is not None else embeds
             real = torch.ones((1, 1) if shown is None else shown.shape[:2], dtype=torch.bool)
-        return Context(real, torch.ones_like(real), ids if ids is not None and ids.shape == real.shape else None)
+        return _context(real, torch.ones_like(real), ids if ids is not None and ids.shape == real.shape else None)
 
     def _prepare(self, original: Callable[..., Any], input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         prepared = original(input_ids, *args, **kwargs)
@@ -307,6 +323,10 @@ class Watcher:
         if self.generation is not None and (mask is None or mask.ndim == 2):
             self.generation.step = _Step(input_ids, mask)
         return prepared
+
+
+def _context(real: Tensor, prompt: Tensor, ids: Tensor | None = None) -> Context:
+    return Context(real, prompt, ids, spans={})  # torch.compile cannot trace the default of `spans`
 
 
 def _merged(real: Tensor, ids: Tensor | None, whole: Context, spans: dict[str, Tensor]) -> Context:

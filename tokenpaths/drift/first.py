@@ -28,11 +28,11 @@ from tokenpaths.trailmap import TrailMap
 class Drift:
     """Drift over the tokens of some texts. KL is KL(frozen || steered) of the next-token distribution, in nats a token.
 
-    `kl_interval` is the 95 % bootstrap interval of the mean, resampling texts (texts are independent, tokens are not).
-    `top1` is the share of tokens whose most likely next token is unchanged. `displacement` has, for each layer, the mean
-    over tokens of ||h' - h|| / ||h|| of the residual stream after the block; massive-activation tokens weigh little in it.
-    `moved` is the share of tokens that differ from the frozen model after the last block: where it is near 0, the
-    other figures say nothing (`Last(n)` moves no more than n tokens of a text).
+    `kl_interval` is the 95 % bootstrap interval of the mean, over texts (texts are independent, tokens are not).
+    `top1` is the share of tokens whose most likely next token is unchanged. `displacement` has, for each layer, the
+    mean over tokens of ||h' - h|| / ||h|| of the residual stream after the block, in which tokens with massive
+    activations weigh little. `moved` is the share of tokens that differ from the frozen model after the last block:
+    where it is near 0, the other figures say nothing (`Last(n)` moves no more than n tokens of a text).
     """
 
     kl_mean: float
@@ -48,7 +48,8 @@ class Drift:
     def __str__(self) -> str:
         low, high = self.kl_interval
         return (
-            f"KL {self.kl_mean:.4f} [{low:.4f}, {high:.4f}] nats a token (p99 {self.kl_p99:.3f}, max {self.kl_max:.3f}), "
+            f"KL {self.kl_mean:.4f} [{low:.4f}, {high:.4f}] nats a token "
+            f"(p99 {self.kl_p99:.3f}, max {self.kl_max:.3f}), "
             f"top-1 kept {self.top1:.1%}, displacement {max(self.displacement):.3f} at the most moved layer, "
             f"{self.moved:.1%} of {self.tokens} tokens in {self.texts} texts moved"
         )

@@ -72,8 +72,8 @@ class Rotated(LowRank):
 class LoReFT(Rotated):
     """Low-rank linear-subspace ReFT: R^T (W h + b - R h), with R R^T = I.  Paper eq. 2; 2 d r + r parameters.
 
-    Identity at start: W = R, b = 0. Exactly so where it was made; a cast to another dtype, or other hardware, factorises
-    R anew and leaves W - R at rounding (a fresh trail moves h by at most 1e-7 of it in float64, 1e-3 in bfloat16).
+    Identity at start: W = R, b = 0. Exactly so where it was made; a cast to another dtype, or other hardware, makes R
+    anew and leaves W - R at rounding (a fresh trail moves h by at most 1e-7 of it in float64, by 1e-3 in bfloat16).
     """
 
     def __init__(self, dim: int, rank: int, *, init: Init = "identity", dropout: float = 0.0) -> None:

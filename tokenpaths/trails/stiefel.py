@@ -38,6 +38,19 @@ class OrthonormalRows(nn.Module):
         _, rows, triangle = self._factors
         return _WithFactors.apply(self.weight, rows, triangle) if torch.is_grad_enabled() else rows
 
+    def _apply(self, fn: Any, recurse: bool = True) -> OrthonormalRows:
+        """Let the factors move to another device with the weight they were made of.
+
+        Made anew there, R would differ by rounding from the R that W was set to, and a fresh LoReFT would move h.
+        """
+        super()._apply(fn, recurse)
+        old, weight = self._factors, self.weight
+        if old is not None:
+            same = old[0].dtype == weight.dtype and not old[0].is_meta
+            made_of, rows, triangle = (factor.to(weight.device) if same else factor for factor in old)
+            self._factors = (made_of, rows, triangle) if same else None
+        return self
+
 
 def prepare(modules: Sequence[OrthonormalRows]) -> None:
     """Factorise all matrices that changed, batched by shape, and trust them until `release`."""

@@ -62,8 +62,8 @@ def _check_rules(trails: TrailMap, examples: Sequence[Example], pieces: Pieces |
     for site, rule, taken_away in signed:
         if rule in unseen and not taken_away:
             raise ValueError(
-                f"{site}: {rule} chooses no token anywhere in the {len(examples)} training examples, so its trail would "
-                "learn nothing there"
+                f"{site}: {rule} chooses no token anywhere in the {len(examples)} training examples, so its trail "
+                "would learn nothing there"
             )
     for site, rule, _ in signed:
         if rule in unseen:

@@ -1,4 +1,4 @@
-"""Trails under a training loop that is not ours: Hugging Face `Trainer`, TRL, Lightning."""
+"""Trails under a training loop that is not ours: Hugging Face `Trainer`, TRL."""
 
 from __future__ import annotations
 
@@ -64,13 +64,8 @@ def _saver(trails: TrailMap) -> Any:
         """Save the trails: the base is frozen and not ours to copy."""
         if not is_main_process:
             return
-        registered = self.get_submodule(NAME)
-        delattr(self, NAME)  # so that what is noted of the base is noted of the base alone
-        try:
-            for name in (FILE_NAME, TRAINER_FILE_NAME):
-                trails.save(Path(save_directory) / name, self)
-        finally:
-            self.add_module(NAME, registered)
+        for name in (FILE_NAME, TRAINER_FILE_NAME):
+            trails.save(Path(save_directory) / name, self)
 
     return save_pretrained
 

@@ -21,7 +21,7 @@ def frozen_base(model: nn.Module, trails: TrailMap) -> Generator[None]:
     try:
         for parameter, _ in base:
             parameter.requires_grad_(False)
-        with _reentrant_checkpointing(model):
+        with _checkpoints_pass_gradients(model):
             yield
     finally:
         for parameter, learned in base:
@@ -39,11 +39,11 @@ def trained(trails: TrailMap) -> list[nn.Parameter]:
 
 
 @contextmanager
-def _reentrant_checkpointing(model: nn.Module) -> Generator[None]:
-    """Inside, a reentrant checkpoint passes gradients on.
+def _checkpoints_pass_gradients(model: nn.Module) -> Generator[None]:
+    """Inside, a reentrant gradient checkpoint passes gradients on.
 
-    It does so only when its input asks for a gradient, and behind a frozen embedding none does. Costs nothing while
-    that kind of gradient checkpointing is off.
+    It does so only when its input asks for a gradient, and behind a frozen embedding none does. (transformers 5 sees to
+    it itself; 4.57 does so for PEFT alone.)
     """
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     if embedding is None:
@@ -51,7 +51,7 @@ def _reentrant_checkpointing(model: nn.Module) -> Generator[None]:
         return
 
     def ask(module: nn.Module, args: Any, output: Tensor) -> None:
-        if torch.is_grad_enabled() and any(_is_reentrant(m) for m in model.modules()):
+        if torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
             output.requires_grad_()
 
     handle = embedding.register_forward_hook(ask)
@@ -59,10 +59,3 @@ def _reentrant_checkpointing(model: nn.Module) -> Generator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _is_reentrant(module: nn.Module) -> bool:
-    if not (module.training and getattr(module, "gradient_checkpointing", False)):
-        return False
-    function = getattr(module, "_gradient_checkpointing_func", None)
-    return bool(getattr(function, "keywords", {}).get("use_reentrant", True))

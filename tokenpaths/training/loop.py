@@ -98,7 +98,7 @@ def steps(
         save_every: in steps.
         resume: continue from the newest checkpoint, bit for bit as if it had never stopped.
         progress: show a progress bar.
-        drift: measured every `drift_every` steps and at the end, and shown: `lambda: drift(model, trails, texts).mean`.
+        drift: measured every `drift_every` steps and at the end: `lambda: drift(model, trails, texts).kl_mean`.
         drift_every: in steps.
         tokenizer: for `Match` rules.
         accelerator: one of your own, for what is not said here (such as fp16).
@@ -132,15 +132,22 @@ def steps(
     made = _adamw(parameters, lr) if optimizer is None else optimizer(parameters)
     rates = [float(group["lr"]) for group in made.param_groups]
     share_at = _schedule(schedule, warmup, total)
-    settings = {
-        "model": saving.fingerprint(model),
-        "trails": repr(trails),
-        "goals": [_describe(goal) for goal in goals],
-        "optimizer": [type(made).__name__, [{**group, "params": len(group["params"])} for group in made.param_groups]],
-        **dict(steps=total, batch_size=batch_size, accumulate=accumulate, processes=accelerator.num_processes),
-        **dict(schedule=schedule, warmup=warmup, clip=clip, mixed_precision=mixed_precision, seed=seed),
-    }
     folder = None if checkpoint is None else Path(checkpoint)
+    settings: dict[str, Any] = (
+        {}
+        if folder is None
+        else {
+            "model": saving.fingerprint(model),
+            "trails": repr(trails),
+            "goals": [_describe(goal) for goal in goals],
+            "optimizer": [
+                type(made).__name__,
+                [{**group, "params": len(group["params"])} for group in made.param_groups],
+            ],
+            **dict(steps=total, batch_size=batch_size, accumulate=accumulate, processes=accelerator.num_processes),
+            **dict(schedule=schedule, warmup=warmup, clip=clip, mixed_precision=mixed_precision, seed=seed),
+        }
+    )
     found = None if folder is None else checkpoints.find(folder, settings, resume)
 
     def iterate() -> Generator[Step]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from contextlib import closing
@@ -308,11 +307,20 @@ def test_every_step_has_random_numbers_of_its_own() -> None:
     assert drawn[:4] == drawn[4:]
 
 
+class Slowing(torch.optim.SGD):
+    """Keeps a plain number for each parameter, and takes smaller and smaller steps."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            taken = self.state[parameter]["taken"] = self.state[parameter].get("taken", 0) + 1
+            parameter.data -= 0.1 * parameter.grad / taken
+
+
 OPTIMIZERS: dict[str, Any] = {
     "adamw": None,
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
     "groups": lambda p: torch.optim.Adam([{"params": p[:2], "lr": 1e-2}, {"params": p[2:]}], lr=1e-3, amsgrad=True),
-    "rprop": torch.optim.Rprop,
+    "numbers": Slowing,
 }
 
 
@@ -368,7 +376,7 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.
     def full(*_: Any, **__: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(json, "dumps", full)  # the last file of a checkpoint
+    monkeypatch.setattr(Path, "write_text", full)  # of the last file of a checkpoint
     with pytest.raises(OSError, match="No space left"):
         train(llama(), make_trails(), [Imitate(make_examples())], steps=1, checkpoint=tmp_path)
     assert [path for path in tmp_path.iterdir() if path.name.startswith("step")] == []
@@ -479,6 +487,7 @@ def at(rule: Any) -> TrailMap:
         (dict(goals=[make_examples()]), "goals must be a list of Objectives"),
         (dict(steps=None), "give either steps= or epochs="),
         (dict(epochs=1.0), "give either steps= or epochs="),
+        (dict(steps=None, epochs=0), "give either steps= or epochs=, more than 0"),
         (dict(steps=0), "steps=0 must be at least 1"),
         (dict(batch_size=0), "batch_size=0 must be at least 1"),
         (dict(accumulate=-1), "accumulate=-1 must be at least 1"),

@@ -136,9 +136,12 @@ class Attachment:
             if found in seen:
                 raise ValueError(f"{site} and {seen[found]} are the same place in this model: a site named twice")
             seen[found] = site
-            dim = getattr(trail, "dim", place.width)
-            if dim != place.width:
-                raise ValueError(f"{found}: {trail} is for width {dim}, but the states there have width {place.width}")
+            for part in trail.modules():  # a wrapper has no width of its own
+                dim = getattr(part, "dim", place.width) if isinstance(part, Trail) else place.width
+                if dim != place.width:
+                    raise ValueError(
+                        f"{found}: {trail} is for width {dim}, but the states there have width {place.width}"
+                    )
             for name, tensor in trail.state_dict().items():
                 if not tensor.is_meta and not bool(tensor.isfinite().all()):
                     raise ValueError(f"{found}: parameter {name!r} of its trail holds NaN or infinity")
@@ -198,7 +201,7 @@ def _displacement(parts: list[_Part], masks: list[Tensor], h: Tensor) -> Tensor:
     """The sum of the displacements at one place, in the trails' own dtype."""
     total: Tensor | None = None
     for part, mask in zip(parts, masks, strict=True):
-        weight = next(part.trail.parameters(), h.new_zeros((), dtype=torch.float32))
+        weight = next(part.trail.parameters(), h.new_zeros((), dtype=torch.promote_types(h.dtype, torch.float32)))
         d = part.trail(h.to(weight.device, weight.dtype))
         if d.shape != h.shape:
             raise ValueError(f"{part.site}: {part.trail} returned shape {list(d.shape)} for states of {list(h.shape)}")

@@ -110,14 +110,18 @@ def steps(
     """
     parameters = trained(trails)
     check(model, trails, goals, tokenizer)
-    if (steps is None) == (epochs is None):
-        raise ValueError("say how long to train: give either steps= or epochs=")
+    if (steps is None) == (epochs is None) or (epochs is not None and epochs <= 0):
+        raise ValueError("say how long to train: give either steps= or epochs=, more than 0")
     if optimizer is not None and lr is not None:
         raise ValueError("with optimizer=, the learning rate is part of it: leave lr= out")
     if checkpoint is None and (resume or save_every is not None):
         raise ValueError("resume= and save_every= need checkpoint=, the folder of the run")
     if mixed_precision not in (None, "no", "bf16"):
         raise ValueError(f"mixed_precision={mixed_precision!r} must be 'no' or 'bf16'; for fp16 pass accelerator=")
+    counts = dict(steps=steps, batch_size=batch_size, accumulate=accumulate, save_every=save_every)
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
     if accelerator is None:
         from accelerate import Accelerator
 
@@ -125,29 +129,19 @@ def steps(
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError("give steps(accumulate=...), and not an Accelerator that accumulates as well")
     feed = Feed(goals, span_names(trails), batch_size, accumulate, seed, accelerator)
-    total = math.ceil(epochs * len(goals[0].examples) / feed.size) if steps is None and epochs else steps or 0
-    for name, value in dict(steps=total, batch_size=batch_size, accumulate=accumulate, save_every=save_every).items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+    total = steps or max(1, math.ceil((epochs or 0) * len(goals[0].examples) / feed.size))
     made = _adamw(parameters, lr) if optimizer is None else optimizer(parameters)
     rates = [float(group["lr"]) for group in made.param_groups]
     share_at = _schedule(schedule, warmup, total)
     folder = None if checkpoint is None else Path(checkpoint)
-    settings: dict[str, Any] = (
-        {}
-        if folder is None
-        else {
-            "model": saving.fingerprint(model),
-            "trails": repr(trails),
-            "goals": [_describe(goal) for goal in goals],
-            "optimizer": [
-                type(made).__name__,
-                [{**group, "params": len(group["params"])} for group in made.param_groups],
-            ],
-            **dict(steps=total, batch_size=batch_size, accumulate=accumulate, processes=accelerator.num_processes),
-            **dict(schedule=schedule, warmup=warmup, clip=clip, mixed_precision=mixed_precision, seed=seed),
-        }
-    )
+    settings: dict[str, Any] = {
+        "model": None if folder is None else saving.fingerprint(model),
+        "trails": repr(trails),
+        "goals": [_describe(goal) for goal in goals],
+        "optimizer": [type(made).__name__, [{**group, "params": len(group["params"])} for group in made.param_groups]],
+        **dict(steps=total, batch_size=batch_size, accumulate=accumulate, processes=accelerator.num_processes),
+        **dict(schedule=schedule, warmup=warmup, clip=clip, mixed_precision=mixed_precision, seed=seed),
+    }
     found = None if folder is None else checkpoints.find(folder, settings, resume)
 
     def iterate() -> Generator[Step]:

@@ -132,16 +132,30 @@ def test_a_prompt_in_chunks_by_hand(rule):
 
 
 def test_a_cropped_cache():
-    """What follows the crop is answer, and the cropped answer is forgotten."""
+    """What follows the crop is answer, and what was cropped is forgotten, of answer and of prompt."""
     case, model, trails = laid("llama", "answer")
-    ids = torch.tensor([PROMPTS[0]])
+    ids, new = torch.tensor([PROMPTS[0]]), torch.tensor([[7]])
     with case.attach(model, trails, range(1)), torch.no_grad():
-        first = model(ids, use_cache=True)
-        cache = first.past_key_values
-        once = model(torch.tensor([[7]]), past_key_values=cache).logits
+        cache = model(ids, use_cache=True).past_key_values
+        once = model(new, past_key_values=cache).logits
         model(torch.tensor([[8]]), past_key_values=cache)
         cache.crop(-2)
-        assert_close(model(torch.tensor([[7]]), past_key_values=cache).logits, once)
+        assert_close(model(new, past_key_values=cache).logits, once)
+        short = model(ids[:, :4], use_cache=True).past_key_values
+        cache.crop(-3)
+        expected = model(new, past_key_values=short, prompt_mask=torch.tensor([[1, 1, 1, 1, 0]])).logits
+        assert_close(model(new, past_key_values=cache).logits, expected)
+
+
+@ALL_RULES
+def test_beams_and_samples(rule):
+    """The order of beams changes from step to step: each must bring its own past along."""
+    case, model, trails = laid("gpt2", rule)
+    inputs = padded(PROMPTS)
+    with case.attach(model, trails):
+        for options in (dict(num_beams=4, num_return_sequences=2), dict(do_sample=True, num_return_sequences=3)):
+            options |= dict(max_new_tokens=6)
+            same(generated(model, inputs, **options), generated(model, inputs, **options, use_cache=False))
 
 
 @pytest.mark.parametrize("rule", ["last", "answer", "match", "span"])
@@ -283,19 +297,17 @@ def test_from_nothing():
         same(generated(model, dict(input_ids=torch.tensor([[1]]))), cached)
 
 
-@pytest.mark.parametrize("rule", ["all", "last", "answer"])
+@pytest.mark.parametrize("rule", ["all", "first", "last", "answer"])
 def test_guidance(rule):
-    """Classifier-free guidance runs a second text through the model between two steps of the first."""
+    """Classifier-free guidance runs a second text, the last token and what follows, between two steps of the first."""
     case, model, trails = laid("llama", rule)
-    inputs = padded([PROMPTS[0]])
-    with attach(model, trails):
-        plain = generated(model, inputs, max_new_tokens=1)
-        guided = generated(model, inputs, guidance_scale=2.0)
-        assert_close(guided.logits[0], plain.logits[0])
-        mask = torch.zeros_like(guided.sequences)
-        mask[:, :6] = 1
-        logits = model(guided.sequences, prompt_mask=mask).logits
-        assert_close(torch.stack(guided.logits, 1), logits[:, 5:-1])
+    ids = torch.tensor([PROMPTS[0]])
+    with attach(model, trails), torch.no_grad():
+        guided = generated(model, dict(input_ids=ids), guidance_scale=2.0, suppress_tokens=None, output_scores=True)
+        prompt = torch.arange(guided.sequences.shape[1]) < ids.shape[1]
+        one = model(guided.sequences, prompt_mask=prompt[None]).logits[:, 5:-1].log_softmax(-1)
+        two = model(guided.sequences[:, 5:], prompt_mask=prompt[None, 5:]).logits[:, :-1].log_softmax(-1)
+        assert_close(torch.stack(guided.scores, 1), two + 2.0 * (one - two))
 
 
 def test_a_failed_generation_leaves_no_prompt_behind():

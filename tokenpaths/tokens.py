@@ -266,7 +266,7 @@ class Not(Rule):
             raise TypeError(f"Not takes a token rule, not {self.rule!r}")
 
     def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
-        return context.real & ~self.rule.mask(context)
+        return ~self.rule.mask(context)
 
     def __repr__(self) -> str:
         return f"~{self.rule!r}"

@@ -46,7 +46,7 @@ class OrthonormalRows(nn.Module):
         super()._apply(fn, recurse)
         old, weight = self._factors, self.weight
         if old is not None:
-            same = old[0].dtype == weight.dtype and not old[0].is_meta
+            same = old[0].dtype == weight.dtype and not (old[0].is_meta or weight.is_meta)
             made_of, rows, triangle = (factor.to(weight.device) if same else factor for factor in old)
             self._factors = (made_of, rows, triangle) if same else None
         return self

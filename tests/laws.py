@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import unchanged
-from families import FAMILIES, PAD, Family
+from families import FAMILIES, PAD, V5, Family
 from rules import RULES, SPANS, TOKENIZER
 from subjects import MOVING, TRAILS
 from torch import Tensor, nn
@@ -323,13 +323,14 @@ def others_still_see(case: Case) -> None:
     encodes = case.facts.kind == "encoder-decoder" and not case.decodes
     prefix = "encoder_" if encodes else "decoder_" if case.facts.kind == "encoder-decoder" else ""
     hidden = getattr(output, prefix + "hidden_states")
-    assert torch.equal(hidden[2], seen[0])
+    if V5:  # transformers 4 takes them inside the block's forward, where no hook has come yet
+        assert torch.equal(hidden[2], seen[0])
     assert all(isinstance(a, Tensor) for a in getattr(output, prefix + "attentions"))
     with torch.no_grad():
         again = model(**inputs, output_hidden_states=True)
     assert fired == ["early", "late"] * 2
     mask = inputs.get("attention_mask")
-    if case.rule == "all" and case.stream == "block" and case.facts.kind == "decoder":
+    if V5 and case.rule == "all" and case.stream == "block" and case.facts.kind == "decoder":
         assert (again.hidden_states[2] != hidden[2]).any(-1)[mask.bool()].all() or case.trail in MAY_STAY_SHUT
     for handle in handles:
         handle.remove()

@@ -120,7 +120,11 @@ class Watcher:
         configs = [getattr(module, "config", None) for module in path.values()]
         two_sided = any(getattr(config, "is_encoder_decoder", False) for config in configs)
         self.decodes = two_sided and any("decoder" in name for name in path)
-        writers = [m for m in path.values() if hasattr(type(m), "prepare_inputs_for_generation")]
+        methods = (
+            "generate",
+            "prepare_inputs_for_generation",
+        )  # transformers 4 gives BERT the second, without the first
+        writers = [module for module in path.values() if all(hasattr(type(module), name) for name in methods)]
         # an encoder neither writes nor reads labels
         self.writer = writers[-1] if writers and (self.decodes or not two_sided) else None
         self.listeners: list[Listener] = []

@@ -106,6 +106,19 @@ def test_backward_after_the_end(family):
     assert_same(grads(trails), inside)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("stream", ["attention", "mlp", "head"])
+def test_checkpointed_backward_after_the_end(stream, reentrant):
+    """Reentrant checkpointing would leave the trails without a gradient, and say nothing."""
+    _, model, trails = laid("llama", stream=stream)
+    model.train().enable_input_require_grads()
+    model.gradient_checkpointing_enable(dict(use_reentrant=reentrant))
+    with attach(model, trails):
+        loss = model(**labelled(PROMPTS)).loss
+    with pytest.raises(RuntimeError, match="removed before backward"):
+        loss.backward()
+
+
 # --- batches
 
 
@@ -224,6 +237,17 @@ def test_autocast(trail):
     assert torch.equal(output.logits, frozen) or trail == "ConstantReFT"
     output.loss.backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trails.parameters())
+
+
+def test_autocast_does_not_coarsen_a_trail():
+    case = Case("llama", "model.layers", "LoReFT", "all", "block")
+    model, one, inputs = case.model(), TrailMap({Site(1): MOVING["LoReFT"](32)}), padded(PROMPTS[:1])
+    with torch.autocast("cpu", torch.bfloat16):
+        h = block_outputs(model, case, inputs)[1]
+        with attach(model, one):
+            moved = block_outputs(model, case, inputs)[1]
+    with torch.no_grad():
+        assert torch.equal(moved, (h + one[Site(1)](h.float())).to(h.dtype))
 
 
 # --- what labels say

@@ -1,5 +1,8 @@
 """tokenpaths: lay learned trails into a frozen language model, and measure what was learned and what was lost."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from tokenpaths import tokens as tokens
 from tokenpaths import trails as trails
 from tokenpaths.attach import Attachment as Attachment
@@ -11,8 +14,6 @@ from tokenpaths.data import collate as collate
 from tokenpaths.data import encode as encode
 from tokenpaths.drift import Drift as Drift
 from tokenpaths.drift import drift as drift
-from tokenpaths.objectives import Imitate as Imitate
-from tokenpaths.objectives import Objective as Objective
 from tokenpaths.saving import TrailFileError as TrailFileError
 from tokenpaths.sites import Site as Site
 from tokenpaths.sites import find_blocks as find_blocks
@@ -43,8 +44,30 @@ from tokenpaths.trails import NoReFT as NoReFT
 from tokenpaths.trails import ReFTr1 as ReFTr1
 from tokenpaths.trails import Scaled as Scaled
 from tokenpaths.trails import Trail as Trail
-from tokenpaths.training import Step as Step
-from tokenpaths.training import steps as steps
-from tokenpaths.training import trainable as trainable
+
+if TYPE_CHECKING:
+    from tokenpaths.objectives import Imitate as Imitate
+    from tokenpaths.objectives import Objective as Objective
+    from tokenpaths.training import Step as Step
+    from tokenpaths.training import steps as steps
+    from tokenpaths.training import trainable as trainable
 
 __version__ = "0.1.0"
+
+_WHEN_USED = {  # not everyone who attaches trails trains them
+    "Imitate": "tokenpaths.objectives",
+    "Objective": "tokenpaths.objectives",
+    "Step": "tokenpaths.training",
+    "steps": "tokenpaths.training",
+    "trainable": "tokenpaths.training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHEN_USED:
+        raise AttributeError(f"module 'tokenpaths' has no attribute {name!r}")
+    return getattr(import_module(_WHEN_USED[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHEN_USED})

@@ -44,8 +44,10 @@ def attach(
     rows of the batch that are moved (default all): attach several maps with different rows for a different trail per
     row. `spans` gives `Span` rules their (start, stop) per row, counted in real tokens. `tokenizer` is for `Match`.
 
-    A model may carry several attachments; a later one reads the states as the earlier ones have moved them. Nothing is
-    changed when a site does not exist in the model (`ValueError`).
+    A model may carry several attachments; a later one reads the states as the earlier ones have moved them, and so do
+    all hooks that are not ours. Nothing is changed when a site does not exist in the model (`ValueError`). A model that
+    torch.compile has compiled already is attached to through what it returned. With gradient checkpointing, call
+    `backward()` before the trails are removed.
     """
     return Attachment(model, trails, strength, rows, spans, tokenizer)
 
@@ -113,6 +115,13 @@ class Attachment:
     def end(self) -> None:
         """The forward is over, or has failed. The plan stays, for blocks that a backward computes again."""
         release(self._rotations)
+
+    def resume(self, plan: _Plan | None) -> None:
+        """A backward begins through the forward that had this plan."""
+        inside = any(site.stream in ("attention", "mlp") for site in self.trails)  # these a block computes again
+        if not self._handles and inside and self._watcher.checkpointing():
+            raise RuntimeError("the trails were removed before backward(), which gradient checkpointing needs them for")
+        self.plan = plan
 
     def _masks(self, moment: Moment) -> list[Tensor]:
         """The chosen tokens of a forward, one mask a rule."""

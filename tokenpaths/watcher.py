@@ -52,6 +52,8 @@ class Listener(Protocol):
 
     def end(self) -> None: ...
 
+    def resume(self, plan: Any) -> None: ...
+
 
 @dataclass
 class _Generation:
@@ -171,6 +173,10 @@ class Watcher:
         if self.compiled or any(getattr(m, mark, None) is not None for m in self.root.modules() for mark in marks):
             torch.compiler.reset()
             self.compiled = False
+
+    def checkpointing(self) -> bool:
+        """Whether a backward computes blocks again."""
+        return any(m.training and getattr(m, "gradient_checkpointing", False) for m in self.root.modules())
 
     def _take(self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take what is meant for the rules out of the arguments, and note the labels."""
@@ -362,7 +368,7 @@ def _fit(values: Tensor, width: int, filler: bool | int) -> Tensor:
 def _resume(plans: list[tuple[Listener, Any]], grad: Tensor) -> None:
     """A backward begins: blocks that it computes again, for checkpointing, are moved as they were in their forward."""
     for listener, plan in plans:
-        listener.plan = plan
+        listener.resume(plan)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

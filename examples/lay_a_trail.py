@@ -134,7 +134,7 @@ def demonstrate(run: Run) -> dict[str, Any]:
         "run": asdict(run),
         "dtype": str(dtype),
         "scores": {arm: {kind: asdict(s) for kind, s in kinds.items()} for arm, kinds in scores.items()},
-        "drift": {arm: asdict(value) for arm, value in drifts.items()},
+        "drift": {arm: in_short(value) for arm, value in drifts.items()},
         "same_after_reload": same,
         "seconds": seconds,
     }
@@ -197,6 +197,19 @@ def report(
     print("\nDrift on ordinary text, the second half of each steered")
     for arm, drift in drifts.items():
         print(f" {arm}: {drift}")
+
+
+def in_short(drift: tp.Drift) -> dict[str, Any]:
+    """The main figures of a report, for a file; `drift.to_json` would write them all."""
+    return {
+        "kl": asdict(drift["kl"]),
+        "perplexity": asdict(drift.perplexity),
+        "flips": drift["flips"].mean,
+        "displacement": {layer: drift["displacement"][layer].mean for layer in drift["displacement"].layers},
+        "moved": drift.moved,
+        "tokens": drift.tokens,
+        "texts": drift.texts,
+    }
 
 
 def reload_elsewhere(trails: tp.TrailMap, model: Any, run: Run, items: Sequence[Item], before: list[str]) -> bool:

@@ -18,10 +18,12 @@ from tokenpaths import (
     BiasReFT,
     Capped,
     Chain,
+    Confined,
     ConstantReFT,
     DirectReFT,
     DiReFT,
     Gated,
+    Guarded,
     LoReFT,
     NoReFT,
     ReFTr1,
@@ -43,6 +45,8 @@ TRAILS: dict[str, Callable[[int], Trail]] = {
     "Scaled": lambda dim: Scaled(NoReFT(dim, 2), 0.5),
     "Capped": lambda dim: Capped(LoReFT(dim, 2), 0.1),
     "Gated": lambda dim: Gated(DiReFT(dim, 2), dim),
+    "Guarded": lambda dim: Guarded(DiReFT(dim, 2), dim),
+    "Confined": lambda dim: Confined(DiReFT(dim, 2), dim, dim // 2),
     "Chain": lambda dim: Chain(LoReFT(dim, 2), RED(dim)),
     "nested": lambda dim: Capped(Gated(Chain(Scaled(LoReFT(dim, 1), 2.0), Additive(dim)), dim), 0.5),
 }
@@ -64,6 +68,9 @@ def moving(make: Callable[[int], Trail]) -> Callable[[int], Trail]:
                     module.w.mul_(0.1)
                 if isinstance(module, PSR):
                     module.z.mul_(0.1)
+                if isinstance(module, Guarded):
+                    module.w.copy_(0.05 * torch.randn(dim))
+                    module.b.fill_(0.5)
                 if isinstance(module, ReFTr1):
                     module.a.fill_(0.1)
         return trail

@@ -12,6 +12,7 @@ from tokenpaths.data import Batch as Batch
 from tokenpaths.data import Example as Example
 from tokenpaths.data import collate as collate
 from tokenpaths.data import encode as encode
+from tokenpaths.data import plain as plain
 from tokenpaths.drift import Drift as Drift
 from tokenpaths.drift import drift as drift
 from tokenpaths.saving import TrailFileError as TrailFileError
@@ -35,10 +36,12 @@ from tokenpaths.trails import Additive as Additive
 from tokenpaths.trails import BiasReFT as BiasReFT
 from tokenpaths.trails import Capped as Capped
 from tokenpaths.trails import Chain as Chain
+from tokenpaths.trails import Confined as Confined
 from tokenpaths.trails import ConstantReFT as ConstantReFT
 from tokenpaths.trails import DirectReFT as DirectReFT
 from tokenpaths.trails import DiReFT as DiReFT
 from tokenpaths.trails import Gated as Gated
+from tokenpaths.trails import Guarded as Guarded
 from tokenpaths.trails import LoReFT as LoReFT
 from tokenpaths.trails import NoReFT as NoReFT
 from tokenpaths.trails import ReFTr1 as ReFTr1
@@ -46,18 +49,36 @@ from tokenpaths.trails import Scaled as Scaled
 from tokenpaths.trails import Trail as Trail
 
 if TYPE_CHECKING:
+    from tokenpaths.limits import confine as confine
+    from tokenpaths.limits import guard as guard
+    from tokenpaths.limits import strength_curve as strength_curve
+    from tokenpaths.limits import strength_within as strength_within
     from tokenpaths.objectives import Imitate as Imitate
     from tokenpaths.objectives import Objective as Objective
+    from tokenpaths.objectives import Stay as Stay
+    from tokenpaths.objectives import StayAttention as StayAttention
+    from tokenpaths.objectives import StayMoments as StayMoments
+    from tokenpaths.objectives import StayStates as StayStates
     from tokenpaths.training import Step as Step
+    from tokenpaths.training import TrustRegion as TrustRegion
     from tokenpaths.training import steps as steps
     from tokenpaths.training import trainable as trainable
 
 __version__ = "0.1.0"
 
 _WHEN_USED = {  # not everyone who attaches trails trains them
+    "confine": "tokenpaths.limits",
+    "guard": "tokenpaths.limits",
+    "strength_curve": "tokenpaths.limits",
+    "strength_within": "tokenpaths.limits",
     "Imitate": "tokenpaths.objectives",
     "Objective": "tokenpaths.objectives",
+    "Stay": "tokenpaths.objectives",
+    "StayAttention": "tokenpaths.objectives",
+    "StayMoments": "tokenpaths.objectives",
+    "StayStates": "tokenpaths.objectives",
     "Step": "tokenpaths.training",
+    "TrustRegion": "tokenpaths.training",
     "steps": "tokenpaths.training",
     "trainable": "tokenpaths.training",
 }

@@ -168,6 +168,25 @@ def encode(
     return examples
 
 
+def plain(tokenizer: Any, texts: Sequence[str], *, max_length: int | None = None) -> list[Example]:
+    """Turn texts into examples that have no answer: all of each is prompt. Cut to `max_length` tokens at the end.
+
+    Raises:
+        ValueError: there are no texts, or one of them has no token.
+    """
+    if isinstance(texts, str) or not isinstance(texts, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"plain takes a list of texts, not {type(texts).__name__}")
+    if not texts:
+        raise ValueError("there is nothing to encode: the list of texts is empty")
+    examples: list[Example] = []
+    for number, text in enumerate(texts):
+        ids = tuple(tokenizer(text, verbose=False)["input_ids"])[:max_length]
+        if not ids:
+            raise ValueError(f"text {number} has no token: {text!r:.40}")
+        examples.append(Example(ids, (False,) * len(ids)))
+    return examples
+
+
 def _is_pair(item: Any) -> bool:
     return isinstance(item, (tuple, list)) and len(item) == 2 and all(isinstance(text, str) for text in item)
 

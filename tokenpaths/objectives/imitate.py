@@ -44,7 +44,7 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "answer
     root = _inside(model)
     _check_causal(root)
     predicts = F.pad(batch.labels[:, 1:] != IGNORED, (0, 1))
-    with _only_answers(root, predicts), _without_leftovers(root):
+    with _only_answers(root, predicts), without_leftovers(root):
         output = model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -94,7 +94,7 @@ def _only_answers(model: nn.Module, rows: Bool[Tensor, "batch seq"]) -> Generato
 
 
 @contextmanager
-def _without_leftovers(model: nn.Module) -> Generator[None]:
+def without_leftovers(model: nn.Module) -> Generator[None]:
     """Inside, what is meant for attached trails is dropped when no trails are there to take it."""
 
     def drop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -15,5 +15,7 @@ from tokenpaths.trails.steering import ReFTr1 as ReFTr1
 from tokenpaths.trails.stiefel import OrthonormalRows as OrthonormalRows
 from tokenpaths.trails.wrappers import Capped as Capped
 from tokenpaths.trails.wrappers import Chain as Chain
+from tokenpaths.trails.wrappers import Confined as Confined
 from tokenpaths.trails.wrappers import Gated as Gated
+from tokenpaths.trails.wrappers import Guarded as Guarded
 from tokenpaths.trails.wrappers import Scaled as Scaled

@@ -68,6 +68,55 @@ class Gated(Trail):
         return torch.sigmoid(h @ self.w + self.b).unsqueeze(-1) * self.trail(h)
 
 
+class Guarded(Trail):
+    """clamp(w.n + b, 0, 1) * trail(h), n = h / rms(h): a gate, exactly shut on states that are not like the task's.
+
+    w and b are not learned: `guard` finds them, from states. A fresh gate is open: w = 0, b = 1.
+    Where it is shut the displacement is zero, so a text on all of whose tokens it is shut keeps the frozen model's
+    outputs. It reads the state at unit scale, as the model's own norms do, so that massive activations cannot open it.
+    """
+
+    w: Tensor
+    b: Tensor
+
+    def __init__(self, trail: Trail, dim: int) -> None:
+        super().__init__()
+        self.trail = trail
+        self.dim = dim
+        self.starts_at_identity = trail.starts_at_identity
+        self.register_buffer("w", torch.zeros(dim))
+        self.register_buffer("b", torch.ones(()))
+
+    def gate(self, h: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens"]:
+        """How far the gate is open on each state, from 0 to 1."""
+        return (at_unit_scale(h) @ self.w + self.b).clamp(0, 1)
+
+    def forward(self, h: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
+        return self.gate(h).unsqueeze(-1) * self.trail(h)
+
+
+class Confined(Trail):
+    """U^T U trail(h), with U U^T = I: the displacement stays in the span of `directions` chosen directions.
+
+    U is not learned: `confine` finds it, from states. A fresh U holds the first coordinates.
+    """
+
+    U: Float[Tensor, "directions dim"]
+
+    def __init__(self, trail: Trail, dim: int, directions: int) -> None:
+        super().__init__()
+        if not 1 <= directions <= dim:
+            raise ValueError(f"Confined: directions {directions} must be from 1 to dim {dim}")
+        self.trail = trail
+        self.dim = dim
+        self.directions = directions
+        self.starts_at_identity = trail.starts_at_identity
+        self.register_buffer("U", torch.eye(dim)[:directions])
+
+    def forward(self, h: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
+        return self.trail(h) @ self.U.mT @ self.U
+
+
 class Chain(Trail):
     """One trail after another: the second reads the state as the first has moved it."""
 
@@ -80,6 +129,13 @@ class Chain(Trail):
     def forward(self, h: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
         d = self.first(h)
         return d + self.second(h + d)
+
+
+def at_unit_scale(h: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
+    """h / rms(h), the root mean square of its entries; 0 for 0."""
+    wide = torch.promote_types(h.dtype, torch.float32)
+    length = torch.linalg.vector_norm(h, dim=-1, keepdim=True, dtype=wide).clamp_min(1e-30)
+    return (h * (math.sqrt(h.shape[-1]) / length)).to(h.dtype)
 
 
 def _length(x: Float[Tensor, "*tokens dim"]) -> tuple[Float[Tensor, "*tokens 1"], Float[Tensor, "*tokens 1"]]:

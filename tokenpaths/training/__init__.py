@@ -13,3 +13,4 @@ Only the trails learn. The base is frozen meanwhile, and both leave its hooks, f
 from tokenpaths.training.foreign import trainable as trainable
 from tokenpaths.training.loop import Step as Step
 from tokenpaths.training.loop import steps as steps
+from tokenpaths.training.trust import TrustRegion as TrustRegion

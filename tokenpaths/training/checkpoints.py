@@ -2,7 +2,7 @@
 
     folder/step-00000200/trails.safetensors      the trails, for TrailMap.from_pretrained
                          optimizer.safetensors   its state, as "number of the parameter.name of the entry"
-                         run.json                the step, the settings, and the optimizer's entries that are no tensors
+                         run.json                the step, the goals' weights, the settings, the optimizer's entries that are no tensors
 
 Each checkpoint is written whole beside its place and then renamed, so that one that is there is complete.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,13 @@ def find(folder: Path, settings: Mapping[str, Any], resume: bool) -> Path | None
 
 
 def write(
-    folder: Path, step: int, trails: TrailMap, model: nn.Module, optimizer: Optimizer, settings: Mapping[str, Any]
+    folder: Path,
+    step: int,
+    trails: TrailMap,
+    model: nn.Module,
+    optimizer: Optimizer,
+    weights: Sequence[float],
+    settings: Mapping[str, Any],
 ) -> None:
     """Save a run after `step` steps. Raises `TypeError` for an optimizer state of more than tensors and numbers."""
     tensors: dict[str, Tensor] = {}
@@ -72,17 +78,19 @@ def write(
         beside = Path(staging, "checkpoint")
         trails.save(beside / FILE_NAME, model)
         safetensors.torch.save_file(tensors, beside / _OPTIMIZER)
-        (beside / _RUN).write_text(json.dumps({"step": step, "optimizer": numbers, "settings": settings}, indent=1))
+        run = {"step": step, "weights": list(weights), "optimizer": numbers, "settings": settings}
+        (beside / _RUN).write_text(json.dumps(run, indent=1))
         beside.rename(folder / f"step-{step:08d}")
 
 
 @torch.no_grad()
-def read(checkpoint: Path, trails: TrailMap, optimizer: Optimizer) -> int:
-    """Give trails and optimizer the state they had; returns the step."""
+def read(checkpoint: Path, trails: TrailMap, optimizer: Optimizer, weights: list[float]) -> int:
+    """Give trails, optimizer and the goals' weights the state they had; returns the step."""
     tensors, _ = saving.read(checkpoint / FILE_NAME)
     saving.check_shapes(trails.state_dict(), tensors)
     trails.load_state_dict(tensors)
     run = json.loads((checkpoint / _RUN).read_text())
+    weights[:] = run["weights"]
     state: dict[int, dict[str, Any]] = {}
     entries = {**safetensors.torch.load_file(checkpoint / _OPTIMIZER), **run["optimizer"]}
     for key, value in entries.items():

@@ -30,34 +30,47 @@ class Feed:
     ) -> None:
         self.goals = goals
         self.spans = spans
-        self.batch_size = batch_size
-        self.accumulate = accumulate
         self.seed = seed
         self.accelerator = accelerator
-        self.size = batch_size * accumulate * accelerator.num_processes  # examples of each goal in a step
+        self.shapes = [(goal.batch_size, 1) if goal.batch_size else (batch_size, accumulate) for goal in goals]
         self.order = lru_cache(maxsize=2 * len(goals))(self._order)
 
     def batches(self, number: int) -> Iterator[tuple[int, Batch, float]]:
         """This process's batches of a step: the number of the goal, the batch, and its share of the goal's terms."""
         for place, goal in enumerate(self.goals):
-            examples = self.examples(place, number)
+            if not self.due(place, number):
+                continue
+            # neighbours in length share a micro-batch, so that it is padded little
+            examples = sorted(self.examples(place, number), key=len)
             terms = goal.terms(examples)
-            for micro in range(self.accumulate):
-                first = (micro * self.accelerator.num_processes + self.accelerator.process_index) * self.batch_size
-                own = examples[first : first + self.batch_size]
+            size, accumulate = self.shapes[place]
+            for micro in range(accumulate):
+                first = (micro * self.accelerator.num_processes + self.accelerator.process_index) * size
+                own = examples[first : first + size]
                 yield place, collate(own, spans=self.spans).to(self.accelerator.device), goal.terms(own) / terms
 
     def examples(self, place: int, number: int) -> list[Example]:
         """All examples of a goal in a step, of all processes. An epoch may end in the middle of a step."""
         examples = self.goals[place].examples
         chosen: list[Example] = []
-        for drawn in range(number * self.size, (number + 1) * self.size):
+        turn, size = number // self.goals[place].every, self.in_a_step(place)
+        for drawn in range(turn * size, (turn + 1) * size):
             epoch, rank = divmod(drawn, len(examples))
             chosen.append(examples[self.order(place, epoch)[rank]])
         return chosen
 
+    def in_a_step(self, place: int) -> int:
+        """The number of examples of a goal in a step, of all processes."""
+        size, accumulate = self.shapes[place]
+        return size * accumulate * self.accelerator.num_processes
+
+    def due(self, place: int, number: int) -> bool:
+        """Whether a goal is trained for in a step."""
+        return number % self.goals[place].every == 0
+
     def tokens(self, number: int) -> int:
-        return sum(len(e) for place in range(len(self.goals)) for e in self.examples(place, number))
+        due = [place for place in range(len(self.goals)) if self.due(place, number)]
+        return sum(len(example) for place in due for example in self.examples(place, number))
 
     def _order(self, place: int, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(seed_of(self.seed, place, epoch))

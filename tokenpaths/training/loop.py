@@ -24,6 +24,7 @@ from tokenpaths.training import checkpoints
 from tokenpaths.training.checks import check, span_names
 from tokenpaths.training.feed import Feed, seed_of
 from tokenpaths.training.frozen import frozen_base, trained
+from tokenpaths.training.trust import Probe, TrustRegion
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,16 +35,23 @@ MakeOptimizer: TypeAlias = "Callable[[list[nn.Parameter]], Optimizer]"
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step did. `step` counts from 1; `losses` are the goals', `loss` is their weighted sum."""
+    """What one optimizer step did. `step` counts from 1; `losses` are the goals', `loss` is their weighted sum.
+
+    `weights` are the goals' in this step. With a trust region, `kept` is the share of the step that was taken and
+    `trust` the measure of what was taken.
+    """
 
     step: int
     loss: float
-    losses: tuple[float, ...]
+    losses: tuple[float, ...]  # NaN for a goal that is not due in this step
+    weights: tuple[float, ...]
     lr: float
     grad_norm: float  # before clipping
     tokens: int  # real tokens, of all goals and processes
     seconds: float
     drift: float | None = None
+    kept: float | None = None
+    trust: float | None = None
 
 
 def steps(
@@ -60,6 +68,7 @@ def steps(
     schedule: str = "linear",
     warmup: int | float = 0.1,
     clip: int | float | None = 1.0,
+    trust: TrustRegion | None = None,
     mixed_precision: Literal["no", "bf16"] | None = None,
     seed: int = 0,
     checkpoint: str | PathLike[str] | None = None,
@@ -77,7 +86,8 @@ def steps(
     iteration ends: after the last step, at `break`, or at an error. The base keeps the mode that it is in.
 
     A step draws `batch_size * accumulate * processes` examples of each goal, from a new permutation in each epoch, and
-    the loss is the mean over all of their answer tokens: how the examples are split changes nothing but rounding.
+    the loss is the mean over all of their answer tokens: how the examples are split changes nothing but rounding. They
+    are split by length, so that little is padded.
 
     Args:
         model: a Hugging Face model. It is moved to Accelerate's device, unless it is spread over several.
@@ -92,13 +102,14 @@ def steps(
         schedule: a name that `transformers.get_scheduler` knows.
         warmup: of the schedule, in steps; below 1, a share of all steps.
         clip: the largest norm of the gradient; None for any.
+        trust: a bound on how far one step may take the model.
         mixed_precision: "bf16" or "no"; unless told, as Accelerate is configured.
         seed: of the order of examples and of dropout. Torch's own random state is left alone.
         checkpoint: a folder to save in, every `save_every` steps and at the end.
         save_every: in steps.
         resume: continue from the newest checkpoint, bit for bit as if it had never stopped.
         progress: show a progress bar.
-        drift: measured every `drift_every` steps and at the end: `lambda: drift(model, trails, texts).kl_mean`.
+        drift: measured every `drift_every` steps and at the end: `lambda: drift(model, trails, texts)["kl"].mean`.
         drift_every: in steps.
         tokenizer: for `Match` rules.
         accelerator: one of your own, for what is not said here (such as fp16).
@@ -129,7 +140,7 @@ def steps(
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError("give steps(accumulate=...), and not an Accelerator that accumulates as well")
     feed = Feed(goals, span_names(trails), batch_size, accumulate, seed, accelerator)
-    total = steps or max(1, math.ceil((epochs or 0) * len(goals[0].examples) / feed.size))
+    total = steps or max(1, math.ceil((epochs or 0) * len(goals[0].examples) / feed.in_a_step(0)))
     made = _adamw(parameters, lr) if optimizer is None else optimizer(parameters)
     rates = [float(group["lr"]) for group in made.param_groups]
     share_at = _schedule(schedule, warmup, total)
@@ -141,6 +152,7 @@ def steps(
         "optimizer": [type(made).__name__, [{**group, "params": len(group["params"])} for group in made.param_groups]],
         **dict(steps=total, batch_size=batch_size, accumulate=accumulate, processes=accelerator.num_processes),
         **dict(schedule=schedule, warmup=warmup, clip=clip, mixed_precision=mixed_precision, seed=seed),
+        "trust": None if trust is None else repr(trust),
     }
     found = None if folder is None else checkpoints.find(folder, settings, resume)
 
@@ -152,21 +164,26 @@ def steps(
             if not is_attached(model, trails):
                 undo.enter_context(attach(model, trails, tokenizer=tokenizer))
             prepared = accelerator.prepare_optimizer(made)
-            done = 0 if found is None else checkpoints.read(found, trails, made)
+            weights = [goal.weight for goal in goals]
+            done = 0 if found is None else checkpoints.read(found, trails, made, weights)
             _share_start(trails, accelerator)
+            probe = None if trust is None else Probe(trust, model, parameters)
             bar = undo.enter_context(_bar(done, total, progress and accelerator.is_main_process))
             for number in range(done, total):
                 began = time.perf_counter()
                 losses = torch.zeros(len(goals), device=accelerator.device, dtype=torch.float32)
-                with _own_randomness(accelerator, seed, number), _learning(trails), torch.enable_grad():
+                with _own_randomness(accelerator, seed, number), _learning(trails):
                     for place, batch, share in feed.batches(number):
-                        with _precision(mixed_precision, accelerator):
+                        weighs = weights[place] > 0
+                        with _precision(mixed_precision, accelerator), torch.set_grad_enabled(weighs):
                             loss = share * goals[place].loss(model, trails, batch)
-                        _check_reaches(loss, goals, place)
-                        accelerator.backward(goals[place].weight * loss)  # before the next forward changes the masks
+                        if weighs:
+                            _check_reaches(loss, goals, place)
+                            accelerator.backward(weights[place] * loss)  # before the next forward changes the masks
                         losses[place] += loss.detach()
                 parts = tuple(_sum(losses, accelerator).tolist())
                 _check_finite(number, goals, parts)
+                due = [feed.due(place, number) for place in range(len(goals))]
                 _sum_gradients(parameters, accelerator)
                 norm = _clip(parameters, math.inf if clip is None else clip, accelerator)
                 if not math.isfinite(norm) and accelerator.scaler is None:  # a scaler skips such a step by itself
@@ -175,19 +192,29 @@ def steps(
                     group["lr"] = rate * share_at(number)
                 prepared.step()
                 prepared.zero_grad()
+                kept, went = (None, None) if probe is None else probe.hold()
+                total_loss = sum(weight * part for weight, part in zip(weights, parts, strict=True))
+                weighed = tuple(weights)
+                weights = [
+                    goal.reweigh(weight, part) if now else weight
+                    for goal, weight, part, now in zip(goals, weights, parts, due, strict=True)
+                ]
                 last = number + 1 == total
                 if folder and accelerator.is_main_process and (last or (save_every and (number + 1) % save_every == 0)):
-                    checkpoints.write(folder, number + 1, trails, model, made, settings)
+                    checkpoints.write(folder, number + 1, trails, model, made, weights, settings)
                 measured = drift() if drift and (last or (number + 1) % drift_every == 0) else None
                 step = Step(
                     step=number + 1,
-                    loss=sum(goal.weight * part for goal, part in zip(goals, parts, strict=True)),
-                    losses=parts,
+                    loss=total_loss,
+                    losses=tuple(part if now else math.nan for part, now in zip(parts, due, strict=True)),
+                    weights=weighed,
                     lr=rates[0] * share_at(number),
                     grad_norm=norm,
                     tokens=feed.tokens(number),
                     seconds=time.perf_counter() - began,
                     drift=measured,
+                    kept=kept,
+                    trust=went,
                 )
                 _show(bar, step)
                 yield step

@@ -1,0 +1,369 @@
+"""What does each limit keep, and what does it cost?  Trails on all layers and all tokens, taught TREC-6.
+
+Each arm is one limit on rank-4 additive trails (`DiReFT`), trained the same way from the same seeds on the same batches:
+
+    python benchmarks/budget.py                     # the runs that are missing, one after another, then the table
+    python benchmarks/budget.py --run guarded 0     # one run, to have several at a time
+    python benchmarks/budget.py --table             # the table of what there is
+
+Task accuracy is read on the whole test set. Forgetting is read, in pairs with the frozen model, on kinds of text that no
+arm has rehearsed (`_texts.py`), on texts the frozen model wrote, on ARC-Easy and on BLiMP. Rehearsal and the fitting of
+gates and subspaces read WikiText-2 validation text; the arms named `self` read only what the frozen model itself wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _evaluate import arc_easy, blimp, correct, nats, perplexity_ratio, points, trec
+from _record import RESULTS, Claim, write
+from _texts import cut, kinds
+from torch.utils.flop_counter import FlopCounterMode
+
+import tokenpaths as tp
+from tokenpaths.demo import _cache, demo_model, fast_dtype
+from tokenpaths.limits import confine, guard
+from tokenpaths.objectives import Stay, StayAttention, StayMoments, StayStates
+from tokenpaths.training import TrustRegion
+
+DATA = Path(os.environ.get("TOKENPATHS_DATA", Path(__file__).parents[2] / "shared/data"))
+WORK = _cache() / "budget"  # runs and their trails, until they are a table
+TRAIN, LR, WIDTH = 200, 3e-3, 64  # steps, learning rate, tokens of a rehearsal text
+COUNTED = 4
+
+
+class Bench:
+    """The model, the task and the texts, for one size of batch."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+        self.model, self.tokenizer = demo_model(dtype=fast_dtype())
+        task = trec(self.tokenizer, DATA)
+        self.train = tp.encode(self.tokenizer, task.train, eos=False)
+        self.test = task.test
+        self.prompts = [prompt for prompt, _ in task.train]
+        self.dim = tp.width(self.model)
+
+    @functools.cached_property
+    def original(self) -> list[tp.Example]:
+        """Original data: WikiText-2 validation text."""
+        return cut(self.tokenizer, (DATA / "wikitext2/valid.txt").read_text(encoding="utf-8"), 256, WIDTH)
+
+    @functools.cached_property
+    def own(self) -> list[tp.Example]:
+        """What the frozen model writes: texts of its own, and what it makes of the beginnings of the task's prompts."""
+        return [*self.samples(1, 64), *self.samples(2, 64, from_prompts=True)]
+
+    def samples(self, seed: int, count: int, *, from_prompts: bool = False) -> list[tp.Example]:
+        """Texts that the frozen model has sampled at temperature 1, from a random token or from 8 tokens of a prompt."""
+        file = WORK / "samples" / f"{seed}-{count}-{WIDTH}{'-from-prompts' if from_prompts else ''}.json"
+        if not file.exists():
+            torch.manual_seed(seed)
+            starts = torch.randint(1000, 20000, (count, 1))
+            if from_prompts:
+                long = [example.ids[:8] for example in self.train if example.prompt_length > 12]
+                starts = torch.tensor([long[i] for i in torch.randperm(len(long))[:count].tolist()])
+            said = self.model.generate(
+                starts, attention_mask=torch.ones_like(starts), max_new_tokens=WIDTH - starts.shape[1], do_sample=True,
+                top_k=0, pad_token_id=0,
+            )  # fmt: skip
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps([[i for i in row if i != 0] for row in said.tolist()]))  # 0 ends a text here
+        return [tp.Example(tuple(row), (False,) * len(row)) for row in json.loads(file.read_text()) if len(row) > 1]
+
+    def plain(self) -> tp.trails.Trail:
+        return tp.trails.DiReFT(self.dim, rank=4)
+
+    def everywhere(self, make: Callable[[], tp.trails.Trail]) -> tp.TrailMap:
+        return tp.TrailMap({site: make() for site in tp.sites(self.model)})
+
+    @property
+    def texts(self) -> int:
+        """Rehearsal texts a step: 2 x 128 tokens beside 32 questions."""
+        return max(1, self.batch * 2 * 128 // 32 // WIDTH)
+
+
+Made = tuple[tp.TrailMap, list[Any], dict[str, Any]]  # trails, further goals, options of `steps` (and `finish`)
+
+
+def unlimited(bench: Bench, lr: float = LR) -> Made:
+    return bench.everywhere(bench.plain), [], {"lr": lr}
+
+
+def three_layers(bench: Bench) -> Made:
+    return tp.TrailMap({site: bench.plain() for site in tp.sites(bench.model, [7, 15, 23])}), [], {}
+
+
+def fixed(bench: Bench, weight: float = 1.0) -> Made:
+    """The simple baseline: KL to the frozen model at a fixed weight."""
+    goal = Stay(bench.original, weight=weight, gain=0, batch_size=bench.texts)
+    return bench.everywhere(bench.plain), [goal], {}
+
+
+def stay(bench: Bench, kind: type[Stay] = Stay, every: int = 1, within: float = 0.01, own: bool = False) -> Made:
+    goal = kind(bench.own if own else bench.original, within=within, every=every, batch_size=bench.texts)
+    return bench.everywhere(bench.plain), [goal], {}
+
+
+def stay_attention(bench: Bench) -> Made:
+    bench.model.set_attn_implementation("eager")
+    return stay(bench, StayAttention)
+
+
+def capped(bench: Bench, cap: float = 0.05) -> Made:
+    return bench.everywhere(lambda: tp.Capped(bench.plain(), cap)), [], {}
+
+
+def trust(bench: Bench) -> Made:
+    return bench.everywhere(bench.plain), [], {"trust": TrustRegion(bench.original[: 2 * bench.texts], most=0.001)}
+
+
+def confined(bench: Bench, contrastive: bool = False) -> Made:
+    trails = bench.everywhere(lambda: tp.Confined(bench.plain(), bench.dim, bench.dim // 4))
+    confine(bench.model, trails, bench.original[:64], bench.train[:512] if contrastive else None)
+    return trails, [], {}
+
+
+def gated(bench: Bench) -> Made:
+    trails = bench.everywhere(lambda: tp.Gated(bench.plain(), bench.dim))
+    return trails, [Stay(bench.original, within=0.01, batch_size=bench.texts)], {}
+
+
+def guarded(bench: Bench, other: str = "original", every: int = 0) -> Made:
+    """Trained where the answer is written; then gates are put before the trails, which act on all tokens."""
+    texts = {"original": bench.original, "own": bench.own, "both": [*bench.original, *bench.own]}[other]
+    goals = [Stay(texts, within=0.01, every=every, batch_size=bench.texts)] if every else []
+
+    def finish(trails: tp.TrailMap) -> tp.TrailMap:
+        return guard(bench.model, trails, bench.train[:512], texts)[0]
+
+    rule = tp.Last(1) | tp.Answer()
+    return tp.TrailMap({site: bench.plain() for site in tp.sites(bench.model, tokens=rule)}), goals, {"finish": finish}
+
+
+ARMS: dict[str, tuple[str, Callable[[Bench], Made]]] = {
+    "none": ("no limit", unlimited),
+    "none 1e-3": ("no limit, lr 1e-3", lambda b: unlimited(b, 1e-3)),
+    "three layers": ("no limit, three layers only", three_layers),
+    "fixed": ("KL to frozen, fixed weight 1", fixed),
+    "stay": ("Stay: KL within 0.01 nats", stay),
+    "stay every 4": ("Stay every 4th step", lambda b: stay(b, every=4)),
+    "stay self": ("Stay on self-samples", lambda b: stay(b, own=True)),
+    "stay states": ("StayStates within 0.01", lambda b: stay(b, StayStates)),
+    "stay moments": ("StayMoments within 0.01", lambda b: stay(b, StayMoments)),
+    "stay attention": ("StayAttention within 0.01", stay_attention),
+    "capped": ("Capped at 5 % of the state", capped),
+    "trust": ("TrustRegion: 0.001 nats a step", trust),
+    "confined": ("Confined to what text uses least", confined),
+    "contrastive": ("Confined, contrastive directions", lambda b: confined(b, contrastive=True)),
+    "gated": ("learned gate + Stay", gated),
+    "guarded": ("Guarded", guarded),
+    "guarded self": ("recommended, self-samples only", lambda b: guarded(b, "own")),
+    "recommended": ("recommended: guarded with original data and self-samples", lambda b: guarded(b, "both")),
+}
+
+# One run
+
+
+def run(arm: str, seed: int, batch: int, items: int | None) -> None:
+    """Train one arm from one seed and read what it kept, into a file of its own."""
+    torch.set_num_threads(1)
+    bench = Bench(batch)
+    frozen = evaluation(bench, items)
+    torch.manual_seed(seed)
+    began = time.process_time()
+    with FlopCounterMode(display=False) as fitting:
+        trails, goals, options = ARMS[arm][1](bench)
+    fitted = time.process_time()
+    finish = options.pop("finish", lambda trails: trails)
+    micro = max(1, min(8, batch // 2))  # sorted by length, small batches pad little
+    log: list[dict[str, Any]] = []
+    counter = FlopCounterMode(display=False)
+    counter.__enter__()  # the first steps are counted, as many as the longest `every`
+    for step in tp.steps(
+        bench.model, trails, [tp.Imitate(bench.train), *goals], steps=TRAIN, batch_size=micro, accumulate=batch // micro,
+        **{"lr": LR, **options}, seed=seed, progress=False,
+    ):  # fmt: skip
+        if step.step == COUNTED:
+            counter.__exit__(None, None, None)
+        log.append({"losses": step.losses, "weights": step.weights, "kept": step.kept, "trust": step.trust})
+        if step.step % 20 == 0:
+            print(arm, seed, step.step, [round(loss, 3) for loss in step.losses], step.weights, flush=True)
+    trained = time.process_time()
+    with FlopCounterMode(display=False) as finishing:
+        trails = finish(trails)
+    finished = time.process_time()
+    with tp.attach(bench.model, trails):
+        after = read(bench, items)
+    folder = WORK / f"batch-{batch}"
+    folder.mkdir(parents=True, exist_ok=True)
+    trails.save(folder / f"{arm.replace(' ', '-')}-{seed}.safetensors", bench.model)
+    result = {
+        "arm": arm, "seed": seed, "parameters": trails.size(), "fit_seconds": fitted - began + finished - trained,
+        "train_seconds": trained - fitted,
+        "fit_flops": fitting.get_total_flops() + finishing.get_total_flops(), "step_flops": counter.get_total_flops() / COUNTED, "frozen": frozen, "after": after, "log": log,
+    }  # fmt: skip
+    path(arm, seed, batch).write_text(json.dumps(result))
+
+
+def read(bench: Bench, items: int | None) -> dict[str, Any]:
+    """Everything that is read of a model: outcomes an item, and nats a window."""
+    texts = kinds(bench.tokenizer, DATA)
+    texts["own samples"] = bench.samples(3, 32)
+    found: dict[str, Any] = {kind: nats(bench.model, windows)[0].tolist() for kind, windows in texts.items()}
+    found["counts"] = {kind: [len(window) - 1 for window in windows] for kind, windows in texts.items()}
+    found["trec"] = correct(bench.model, bench.test).tolist()
+    found["arc_easy"] = correct(bench.model, arc_easy(bench.tokenizer, DATA, items)).tolist()
+    found["blimp"] = correct(bench.model, blimp(bench.tokenizer, DATA, items)).tolist()
+    return found
+
+
+def evaluation(bench: Bench, items: int | None) -> dict[str, Any]:
+    """What the frozen model does, read once."""
+    file = WORK / f"frozen-{items}.json"
+    if not file.exists():
+        found = read(bench, items)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found))
+    return json.loads(file.read_text())
+
+
+def path(arm: str, seed: int, batch: int) -> Path:
+    return WORK / f"batch-{batch}" / f"{arm.replace(' ', '-')}-{seed}.json"
+
+
+# The table
+
+UNSEEN = ["fiction", "verse", "code", "dialogue", "instructions"]
+
+
+def table(batch: int, items: int | None) -> None:
+    """All runs that there are, as one result file, a table and a picture."""
+    runs = [json.loads(file.read_text()) for file in sorted((WORK / f"batch-{batch}").glob("*.json"))]
+    arms = {arm: mine for arm in ARMS if (mine := [run for run in runs if run["arm"] == arm])}
+    frozen = runs[0]["frozen"]
+    base = np.mean([run["step_flops"] for run in arms["none"]])
+    rows: dict[str, dict[str, Any]] = {}
+    for arm, mine in arms.items():
+        mean = lambda key: np.mean([run["after"][key] for run in mine], axis=0)  # noqa: B023, E731
+        ratios = {
+            kind: perplexity_ratio(np.array(frozen[kind]), mean(kind), np.array(frozen["counts"][kind]))
+            for kind in [*UNSEEN, "wikitext2", "own samples"]
+        }
+        rows[arm] = {
+            "limit": ARMS[arm][0],
+            "seeds": [run["seed"] for run in mine],
+            "accuracy": 100 * float(mean("trec").mean()),
+            "accuracy_by_seed": [100 * float(np.mean(run["after"]["trec"])) for run in mine],
+            "ratios": ratios,
+            "worst": max(UNSEEN, key=lambda kind: ratios[kind].value),  # noqa: B023
+            "worst_by_seed": [worst(run) for run in mine],
+            "arc_easy": points(np.array(frozen["arc_easy"]), mean("arc_easy")),
+            "blimp": points(np.array(frozen["blimp"]), mean("blimp")),
+            "flops": float(np.mean([run["step_flops"] + run["fit_flops"] / TRAIN for run in mine]) / base),
+            "cpu_seconds": float(np.mean([run["train_seconds"] + run["fit_seconds"] for run in mine])),
+            "parameters": mine[0]["parameters"],
+        }
+    raw = {
+        "protocol": {"steps": TRAIN, "batch": batch, "lr": LR, "rehearsal_width": WIDTH, "items": items},
+        "frozen": {
+            "accuracy": 100 * float(np.mean(frozen["trec"])),
+            "arc_easy": 100 * float(np.mean(frozen["arc_easy"])),
+            "blimp": 100 * float(np.mean(frozen["blimp"])),
+            "perplexity": {k: float(np.exp(np.sum(frozen[k]) / np.sum(n))) for k, n in frozen["counts"].items()},
+        },
+        "arms": rows,
+        "runs": [{key: value for key, value in run.items() if key != "frozen"} for run in runs],
+    }
+    write("budget", raw, claims(rows), seed=sorted({run["seed"] for run in runs}))
+    picture(rows).savefig(Path(__file__).parents[1] / "docs/pictures/budget.png", dpi=100)
+    print(markdown(rows))
+
+
+def worst(run: dict[str, Any]) -> float:
+    """The largest perplexity ratio of a run, over the kinds of text that were never rehearsed."""
+    frozen, after = run["frozen"], run["after"]
+    change = {k: (np.sum(after[k]) - np.sum(frozen[k])) / np.sum(frozen["counts"][k]) for k in UNSEEN}
+    return float(np.exp(max(change.values())))
+
+
+def claims(rows: dict[str, dict[str, Any]]) -> list[Claim]:
+    best, own = rows["recommended"], rows["guarded self"]
+    unseen, mine = best["ratios"][best["worst"]], own["ratios"][own["worst"]]
+    low, high = min(best["accuracy_by_seed"]), max(best["accuracy_by_seed"])
+    wiki = best["ratios"]["wikitext2"]
+    of = f"recommended limit (guarded trails, Stay every 4th step), {len(best['seeds'])} seeds"
+    return [
+        Claim("budget_accuracy", f"TREC-6 accuracy, {of}; lowest and highest seed", best["accuracy"] / 100, "accuracy", ">= 0.97", (low / 100, high / 100)),
+        Claim("budget_wikitext2_ppl_ratio", f"WikiText-2 test perplexity over frozen, {of}", wiki.value, "ratio", "", (wiki.low, wiki.high)),
+        Claim("budget_worst_unseen_ppl_ratio", f"perplexity over frozen on the worst unseen kind of text ({best['worst']}), {of}", unseen.value, "ratio", "<= 1.01", (unseen.low, unseen.high)),
+        Claim("budget_self_samples_worst_ppl_ratio", f"the same with self-samples only ({own['worst']}), {len(own['seeds'])} seeds", mine.value, "ratio", "<= 1.015", (mine.low, mine.high)),
+        Claim("budget_arc_easy_points", f"ARC-Easy, change in points, {of}", best["arc_easy"].value, "points", "within 0.5", (best["arc_easy"].low, best["arc_easy"].high)),
+        Claim("budget_blimp_points", f"BLiMP, change in points, {of}", best["blimp"].value, "points", "within 0.5", (best["blimp"].low, best["blimp"].high)),
+        Claim("budget_training_cost_ratio", "FLOPs of training with the recommended limit, fitting included, over those without a limit", best["flops"], "ratio", "<= 1.25"),
+    ]  # fmt: skip
+
+
+def markdown(rows: dict[str, dict[str, Any]]) -> str:
+    lines = [
+        "| limit | seeds | TREC-6 % | WikiText-2 | worst unseen kind | own samples | ARC-Easy points | BLiMP points | FLOPs |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows.values():
+        three = [row["ratios"][kind] for kind in ("wikitext2", row["worst"], "own samples")]
+        shown = [f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in three]
+        shown[1] += f" {row['worst']}"
+        moved = [f"{row[k].value:+.1f} [{row[k].low:+.1f}, {row[k].high:+.1f}]" for k in ("arc_easy", "blimp")]
+        cells = [row["limit"], str(len(row["seeds"])), f"{row['accuracy']:.1f}", *shown, *moved, f"{row['flops']:.2f}x"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def picture(rows: dict[str, dict[str, Any]]) -> Any:
+    """Task accuracy against the worst perplexity ratio, a dot a seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    for number, (arm, row) in enumerate(rows.items()):
+        marker, colour = "osD^vP"[number // 8 % 6], f"C{number % 8}"
+        lost = [max(100 * (ratio - 1), 1e-3) for ratio in row["worst_by_seed"]]
+        axes.plot(lost, row["accuracy_by_seed"], marker, color=colour, label=arm, alpha=0.8)
+    axes.axvline(1, color="grey", linestyle=":", linewidth=1)
+    axes.axhline(97, color="grey", linestyle=":", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xlabel("perplexity lost on the worst kind of text never rehearsed (%, 0.001 or less at the left edge)")
+    axes.set_ylabel("TREC-6 accuracy (%)")
+    axes.set_title("What each limit learns and what it loses (SmolLM2-135M, a dot a seed)")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    return figure
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--items", type=int, help="of ARC-Easy and of BLiMP; all unless told")
+    parser.add_argument("--run", nargs=2, metavar=("ARM", "SEED"))
+    parser.add_argument("--table", action="store_true")
+    told = parser.parse_args()
+    if told.run:
+        run(told.run[0], int(told.run[1]), told.batch, told.items)
+    else:
+        for seed in range(0 if told.table else told.seeds):
+            for arm in ARMS:
+                if not path(arm, seed, told.batch).exists():  # in a process of its own, which leaves nothing behind
+                    sizes = ["--batch", str(told.batch)] + (["--items", str(told.items)] if told.items else [])
+                    subprocess.run([sys.executable, __file__, *sizes, "--run", arm, str(seed)], check=True)
+        table(told.batch, told.items)

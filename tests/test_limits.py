@@ -1,0 +1,246 @@
+"""Limits: a guarded trail leaves other text alone to the bit, a confined one stays in its span, a budget is kept."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import DIM, llama, make_tokenizer
+from torch import Tensor, nn
+
+import tokenpaths as tp
+from tokenpaths.limits import confine, guard, strength_curve, strength_within
+from tokenpaths.trails import Confined, DiReFT, Guarded
+from tokenpaths.trails.wrappers import at_unit_scale
+
+Watch = Callable[[nn.Module], nn.Module]
+CUE = 7  # the token that ends every prompt of the task, and that no other text holds
+
+
+def draw(count: int, length: int, seed: int) -> Tensor:
+    return torch.randint(10, 22, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def task(count: int = 300, seed: int = 0) -> list[tp.Example]:
+    rows = draw(count, 6, seed).tolist()
+    return [tp.Example((*row, CUE, 20 + row[0] % 2), (False,) * 7 + (True,)) for row in rows]
+
+
+def other(count: int = 300, seed: int = 1) -> list[tp.Example]:
+    return [tp.Example(tuple(row), (False,) * 12) for row in draw(count, 12, seed).tolist()]
+
+
+AT = tp.Site(0, tp.Last(1), stream="embedding")  # where each token of a random model has a state of its own
+OPEN = tp.Site(0, stream="embedding")
+
+
+def trained(init: Any = "paper") -> tp.TrailMap:
+    torch.manual_seed(0)
+    return tp.TrailMap({AT: DiReFT(DIM, 2, init=init)})
+
+
+def test_gates_open_on_the_task_and_other_text_keeps_the_frozen_outputs_to_the_bit(watch: Watch) -> None:
+    model, trails = watch(llama()), trained()
+    gates, fits = guard(model, trails, task(), other())
+    assert list(gates) == list(fits) == [OPEN]
+    assert fits[OPEN].task > 0.95
+    assert fits[OPEN].other_share < 0.01
+    unseen = draw(40, 12, 2)
+    asked = torch.tensor([e.ids for e in task(20, seed=5)])
+    with torch.no_grad():
+        before, frozen = model(unseen).logits, model(asked).logits
+        with tp.attach(model, trails):
+            told = model(asked, prompt_mask=torch.arange(8).lt(7).expand(20, 8)).logits
+        with tp.attach(model, gates):
+            after, steered = model(unseen).logits, model(asked).logits
+    assert torch.equal(before, after)
+    assert torch.equal(frozen[:, :6], steered[:, :6])  # the task's own questions are other text too
+    assert torch.allclose(steered, told, atol=1e-5)  # and where it acted, it acts, with no prompt mask now
+    assert not torch.allclose(steered[:, 6], frozen[:, 6], atol=1e-2)
+
+
+def test_gates_read_the_states_that_the_trails_below_have_moved() -> None:
+    """A gate that knew the frozen states alone would shut on what the trail below it has moved."""
+    model = llama()
+    torch.manual_seed(0)
+    trails = tp.TrailMap({site: tp.Additive(DIM) for site in (AT, tp.Site(1, tp.Last(1)))})
+    for trail in trails.trails:
+        trail.v.data = 20 * torch.randn(DIM)
+    seen: dict[str, Tensor] = {}
+    gates, fits = guard(model, trails, task(), other())
+    assert fits[tp.Site(1)].task > 0.95
+    asked = torch.tensor([e.ids for e in task(20, seed=5)])
+    gates[tp.Site(1)].register_forward_pre_hook(lambda module, args: seen.update(h=args[0]))
+    with torch.no_grad(), tp.attach(model, gates):
+        model(asked)
+    assert gates[tp.Site(1)].gate(seen["h"])[:, 6].mean() > 0.9
+
+
+def test_guarded_trails_are_saved_and_their_gates_are_not_trained(tmp_path: Path) -> None:
+    model = llama()
+    gates, _ = guard(model, trained(), task(), other())
+    w = gates[OPEN].w.clone()
+    assert w.any()
+    for _ in tp.steps(model, gates, [tp.Imitate(task())], steps=3, batch_size=4, progress=False):
+        pass
+    assert torch.equal(gates[OPEN].w, w)
+    gates.save(tmp_path / "a.safetensors")
+    assert torch.equal(tp.TrailMap.load(tmp_path / "a.safetensors")[OPEN].w, w)
+
+
+def test_the_gate_reads_the_state_at_unit_scale() -> None:
+    trail = Guarded(DiReFT(DIM, 2, init="paper"), DIM)
+    trail.w.copy_(torch.randn(DIM))
+    trail.b.fill_(0.4)
+    h = torch.randn(50, DIM)
+    expected = (h / h.square().mean(-1, keepdim=True).sqrt() @ trail.w + 0.4).clamp(0, 1)
+    assert torch.allclose(trail.gate(h), expected, atol=1e-5)
+    assert torch.allclose(trail.gate(1e4 * h), trail.gate(h), atol=1e-5)
+    assert at_unit_scale(torch.zeros(2, DIM)).eq(0).all()
+
+
+def test_gates_that_cannot_tell_say_so_and_rather_stay_shut() -> None:
+    model = llama()
+    same = [tp.Example(e.ids, (False,) * 8) for e in task(seed=9)]  # the same prompts as "other" text
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _, fits = guard(model, trained(), task(), same)
+    assert "overlap" in str(caught[0].message)
+    assert "Site(layer=0" in str(caught[0].message)
+    assert fits[OPEN].other_share < 0.05
+
+
+def test_a_tied_trail_has_one_gate_for_both_sites() -> None:
+    tied = tp.TrailMap(dict.fromkeys([AT, tp.Site(1, tp.Last(1))], DiReFT(DIM, 2)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # two layers of a random model are hard to tell from all else with one gate
+        gates, fits = guard(llama(), tied, task(), other())
+    assert gates[OPEN] is gates[tp.Site(1)]
+    assert fits[OPEN] == fits[tp.Site(1)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(task=task(3)), "task has 3 examples; a gate needs at least 8"),
+        (dict(other=other(2)), "other has 2 examples"),
+        (dict(shut=0.0), "shut=0.0 must be above 0"),
+        (dict(trails=tp.TrailMap({tp.Site(0, tp.Tokens([90])): tp.RED(DIM)})), r"Tokens.* chooses no token in the 300"),
+    ],
+)
+def test_what_gates_cannot_be_fitted_on_is_refused(change: dict[str, Any], message: str, watch: Watch) -> None:
+    given = {"trails": trained(), "task": task(), "other": other(), **change}
+    with pytest.raises(ValueError, match=message):
+        guard(watch(llama()), **given)
+
+
+def confined(directions: int) -> tp.TrailMap:
+    torch.manual_seed(0)
+    return tp.TrailMap({tp.Site(i): Confined(DiReFT(DIM, 4, init="paper"), DIM, directions) for i in range(3)})
+
+
+def states_of(model: nn.Module, examples: list[tp.Example], layer: int) -> Tensor:
+    caught: list[Tensor] = []
+    handle = model.model.layers[layer].register_forward_hook(lambda m, a, o: caught.append(o))
+    with torch.no_grad():
+        model(torch.tensor([e.ids for e in examples]))
+    handle.remove()
+    return caught[0].flatten(0, 1).double()
+
+
+def test_confined_displacements_lie_in_the_directions_that_text_uses_least(watch: Watch) -> None:
+    model, trails, text = watch(llama()), confined(8), other(100)
+    shares = confine(model, trails, text)
+    for site, trail in trails.items():
+        x = states_of(model, text, site.layer)
+        x = x[x.norm(dim=-1) <= 10 * x.norm(dim=-1).median()]
+        values, vectors = torch.linalg.eigh(x.mT @ x)
+        least = vectors[:, :8]
+        assert shares[site] == pytest.approx(float(values[:8].sum() / values.sum()), rel=1e-3)
+        d = trail(x.float()).double()
+        assert d.norm() > 0
+        assert (d - d @ least @ least.mT).norm() < 1e-4 * d.norm()
+
+
+def test_contrastive_directions_are_the_best_of_all_subspaces() -> None:
+    """Ky Fan: no other orthonormal U has a larger trace of U ((1 - beta) C_task - beta C) U^T."""
+    model, trails, text, own = llama(), confined(4), other(60), task(60)
+    confine(model, trails, text, own, beta=0.4)
+    site = tp.Site(1)
+    moments: list[Tensor] = []
+    for examples in (own, text):
+        x = torch.cat([states_of(model, [e], 1) for e in examples])
+        x = torch.cat([part[part.norm(dim=-1) <= 1e9] for part in [x]])
+        moments.append(x.mT @ x / (x.mT @ x).trace())
+    aim = 0.6 * moments[0] - 0.4 * moments[1]
+    u = trails[site].U.double()
+    assert torch.allclose(u @ u.mT, torch.eye(4, dtype=torch.float64), atol=1e-5)
+    best = (u @ aim @ u.mT).trace()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        rival = torch.linalg.qr(torch.randn(DIM, 4, dtype=torch.float64)).Q.mT
+        assert (rival @ aim @ rival.mT).trace() <= best + 1e-6
+
+
+def test_confine_refuses() -> None:
+    with pytest.raises(ValueError, match="none of the 1 trails is Confined"):
+        confine(llama(), trained(), other())
+    with pytest.raises(ValueError, match=r"beta=2.0 must be from 0 to 1"):
+        confine(llama(), confined(4), other(), task(), beta=2.0)
+    with pytest.raises(ValueError, match="no examples"):
+        confine(llama(), confined(4), [])
+    trails = tp.TrailMap({tp.Site(0, tp.Answer()): Confined(tp.RED(DIM), DIM, 4)})
+    with pytest.raises(ValueError, match=r"Answer\(\) chooses no token"):
+        confine(llama(), trails, other())
+
+
+def moving() -> tp.TrailMap:
+    torch.manual_seed(0)
+    return tp.TrailMap({tp.Site(1): DiReFT(DIM, 2, init="paper")})
+
+
+def test_the_strength_meets_the_budget_and_no_less_than_it_could(watch: Watch) -> None:
+    model, trails, text = watch(llama()), moving(), other(6)
+    full = tp.drift(model, trails, text)["kl"].mean
+    assert strength_within(model, trails, text, budget=2 * full) == 1.0
+    strength = strength_within(model, trails, text, budget=full / 10)
+    with tp.attach(model, trails, strength=strength):
+        assert tp.drift(model, trails, text)["kl"].mean <= full / 10
+    with tp.attach(model, trails, strength=strength + 2**-6):
+        assert tp.drift(model, trails, text)["kl"].mean > full / 10
+    assert strength_within(model, trails, text, budget=0.0) == 0.0
+    with pytest.raises(ValueError, match="budget=-1.0 must be at least 0"):
+        strength_within(model, trails, text, budget=-1.0)
+
+
+def test_the_curve_has_the_task_beside_the_drift(watch: Watch) -> None:
+    model, trails, text = watch(llama()), moving(), other(4)
+    asked: list[bool] = []
+
+    def score() -> float:
+        asked.append(tp.is_attached(model, trails))
+        return 0.5
+
+    points = strength_curve(model, trails, score, text, at=(0.0, 0.5, 1.0))
+    assert [p.strength for p in points] == [0.0, 0.5, 1.0]
+    assert asked == [True] * 3
+    drifts = [p.drift["kl"].mean for p in points]
+    assert drifts[0] == 0
+    assert 0 < drifts[1] < drifts[2]
+    with tp.attach(model, trails), pytest.raises(ValueError, match="attached already"):
+        strength_curve(model, trails, score, text)
+
+
+def test_plain_texts_are_prompt_throughout() -> None:
+    tokenizer = make_tokenizer()
+    examples = tp.plain(tokenizer, ["cab", "abcdef"], max_length=4)
+    assert [len(e) for e in examples] == [2, 4]
+    assert not any(any(e.answer) for e in examples)
+    with pytest.raises(ValueError, match="text 1 has no token"):
+        tp.plain(tokenizer, ["a", ""])
+    with pytest.raises(TypeError, match="a list of texts, not str"):
+        tp.plain(tokenizer, "abc")

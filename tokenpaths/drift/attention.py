@@ -1,0 +1,136 @@
+"""Drift of attention: the maps of two runs, layer by layer, and measures of them.
+
+A map holds, for each head and token, how that token spreads its attention over the tokens of the text: [heads, n, n],
+in rows that sum to 1. A measure is a function of the frozen and the steered map of one layer and text, a quantity of
+one map; both return one number a head and token, [heads, n]::
+
+    def see(layer: str, row: int, p: Tensor, q: Tensor) -> None:
+        print(layer, "text", row, attention_js(p, q).mean(-1))
+
+    read_attention(*runs(model, trails), batch, see)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tokenpaths.data import Batch
+from tokenpaths.drift.measures import jensen_shannon
+from tokenpaths.drift.readings import Reading, Run, evaluating, read
+from tokenpaths.sites import _attentions as attentions  # pyright: ignore[reportPrivateUsage]
+from tokenpaths.sites import find_blocks
+
+See: TypeAlias = Callable[[str, int, Tensor, Tensor], None]
+
+
+def attention_js(p: Float[Tensor, "heads n n"], q: Float[Tensor, "heads n n"]) -> Float[Tensor, "heads n"]:
+    """Jensen-Shannon divergence of each token's attention, frozen against steered, in nats; 0 to ln 2."""
+    return jensen_shannon(_distribution(p), _distribution(q))
+
+
+def attention_entropy(p: Float[Tensor, "heads n n"]) -> Float[Tensor, "heads n"]:
+    """The entropy of each token's attention, -sum_k p_k log p_k, in nats; 0 (one token) to ln n (all alike)."""
+    return torch.special.entr(_distribution(p)).sum(-1)
+
+
+def sink_mass(p: Float[Tensor, "heads n n"]) -> Float[Tensor, "heads n"]:
+    """The attention that each token pays to the first: the attention sink of most models (Xiao et al. 2023); 0 to 1."""
+    return _wide(p[..., 0])
+
+
+def read_attention(before: Run, after: Run, batch: Batch, see: See) -> list[tuple[Reading, Reading]]:
+    """`read` two runs over a batch, and show their attention: `see("block 3", row, p, q)` for each layer and text.
+
+    `p` and `q` are the self-attention maps [heads, n, n] of the two runs, with padding cut off. Two maps of the batch
+    are in memory at a time, those of one layer: the forwards keep only what enters each attention module, from which
+    the maps are made again afterwards, inside the run's own context. So `see` must not keep them. Where both runs share
+    a block (see `Run.shares`) it is shown one map twice. Blocks without attention are left out.
+
+    Raises `ValueError` if attention gives no maps (they exist under eager attention only), if the models have other
+    numbers of layers or heads, and as `read` does.
+    """
+    modules = _modules(before), _modules(after)
+    with evaluating(before.model), evaluating(after.model), torch.no_grad():
+        with _calls({module for found in modules for module in found if module is not None}) as calls:
+            readings = read(before, after, batch)
+        for layer, (x, y) in enumerate(zip(*modules, strict=True)):
+            if x in calls and y in calls:
+                first, second = calls[x][0], calls[y][-1]  # one and the same for a block that the runs share
+                p = _maps(before, first, layer)
+                q = p if second is first else _maps(after, second, layer).to(p.device)
+                _show(f"block {layer}", p, q, batch, see)
+                del p, q  # before those of the next layer are made
+    return readings
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """What an attention module was given."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def _modules(run: Run) -> list[nn.Module | None]:
+    """The self-attention of each block, None in a block that has none."""
+    found = [next(iter(attentions(block)), None) for block in find_blocks(run.model, run.blocks)]
+    if all(module is None for module in found):
+        raise ValueError(f"found no attention in the blocks of {type(run.model).__name__}: leave out its measures")
+    return found
+
+
+@contextmanager
+def _calls(modules: Iterable[nn.Module]) -> Generator[dict[nn.Module | None, list[_Call]]]:
+    """The calls of modules inside, in order."""
+    calls: dict[nn.Module | None, list[_Call]] = {}
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.setdefault(module, []).append(_Call(module, args, kwargs))
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        yield calls
+
+
+def _maps(run: Run, call: _Call, layer: int) -> Float[Tensor, "batch heads seq seq"]:
+    """The maps of a call, made again. `forward` and not the call itself: what hooks did to the input is done."""
+    with run.inside():
+        output = call.module.forward(*call.args, **call.kwargs)
+    maps = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+    if not isinstance(maps, Tensor) or maps.ndim != 4:
+        kind = getattr(getattr(call.module, "config", None), "_attn_implementation", "its")
+        raise ValueError(
+            f"block {layer} ({type(call.module).__name__}) gives no attention maps, as {kind} attention makes none. "
+            'Switch with model.set_attn_implementation("eager"), or load the model with attn_implementation="eager"'
+        )
+    return maps
+
+
+def _show(layer: str, p: Tensor, q: Tensor, batch: Batch, see: See) -> None:
+    if p.shape != q.shape:
+        raise ValueError(f"the attention of {layer} has {p.shape[1]} heads before and {q.shape[1]} after")
+    for row, real in enumerate(batch.attention_mask):
+        start = int(real.argmax())  # `read` has refused padding between tokens
+        text = slice(start, start + int(real.sum()))
+        see(layer, row, p[row, :, text, text], q[row, :, text, text])
+
+
+def _distribution(p: Tensor) -> Float[Tensor, "heads n m"]:
+    """Rows that sum to 1: what a learned sink takes (gpt-oss) counts as one more column, a rounding error does not."""
+    rows = _wide(p)
+    rest = 1 - rows.sum(-1, keepdim=True)
+    rows = torch.cat([rows, rest.where(rest > 8 * torch.finfo(p.dtype).eps, 0)], -1)
+    return rows / rows.sum(-1, keepdim=True)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,329 @@
+"""Measuring drift over any number of texts, in one pass and in memory that does not grow.
+
+    meter = Meter(*runs(model, trails), sets=(cka,))
+    for batch in batches:
+        meter.read(batch)
+    print(meter.report())
+
+The report does not depend on how the texts are split into batches, in which order they come, or which of several
+meters, merged afterwards, reads which. What is measured are plain functions, and any of them may be your own:
+
+    measures                (before: Reading, after: Reading) -> [n] or [layers, n]
+    quantities              (reading) -> [n] or [layers, n]: of both runs, and its change
+    sets                    (x: [tokens, d], y: [tokens, d]) -> float: of each layer, on a sample of tokens
+    set_quantities          (x: [tokens, d]) -> float: of both runs
+    attention               (p: [heads, n, n], q: [heads, n, n]) -> [heads, n]: of the maps of each layer
+    attention_quantities    (p: [heads, n, n]) -> [heads, n]: of both runs, and its change
+
+NaN says that a token has no such number. In the report a function goes by its name.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from tokenpaths.attach import attach, is_attached
+from tokenpaths.data import Batch, Example, collate
+from tokenpaths.drift.attention import read_attention
+from tokenpaths.drift.measures import (
+    confidence,
+    correct,
+    cosine_shift,
+    displacement,
+    flips,
+    js,
+    kl,
+    layer_names,
+    nll,
+    reverse_kl,
+)
+from tokenpaths.drift.readings import Reading, Run, read, runs
+from tokenpaths.drift.report import Drift, Figure, RunName, SetFigure
+from tokenpaths.drift.sample import Sample
+from tokenpaths.drift.tally import Numbers, Tally, text_key, text_weights
+from tokenpaths.drift.totals import Totals
+from tokenpaths.trailmap import TrailMap
+
+Measure: TypeAlias = Callable[[Reading, Reading], Tensor]
+Quantity: TypeAlias = Callable[[Reading], Tensor]
+SetMeasure: TypeAlias = Callable[[Tensor, Tensor], float]
+SetQuantity: TypeAlias = Callable[[Tensor], float]
+AttentionMeasure: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+AttentionQuantity: TypeAlias = Callable[[Tensor], Tensor]
+_Named: TypeAlias = dict[tuple[str, RunName], Tensor]  # what was measured, by name and run
+
+MEASURES: tuple[Measure, ...] = (kl, reverse_kl, js, flips, displacement, cosine_shift)
+QUANTITIES: tuple[Quantity, ...] = (nll,)
+MASSIVE = 10
+"""A token is massive whose frozen state after any block is so many times as long as the median of its text."""
+
+
+class Meter:
+    """Reads two runs over batches, and keeps running summaries of what its functions measure.
+
+    `sample` is the number of tokens that set measures are computed on. Massive activations (Sun et al. 2024), which
+    most models have at the first token, would be nearly all that a set measure sees: they are left out of the sample
+    unless `keep_massive`, and counted in the report. `seed` draws the sample and the bootstrap.
+
+    Raises `ValueError` for two functions of one name.
+    """
+
+    def __init__(
+        self,
+        before: Run,
+        after: Run,
+        *,
+        measures: Sequence[Measure] = MEASURES,
+        quantities: Sequence[Quantity] = QUANTITIES,
+        sets: Sequence[SetMeasure] = (),
+        set_quantities: Sequence[SetQuantity] = (),
+        attention: Sequence[AttentionMeasure] = (),
+        attention_quantities: Sequence[AttentionQuantity] = (),
+        sample: int = 1024,
+        keep_massive: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.before, self.after = before, after
+        self.measures, self.quantities = tuple(measures), tuple(quantities)
+        self.sets, self.set_quantities = tuple(sets), tuple(set_quantities)
+        self.attention, self.attention_quantities = tuple(attention), tuple(attention_quantities)
+        every = (measures, quantities, sets, set_quantities, attention, attention_quantities)
+        names = tuple(_name(function) for functions in every for function in functions)
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise ValueError(f"two functions go by the name {twice[0]!r}: a report could not tell them apart")
+        if sample < 1:
+            raise ValueError(f"sample is {sample}, but it is the number of tokens for set measures: at least 1")
+        self.totals = Totals(names, seed, keep_massive, Sample(sample if sets or set_quantities else 0))
+
+    def read(self, batch: Batch) -> None:
+        """Run both models over a batch, and measure. Raises `ValueError` as `readings.read` does."""
+        seen: dict[int, dict[str, _Named]] = {}
+
+        def see(layer: str, row: int, p: Tensor, q: Tensor) -> None:
+            found: _Named = {(_name(f), ""): f(p, q) for f in self.attention}
+            for f in self.attention_quantities:
+                found |= _both(_name(f), f(p), f(q))
+            seen.setdefault(row, {})[layer] = found
+
+        if self.attention or self.attention_quantities:
+            pairs = read_attention(self.before, self.after, batch, see)
+        else:
+            pairs = read(self.before, self.after, batch)
+        for row in range(len(pairs)):
+            before, after = pairs.pop(0)  # so that the log-probabilities of one text live at a time
+            self._add(before, after, {**self._measure(before, after), **self._by_head(seen.get(row, {}))})
+
+    def over(self, batches: Iterable[Batch], *, progress: bool = False) -> Meter:
+        """Read batch after batch, with a progress bar if asked."""
+        for batch in tqdm(batches, desc="drift", disable=not progress):
+            self.read(batch)
+        return self
+
+    def merge(self, other: Meter | Totals) -> None:
+        """Add what another meter has read, of other texts; one in another process sends its `totals`.
+
+        Raises `ValueError` if it has other functions, settings or layers.
+        """
+        self.totals.merge(other.totals if isinstance(other, Meter) else other)
+
+    def report(self) -> Drift:
+        """What was found until now. Raises `ValueError` if nothing was read."""
+        totals, tokens = self.totals, self.totals.counts["tokens"]
+        if not tokens:
+            raise ValueError("the meter has read no texts: call read(batch) or over(batches) first")
+        return Drift(
+            figures=tuple(
+                Figure(name, run, totals.layers[name], tally.summaries(), tally.by_position())
+                for (name, run), tally in totals.tallies.items()
+            ),
+            sets=tuple(self._set_figures()),
+            calibration=(totals.before.error(), totals.after.error()),
+            answers=int(totals.before.count.sum()),
+            moved=totals.counts["moved"] / tokens,
+            massive=totals.counts["massive"] / tokens,
+            tokens=tokens,
+            texts=totals.counts["texts"],
+        )
+
+    def _measure(self, before: Reading, after: Reading) -> _Named:
+        found: _Named = {(_name(f), ""): f(before, after) for f in self.measures}
+        for f in self.quantities:
+            found |= _both(_name(f), f(before), f(after))
+        for (name, _), values in found.items():
+            if values.shape[-1:] != before.ids.shape or values.ndim > 2:
+                raise ValueError(
+                    f"{name} gave shape {list(values.shape)} for a text of {len(before.ids)} tokens: a measure gives "
+                    "one number a token, or one a layer and token"
+                )
+            names = layer_names(before, len(values)) if values.ndim == 2 else ()
+            self._check(name, tuple(names), values)
+        return found
+
+    def _by_head(self, seen: dict[str, _Named]) -> _Named:
+        """The figures of all layers of a text, a row for each layer and head."""
+        found: _Named = {}
+        for key in next(iter(seen.values()), {}):
+            parts = {layer: figures[key] for layer, figures in seen.items()}
+            rows = tuple(f"{layer} head {head}" for layer, part in parts.items() for head in range(len(part)))
+            found[key] = torch.cat(list(parts.values()))
+            self._check(key[0], rows, found[key])
+        return found
+
+    def _check(self, name: str, layers: tuple[str, ...], values: Tensor) -> None:
+        earlier = self.totals.layers.setdefault(name, layers)
+        if earlier != layers:
+            raise ValueError(f"{name} has the layers {layers}, but had {earlier} for earlier texts")
+        if bool(values.isinf().any()):
+            raise ValueError(f"{name} is infinite at a token: return NaN where a token has no such number")
+
+    def _add(self, before: Reading, after: Reading, found: _Named) -> None:
+        totals = self.totals
+        key = text_key(_content(before), totals.seed)
+        weights = text_weights(key)
+        offsets = np.arange(len(before.ids)) - (int(before.prompt.sum()) - 1)
+        for figure, values in found.items():
+            rows = _numbers(torch.atleast_2d(values))
+            if figure not in totals.tallies:
+                totals.tallies[figure] = Tally.empty(len(rows))
+            totals.tallies[figure].add(rows, offsets, weights)
+        massive = _massive(before)
+        if self.sets or self.set_quantities:
+            totals.sample.add(key, before, after, torch.ones_like(massive) if totals.keep_massive else ~massive)
+        answered = before.answer.roll(-1)  # the tokens that predict an answer token; the first one never is such
+        if bool(answered.any()):
+            for calibration, reading in ((totals.before, before), (totals.after, after)):
+                calibration.add(*(_numbers(f(reading)[answered]) for f in (confidence, correct)))
+        last = [name for name in before.states if name.startswith("block")][-1]
+        moved = (before.states[last] != after.states[last]).any(-1)
+        totals.counts.update(texts=1, tokens=len(before.ids), moved=int(moved.sum()), massive=int(massive.sum()))
+
+    def _set_figures(self) -> list[SetFigure]:
+        found: list[SetFigure] = []
+        for layer, (x, y) in self.totals.sample.sets().items():
+            for f in self.sets:
+                found.append(_set_figure(_name(f), "", layer, f, x, y))
+            for f in self.set_quantities:
+                found += [_set_figure(_name(f), "before", layer, f, x), _set_figure(_name(f), "after", layer, f, y)]
+        return found
+
+
+def drift(
+    model: nn.Module,
+    trails: TrailMap,
+    texts: Sequence[str] | Sequence[Example],
+    tokenizer: Any = None,
+    *,
+    max_length: int = 256,
+    batch_size: int = 4,
+    progress: bool = False,
+    measures: Sequence[Measure] = MEASURES,
+    quantities: Sequence[Quantity] = QUANTITIES,
+    sets: Sequence[SetMeasure] = (),
+) -> Drift:
+    """Measure how far `trails` move `model` on `texts`; a `Meter` does more.
+
+    A text given as a string is prompt throughout, cut to `max_length` tokens; an `Example` (from `encode`) keeps its
+    border between prompt and answer, so rules such as `Answer()` find their tokens. The model is left as it was,
+    trails attached or not. Raises `ValueError` for no texts, for strings without a tokenizer and for a text of under
+    two tokens.
+    """
+    attached = nullcontext() if is_attached(model, trails) else attach(model, trails, tokenizer=tokenizer)
+    with attached:
+        return compare(
+            *runs(model, trails),
+            texts,
+            tokenizer,
+            max_length=max_length,
+            batch_size=batch_size,
+            progress=progress,
+            measures=measures,
+            quantities=quantities,
+            sets=sets,
+        )
+
+
+def compare(
+    before: nn.Module | Run,
+    after: nn.Module | Run,
+    texts: Sequence[str] | Sequence[Example],
+    tokenizer: Any = None,
+    *,
+    max_length: int = 256,
+    batch_size: int = 4,
+    progress: bool = False,
+    measures: Sequence[Measure] = MEASURES,
+    quantities: Sequence[Quantity] = QUANTITIES,
+    sets: Sequence[SetMeasure] = (),
+) -> Drift:
+    """Measure how far a model or run is from any other: two checkpoints, a merged model, an adapter on and off.
+
+        compare(Run(lora, lora.disable_adapter), lora, texts, tokenizer)
+
+    Texts are as in `drift`. Raises `ValueError` also for models whose layers, widths or vocabularies differ.
+    """
+    first, second = (run if isinstance(run, Run) else Run(run) for run in (before, after))
+    meter = Meter(first, second, measures=measures, quantities=quantities, sets=sets)
+    examples = sorted(_examples(texts, tokenizer, max_length), key=len, reverse=True)  # little padding
+    batches = [collate(examples[start : start + batch_size]) for start in range(0, len(examples), batch_size)]
+    return meter.over(batches, progress=progress).report()
+
+
+def _examples(texts: Sequence[str] | Sequence[Example], tokenizer: Any, max_length: int) -> list[Example]:
+    if not texts:
+        raise ValueError("drift was given no texts")
+    examples: list[Example] = []
+    for index, text in enumerate(texts):
+        if isinstance(text, Example):
+            ids, answer, spans = text.ids, text.answer, text.spans
+        elif tokenizer is None:
+            raise ValueError("drift on strings needs the tokenizer: drift(model, trails, texts, tokenizer)")
+        else:
+            ids = tuple(cast("list[int]", tokenizer(text)["input_ids"])[:max_length])
+            answer, spans = (False,) * len(ids), {}
+        if len(ids) < 2:
+            raise ValueError(f"text {index} has {len(ids)} tokens; drift needs at least two")
+        examples.append(Example(ids, answer, spans))
+    return examples
+
+
+def _both(name: str, before: Tensor, after: Tensor) -> _Named:
+    return {(name, "before"): before, (name, "after"): after, (name, "change"): after - before}
+
+
+def _name(function: Callable[..., Any]) -> str:
+    name = getattr(function, "__name__", None)
+    if not isinstance(name, str):
+        raise ValueError(f"{function!r} has no __name__ to go by in the report: define it with def")
+    return name
+
+
+def _numbers(values: Tensor) -> Numbers:
+    return values.detach().to("cpu", torch.float64).numpy()
+
+
+def _content(reading: Reading) -> bytes:
+    """What tells a text from others: its tokens, and which are of the prompt and of the answer."""
+    marks = 2 * reading.prompt.long() + reading.answer.long()
+    return torch.stack([reading.ids.long(), marks]).cpu().numpy().tobytes()
+
+
+def _massive(reading: Reading) -> Tensor:
+    """Tokens [n] with massive activations after some block."""
+    blocks = [name.startswith("block") for name in reading.states]
+    norms = reading.norms[torch.tensor(blocks, device=reading.norms.device)]
+    return (norms > MASSIVE * norms.median(dim=-1, keepdim=True).values).any(0)
+
+
+def _set_figure(name: str, run: RunName, layer: str, f: Callable[..., float], *states: Tensor) -> SetFigure:
+    try:
+        return SetFigure(name, run, layer, float(f(*states)), len(states[0]))
+    except ValueError as error:  # too few tokens for this measure, say: the others stand
+        return SetFigure(name, run, layer, float("nan"), len(states[0]), str(error))

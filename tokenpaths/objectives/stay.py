@@ -1,0 +1,175 @@
+"""Staying close to the frozen model on rehearsal text, inside a budget that is named and not tuned.
+
+    goals = [Imitate(examples), Stay(plain(tokenizer, texts), within=0.01)]     # nats a token
+
+The frozen model is the same model with the trails off. What is held is a distance D between the two, of one kind a
+class. The weight of a `Stay` is a Lagrange multiplier: it rises while D is over the budget, falls while D is inside,
+and at zero the objective costs nothing:
+
+    weight <- clip(weight + gain (D / within - 1), 0, most)        after each step (dual ascent)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from tokenpaths.data import Batch
+from tokenpaths.objectives.base import Objective
+from tokenpaths.objectives.imitate import without_leftovers
+from tokenpaths.sites import _attentions as attentions  # pyright: ignore[reportPrivateUsage]
+from tokenpaths.sites import find_blocks
+from tokenpaths.trailmap import TrailMap
+
+
+@dataclass
+class Stay(Objective):
+    """KL(frozen || steered) of the next token, in nats, the mean over all tokens of the rehearsal texts.
+
+    Args:
+        within: the budget, in units of the distance.
+        gain: how fast the weight follows: a distance of twice the budget adds `gain` to it in a step. At 0 it is fixed.
+        most: the largest weight.
+    """
+
+    within: float = 0.01
+    gain: float = 0.1
+    most: float = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("within", "gain", "most"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0) or (name == "within" and value == 0):
+                raise ValueError(f"{type(self).__name__}: {name}={value} must be a finite number above 0")
+
+    def reweigh(self, weight: float, loss: float) -> float:
+        return min(max(weight + self.gain * (loss / self.within - 1), 0.0), self.most)
+
+    def terms(self, examples: Any) -> int:
+        return sum(len(example) for example in examples)
+
+    def loss(self, model: nn.Module, trails: TrailMap, batch: Batch) -> Float[Tensor, ""]:
+        real = batch.attention_mask.bool()
+        with trails.off(), torch.no_grad():
+            frozen = self.see(model, trails, batch)
+        return self.distance(frozen, self.see(model, trails, batch), real)
+
+    def see(self, model: nn.Module, trails: TrailMap, batch: Batch) -> Any:
+        """What is compared, of one forward."""
+        logits = _forward(model, batch).logits[batch.attention_mask.bool()]
+        return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+
+    def distance(self, frozen: Any, steered: Any, real: Bool[Tensor, "batch seq"]) -> Float[Tensor, ""]:
+        """The distance between two forwards, a mean over the real tokens."""
+        return F.kl_div(steered, frozen, reduction="none", log_target=True).sum(-1).mean()
+
+
+@dataclass
+class StayStates(Stay):
+    """||h' - h||^2 / ||h||^2 of the residual stream after each block: the mean over tokens and blocks."""
+
+    def see(self, model: nn.Module, trails: TrailMap, batch: Batch) -> list[Tensor]:
+        with _outputs(list(find_blocks(model, trails.blocks))) as states:
+            _forward(model, batch)
+        real = batch.attention_mask.bool()
+        return [h[real].to(torch.promote_types(h.dtype, torch.float32)) for h in states]
+
+    def distance(
+        self, frozen: list[Tensor], steered: list[Tensor], real: Bool[Tensor, "batch seq"]
+    ) -> Float[Tensor, ""]:
+        shares = [
+            (y - x).square().sum(-1) / x.square().sum(-1).clamp_min(1e-12)
+            for x, y in zip(frozen, steered, strict=True)
+        ]
+        return torch.stack(shares).mean()
+
+
+@dataclass
+class StayMoments(StayStates):
+    """The same states as distributions: single tokens may move, their mean and covariance in a batch may not.
+
+    For each block, (||mu' - mu||^2 + ||C' - C||_F) / tr C, of a batch's tokens; the mean over blocks. The larger the
+    batch, the more it says of the distribution.
+    """
+
+    def distance(
+        self, frozen: list[Tensor], steered: list[Tensor], real: Bool[Tensor, "batch seq"]
+    ) -> Float[Tensor, ""]:
+        return torch.stack([_moments_apart(x, y) for x, y in zip(frozen, steered, strict=True)]).mean()
+
+
+@dataclass
+class StayAttention(Stay):
+    """KL(frozen || steered) of attention rows, in nats: the mean over tokens, heads and layers. Needs eager attention.
+
+    A model that keeps its attention weights to itself is refused: `model.set_attn_implementation("eager")`.
+    """
+
+    def see(self, model: nn.Module, trails: TrailMap, batch: Batch) -> list[Tensor]:
+        modules = [found[0] for block in find_blocks(model, trails.blocks) if (found := attentions(block))]
+        with _outputs(modules, item=1) as maps:
+            _forward(model, batch)
+        if not maps or any(m is None for m in maps):
+            raise ValueError(
+                f"{type(model).__name__} gives no attention weights, which StayAttention compares: call "
+                'model.set_attn_implementation("eager") first'
+            )
+        real = batch.attention_mask.bool()
+        return [m.transpose(1, 2)[real].to(torch.promote_types(m.dtype, torch.float32)) for m in maps]
+
+    def distance(
+        self, frozen: list[Tensor], steered: list[Tensor], real: Bool[Tensor, "batch seq"]
+    ) -> Float[Tensor, ""]:
+        tiny = torch.finfo(torch.float32).tiny
+        rows = [
+            (torch.xlogy(p, p) - p * q.clamp_min(tiny).log()).sum(-1).mean()
+            for p, q in zip(frozen, steered, strict=True)
+        ]
+        return torch.stack(rows).mean()
+
+
+def _moments_apart(x: Float[Tensor, "n dim"], y: Float[Tensor, "n dim"]) -> Float[Tensor, ""]:
+    mean, moved = x.mean(0), y.mean(0)
+    x, y = x - mean, y - moved
+    if len(x) <= x.shape[1]:  # ||C' - C||_F without forming d x d: with few tokens the Gram matrices are smaller
+        square = (y @ y.mT).square().sum() - 2 * (x @ y.mT).square().sum() + (x @ x.mT).square().sum()
+        apart = square.clamp_min(1e-20).sqrt()
+    else:
+        apart = (y.mT @ y - x.mT @ x).square().sum().clamp_min(1e-20).sqrt()
+    return ((moved - mean).square().sum() * len(x) + apart) / x.square().sum().clamp_min(1e-12)
+
+
+def _forward(model: nn.Module, batch: Batch) -> Any:
+    with without_leftovers(model):
+        return model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            prompt_mask=batch.prompt_mask,
+            spans=batch.spans,
+            use_cache=False,
+        )
+
+
+@contextmanager
+def _outputs(modules: list[nn.Module], item: int = 0) -> Generator[list[Any]]:
+    """What modules return in the forward inside (an entry of it, where that is a tuple), as the trails have moved it."""
+    found: list[Any] = []
+
+    def see(module: nn.Module, args: Any, output: Any) -> None:
+        found.append(output[item] if isinstance(output, tuple) else output if item == 0 else None)
+
+    handles = [module.register_forward_hook(see) for module in modules]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,13 +1,13 @@
 """What does each limit keep, and what does it cost?  Trails on all layers and all tokens, taught TREC-6.
 
-Each arm is one limit on rank-4 additive trails (`DiReFT`), trained the same way from the same seeds on the same batches:
+Each arm is one limit on rank-4 additive trails (`DiReFT`), trained the same way, on the same batches of the same seeds:
 
     python benchmarks/budget.py                     # the runs that are missing, one after another, then the table
     python benchmarks/budget.py --run guarded 0     # one run, to have several at a time
     python benchmarks/budget.py --table             # the table of what there is
 
-Task accuracy is read on the whole test set. Forgetting is read, in pairs with the frozen model, on kinds of text that no
-arm has rehearsed (`_texts.py`), on texts the frozen model wrote, on ARC-Easy and on BLiMP. Rehearsal and the fitting of
+Task accuracy is read on the whole test set. Forgetting is read, in pairs with the frozen model, on kinds of text no arm
+has rehearsed (`_texts.py`), on texts the frozen model wrote, on ARC-Easy and on BLiMP. Rehearsal and the fitting of
 gates and subspaces read WikiText-2 validation text; the arms named `self` read only what the frozen model itself wrote.
 """
 
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from _evaluate import arc_easy, blimp, correct, nats, perplexity_ratio, points, trec
-from _record import RESULTS, Claim, write
+from _record import Claim, write
 from _texts import cut, kinds
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,6 +41,7 @@ DATA = Path(os.environ.get("TOKENPATHS_DATA", Path(__file__).parents[2] / "share
 WORK = _cache() / "budget"  # runs and their trails, until they are a table
 TRAIN, LR, WIDTH = 200, 3e-3, 64  # steps, learning rate, tokens of a rehearsal text
 COUNTED = 4
+FIRST = 10  # of the layers that the recommended limit uses: below, states say which token it is, not what it is for
 
 
 class Bench:
@@ -66,7 +67,7 @@ class Bench:
         return [*self.samples(1, 64), *self.samples(2, 64, from_prompts=True)]
 
     def samples(self, seed: int, count: int, *, from_prompts: bool = False) -> list[tp.Example]:
-        """Texts that the frozen model has sampled at temperature 1, from a random token or from 8 tokens of a prompt."""
+        """Texts that the frozen model has sampled, from a random token, or from 8 tokens of a prompt."""
         file = WORK / "samples" / f"{seed}-{count}-{WIDTH}{'-from-prompts' if from_prompts else ''}.json"
         if not file.exists():
             torch.manual_seed(seed)
@@ -131,7 +132,7 @@ def trust(bench: Bench) -> Made:
 
 def confined(bench: Bench, contrastive: bool = False) -> Made:
     trails = bench.everywhere(lambda: tp.Confined(bench.plain(), bench.dim, bench.dim // 4))
-    confine(bench.model, trails, bench.original[:64], bench.train[:512] if contrastive else None)
+    confine(bench.model, trails, bench.original[:64], bench.train[:256] if contrastive else None)
     return trails, [], {}
 
 
@@ -140,16 +141,18 @@ def gated(bench: Bench) -> Made:
     return trails, [Stay(bench.original, within=0.01, batch_size=bench.texts)], {}
 
 
-def guarded(bench: Bench, other: str = "original", every: int = 0) -> Made:
+def guarded(bench: Bench, other: str = "original", first: int = 0) -> Made:
     """Trained where the answer is written; then gates are put before the trails, which act on all tokens."""
-    texts = {"original": bench.original, "own": bench.own, "both": [*bench.original, *bench.own]}[other]
-    goals = [Stay(texts, within=0.01, every=every, batch_size=bench.texts)] if every else []
+    texts = {
+        "original": bench.original[::2], "own": bench.own, "both": [*bench.original[::4], *bench.own[::2]],
+    }[other]  # fmt: skip
 
     def finish(trails: tp.TrailMap) -> tp.TrailMap:
-        return guard(bench.model, trails, bench.train[:512], texts)[0]
+        return guard(bench.model, trails, bench.train[:256], texts, most=8192)[0]
 
     rule = tp.Last(1) | tp.Answer()
-    return tp.TrailMap({site: bench.plain() for site in tp.sites(bench.model, tokens=rule)}), goals, {"finish": finish}
+    places = tp.sites(bench.model, slice(first, None), rule)
+    return tp.TrailMap({site: bench.plain() for site in places}), [], {"finish": finish}
 
 
 ARMS: dict[str, tuple[str, Callable[[Bench], Made]]] = {
@@ -168,9 +171,9 @@ ARMS: dict[str, tuple[str, Callable[[Bench], Made]]] = {
     "confined": ("Confined to what text uses least", confined),
     "contrastive": ("Confined, contrastive directions", lambda b: confined(b, contrastive=True)),
     "gated": ("learned gate + Stay", gated),
-    "guarded": ("Guarded", guarded),
-    "guarded self": ("recommended, self-samples only", lambda b: guarded(b, "own")),
-    "recommended": ("recommended: guarded with original data and self-samples", lambda b: guarded(b, "both")),
+    "guarded": ("guard, all layers", guarded),
+    "guarded self": ("recommended, self-samples only", lambda b: guarded(b, "own", FIRST)),
+    "recommended": ("recommended: guard, from layer 10 on", lambda b: guarded(b, "both", FIRST)),
 }
 
 # One run
@@ -192,8 +195,8 @@ def run(arm: str, seed: int, batch: int, items: int | None) -> None:
     counter = FlopCounterMode(display=False)
     counter.__enter__()  # the first steps are counted, as many as the longest `every`
     for step in tp.steps(
-        bench.model, trails, [tp.Imitate(bench.train), *goals], steps=TRAIN, batch_size=micro, accumulate=batch // micro,
-        **{"lr": LR, **options}, seed=seed, progress=False,
+        bench.model, trails, [tp.Imitate(bench.train), *goals], steps=TRAIN, batch_size=micro,
+        accumulate=batch // micro, **{"lr": LR, **options}, seed=seed, progress=False,
     ):  # fmt: skip
         if step.step == COUNTED:
             counter.__exit__(None, None, None)
@@ -212,14 +215,15 @@ def run(arm: str, seed: int, batch: int, items: int | None) -> None:
     result = {
         "arm": arm, "seed": seed, "parameters": trails.size(), "fit_seconds": fitted - began + finished - trained,
         "train_seconds": trained - fitted,
-        "fit_flops": fitting.get_total_flops() + finishing.get_total_flops(), "step_flops": counter.get_total_flops() / COUNTED, "frozen": frozen, "after": after, "log": log,
+        "fit_flops": fitting.get_total_flops() + finishing.get_total_flops(),
+        "step_flops": counter.get_total_flops() / COUNTED, "frozen": frozen, "after": after, "log": log,
     }  # fmt: skip
     path(arm, seed, batch).write_text(json.dumps(result))
 
 
 def read(bench: Bench, items: int | None) -> dict[str, Any]:
     """Everything that is read of a model: outcomes an item, and nats a window."""
-    texts = kinds(bench.tokenizer, DATA)
+    texts = kinds(bench.tokenizer, DATA, windows=4)
     texts["own samples"] = bench.samples(3, 32)
     found: dict[str, Any] = {kind: nats(bench.model, windows)[0].tolist() for kind, windows in texts.items()}
     found["counts"] = {kind: [len(window) - 1 for window in windows] for kind, windows in texts.items()}
@@ -267,7 +271,7 @@ def table(batch: int, items: int | None) -> None:
             "accuracy": 100 * float(mean("trec").mean()),
             "accuracy_by_seed": [100 * float(np.mean(run["after"]["trec"])) for run in mine],
             "ratios": ratios,
-            "worst": max(UNSEEN, key=lambda kind: ratios[kind].value),  # noqa: B023
+            "worst": max(UNSEEN, key=lambda kind: ratios[kind].value),
             "worst_by_seed": [worst(run) for run in mine],
             "arc_easy": points(np.array(frozen["arc_easy"]), mean("arc_easy")),
             "blimp": points(np.array(frozen["blimp"]), mean("blimp")),
@@ -300,24 +304,35 @@ def worst(run: dict[str, Any]) -> float:
 
 def claims(rows: dict[str, dict[str, Any]]) -> list[Claim]:
     best, own = rows["recommended"], rows["guarded self"]
-    unseen, mine = best["ratios"][best["worst"]], own["ratios"][own["worst"]]
-    low, high = min(best["accuracy_by_seed"]), max(best["accuracy_by_seed"])
-    wiki = best["ratios"]["wikitext2"]
-    of = f"recommended limit (guarded trails, Stay every 4th step), {len(best['seeds'])} seeds"
+    seeds = f"{len(best['seeds'])} seeds"
+    by_seed = (min(best["accuracy_by_seed"]) / 100, max(best["accuracy_by_seed"]) / 100)
+    cost = "FLOPs of training with the recommended limit, fitting included, over those without a limit"
+    worst, alone = best["worst"], own["worst"]
+    changes = [
+        ("wikitext2_ppl_ratio", "WikiText-2 test perplexity over frozen", "", best["ratios"]["wikitext2"], "ratio"),
+        ("worst_unseen_ppl_ratio", f"perplexity over frozen on the worst unseen kind of text ({worst})", "<= 1.01",
+         best["ratios"][worst], "ratio"),
+        ("self_samples_worst_ppl_ratio", f"the same with self-samples only ({alone})", "<= 1.015",
+         own["ratios"][alone], "ratio"),
+        ("arc_easy_points", "ARC-Easy, change in points", "within 0.5", best["arc_easy"], "points"),
+        ("blimp_points", "BLiMP, change in points", "within 0.5", best["blimp"], "points"),
+    ]  # fmt: skip
     return [
-        Claim("budget_accuracy", f"TREC-6 accuracy, {of}; lowest and highest seed", best["accuracy"] / 100, "accuracy", ">= 0.97", (low / 100, high / 100)),
-        Claim("budget_wikitext2_ppl_ratio", f"WikiText-2 test perplexity over frozen, {of}", wiki.value, "ratio", "", (wiki.low, wiki.high)),
-        Claim("budget_worst_unseen_ppl_ratio", f"perplexity over frozen on the worst unseen kind of text ({best['worst']}), {of}", unseen.value, "ratio", "<= 1.01", (unseen.low, unseen.high)),
-        Claim("budget_self_samples_worst_ppl_ratio", f"the same with self-samples only ({own['worst']}), {len(own['seeds'])} seeds", mine.value, "ratio", "<= 1.015", (mine.low, mine.high)),
-        Claim("budget_arc_easy_points", f"ARC-Easy, change in points, {of}", best["arc_easy"].value, "points", "within 0.5", (best["arc_easy"].low, best["arc_easy"].high)),
-        Claim("budget_blimp_points", f"BLiMP, change in points, {of}", best["blimp"].value, "points", "within 0.5", (best["blimp"].low, best["blimp"].high)),
-        Claim("budget_training_cost_ratio", "FLOPs of training with the recommended limit, fitting included, over those without a limit", best["flops"], "ratio", "<= 1.25"),
+        Claim(
+            "budget_accuracy", f"TREC-6 test accuracy with the recommended limit, {seeds}; lowest and highest seed",
+            best["accuracy"] / 100, "accuracy", ">= 0.97", by_seed,
+        ),
+        *(
+            Claim(f"budget_{name}", f"{what}, recommended limit, {seeds}", c.value, unit, target, (c.low, c.high))
+            for name, what, target, c, unit in changes
+        ),
+        Claim("budget_training_cost_ratio", cost, best["flops"], "ratio", "<= 1.25"),
     ]  # fmt: skip
 
 
 def markdown(rows: dict[str, dict[str, Any]]) -> str:
     lines = [
-        "| limit | seeds | TREC-6 % | WikiText-2 | worst unseen kind | own samples | ARC-Easy points | BLiMP points | FLOPs |",
+        "| limit | seeds | TREC-6 % | WikiText-2 | worst unseen kind | own samples | ARC-Easy | BLiMP | FLOPs |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows.values():

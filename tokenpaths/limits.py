@@ -1,7 +1,7 @@
 """Limits on what a trail can do: in which directions, on which states, and how strongly.
 
-`confine` is called before training, and says in which directions a trail may move a state. `guard` and `strength_within`
-are called after it: on which states the trails shall act, and how strongly.
+`confine` is called before training, and says in which directions a trail may move a state. `guard` and
+`strength_within` are called after it: on which states the trails shall act, and how strongly.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tokenpaths.attach import attach, is_attached
 from tokenpaths.data import Batch, Example, collate
 from tokenpaths.drift import Drift, drift
 from tokenpaths.drift.readings import evaluating
-from tokenpaths.sites import Site, locate
+from tokenpaths.sites import Site, locate, unwrapped
 from tokenpaths.tokens import All, Context, Rule, token_pieces
 from tokenpaths.trailmap import TrailMap
 from tokenpaths.trails import Confined, Guarded, Trail
@@ -46,7 +46,7 @@ def guard(
     *,
     tokens: Rule = All(),
     shut: float = 0.9999,
-    most: int = 8192,
+    most: int = 4096,
     tokenizer: Any = None,
     batch_size: int = 8,
 ) -> tuple[TrailMap, dict[Site, Guard]]:
@@ -75,7 +75,8 @@ def guard(
         other: examples of anything else, such as `plain(tokenizer, texts)`.
         tokens: the token rule of the guarded trails.
         shut: the share of the other states on which a gate must be shut.
-        most: so many states are kept, of each class and site.
+        most: so many tokens, about, are read of `task`, and of `other`, evenly spaced. Their states at all sites are
+            kept in memory meanwhile.
         tokenizer: for `Match` rules.
         batch_size: of the forwards.
 
@@ -110,8 +111,8 @@ def guard(
 
 def _fit(trail: Trail, yes: _Sample, no: _Sample, shut: float) -> tuple[Guarded, Guard, bool]:
     """A gate for a trail, how it does on the states that are held out, and whether the classes overlap there."""
-    w = _discriminant(yes.states[~yes.held], no.states[~no.held])
-    task, other = yes.states[yes.held] @ w, no.states[no.held] @ w
+    w = _discriminant(yes.states[~yes.held].double(), no.states[~no.held].double())
+    task, other = yes.states[yes.held].double() @ w, no.states[no.held].double() @ w
     high, low = other.quantile(shut), task.quantile(0.02)
     overlap = bool(low <= high)
     if overlap:
@@ -207,22 +208,15 @@ def _sample(
     tokenizer: Any,
     batch_size: int,
 ) -> dict[Site, _Sample]:
-    """What enters each trail, at a strength: of evenly spaced examples, at most so many states of each class and site."""
-    chosen = examples[:: max(1, sum(map(len, examples)) // (2 * most))]
+    """What enters each trail, at a strength: the states of evenly spaced examples, about `most` of them."""
+    chosen = examples[:: max(1, round(sum(map(len, examples)) / most))]
     parts: dict[Site, list[_Sample]] = {site: [] for site in trails}
-    room = {(site, kind): most for site in trails for kind in (False, True)}
     seen = 0
     for batch, states in _states(model, trails, chosen, strength, tokenizer, batch_size):
-        row = torch.arange(seen, seen + len(batch)).unsqueeze(1).expand_as(batch.input_ids)
+        held = torch.arange(seen, seen + len(batch)).unsqueeze(1).expand_as(batch.input_ids) % _HELD == 0
         real = batch.attention_mask.bool()
         for site, (state, mask) in states.items():
-            picked, held = mask[real], row[real] % _HELD == 0
-            keep = torch.zeros_like(picked)
-            for kind in (False, True):
-                first = (picked == kind).nonzero().flatten()[: room[site, kind]]
-                keep[first] = True
-                room[site, kind] -= len(first)
-            parts[site].append(_Sample(at_unit_scale(state[real][keep].double()).cpu(), picked[keep], held[keep]))
+            parts[site].append(_Sample(at_unit_scale(state[real].float()).cpu(), mask[real], held[real]))
         seen += len(batch)
     return {site: _Sample.joined(found) for site, found in parts.items()}
 
@@ -251,7 +245,7 @@ def _states(
     pieces = None if tokenizer is None else token_pieces(tokenizer)
     spans = sorted({name for example in examples for name in example.spans})
     device = next(model.parameters()).device
-    at = {trail: sites for trail, sites in _by_trail(trails).items()}
+    at = _by_trail(trails)
     order = {site: locate(model, site, trails.blocks)[0].layer for site in trails}
     caught: dict[Trail, list[Tensor]] = {}
 
@@ -261,6 +255,9 @@ def _states(
     with ExitStack() as stack:
         for trail in at:
             stack.callback(trail.register_forward_pre_hook(catch).remove)
+        head = getattr(unwrapped(model), "get_output_embeddings", lambda: None)()
+        if head is not None:  # nobody asks for the logits, which cost a third of the forward of a small model
+            stack.callback(head.register_forward_pre_hook(lambda module, args: (args[0][:, :1], *args[1:])).remove)
         stack.enter_context(_attached(model, trails, strength, tokenizer))
         for module in (model, trails):
             stack.enter_context(evaluating(module))

@@ -152,9 +152,8 @@ def _by_token(divergence: Callable[[Tensor, Tensor], Tensor], before: Reading, a
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """The sum of p (log p - log q) - p + q, which takes back what the two normalisers have lost to rounding."""
-    p, q = log_p.exp(), log_q.exp()
-    ratio = torch.where(p == 0, 0, log_p - log_q)  # a word that neither says has infinity less infinity
-    return (p * ratio + (q - p)).sum(-1).clamp_min(0)  # below 0 only by rounding
+    p, q = log_p.exp(), log_q.exp()  # finite logarithms: `read` refuses other logits
+    return torch.addcmul(q - p, p, log_p - log_q).sum(-1).clamp_min(0)  # below 0 only by rounding
 
 
 def _at_next(reading: Reading, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

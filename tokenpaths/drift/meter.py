@@ -43,7 +43,6 @@ from tokenpaths.drift.measures import (
     kl,
     layer_names,
     nll,
-    reverse_kl,
 )
 from tokenpaths.drift.readings import Reading, Run, read, runs
 from tokenpaths.drift.report import Drift, Figure, RunName, SetFigure
@@ -60,7 +59,7 @@ AttentionMeasure: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 AttentionQuantity: TypeAlias = Callable[[Tensor], Tensor]
 _Named: TypeAlias = dict[tuple[str, RunName], Tensor]  # what was measured, by name and run
 
-MEASURES: tuple[Measure, ...] = (kl, reverse_kl, js, flips, displacement, cosine_shift)
+MEASURES: tuple[Measure, ...] = (kl, js, flips, displacement, cosine_shift)
 QUANTITIES: tuple[Quantity, ...] = (nll,)
 MASSIVE = 10
 """A token is massive whose frozen state after any block is so many times as long as the median of its text."""

@@ -95,7 +95,8 @@ class Bench:
         return max(1, self.batch * 2 * 128 // 32 // WIDTH)
 
 
-Made = tuple[tp.TrailMap, list[Any], dict[str, Any]]  # trails, further goals, options of `steps` (and `finish`)
+# Trails, further goals, and options of `steps`; "finish" has what is made of the trained trails, by the arm's name.
+Made = tuple[tp.TrailMap, list[Any], dict[str, Any]]
 
 
 def unlimited(bench: Bench, lr: float = LR) -> Made:
@@ -141,18 +142,16 @@ def gated(bench: Bench) -> Made:
     return trails, [Stay(bench.original, within=0.01, batch_size=bench.texts)], {}
 
 
-def guarded(bench: Bench, other: str = "original", first: int = 0) -> Made:
+def guarded(bench: Bench, first: int, **others: str) -> Made:
     """Trained where the answer is written; then gates are put before the trails, which act on all tokens."""
-    texts = {
-        "original": bench.original[::2], "own": bench.own, "both": [*bench.original[::4], *bench.own[::2]],
-    }[other]  # fmt: skip
+    texts = {"original": bench.original[::2], "own": bench.own, "both": [*bench.original[::4], *bench.own[::2]]}
 
-    def finish(trails: tp.TrailMap) -> tp.TrailMap:
-        return guard(bench.model, trails, bench.train[:256], texts, most=8192)[0]
+    def finish(other: str, trails: tp.TrailMap) -> tp.TrailMap:
+        return guard(bench.model, trails, bench.train[:256], texts[other], most=8192)[0]
 
-    rule = tp.Last(1) | tp.Answer()
-    places = tp.sites(bench.model, slice(first, None), rule)
-    return tp.TrailMap({site: bench.plain() for site in places}), [], {"finish": finish}
+    places = tp.sites(bench.model, slice(first, None), tp.Last(1) | tp.Answer())
+    made = {arm.replace("_", " "): functools.partial(finish, other) for arm, other in others.items()}
+    return tp.TrailMap({site: bench.plain() for site in places}), [], {"finish": made}
 
 
 ARMS: dict[str, tuple[str, Callable[[Bench], Made]]] = {
@@ -171,9 +170,12 @@ ARMS: dict[str, tuple[str, Callable[[Bench], Made]]] = {
     "confined": ("Confined to what text uses least", confined),
     "contrastive": ("Confined, contrastive directions", lambda b: confined(b, contrastive=True)),
     "gated": ("learned gate + Stay", gated),
-    "guarded": ("guard, all layers", guarded),
-    "guarded self": ("recommended, self-samples only", lambda b: guarded(b, "own", FIRST)),
-    "recommended": ("recommended: guard, from layer 10 on", lambda b: guarded(b, "both", FIRST)),
+    "guarded": ("guard, all layers", lambda b: guarded(b, 0, guarded="original")),
+    "recommended": (
+        f"recommended: guard, from layer {FIRST} on",
+        lambda b: guarded(b, FIRST, recommended="both", recommended_self="own"),
+    ),
+    "recommended self": ("recommended, with self-samples only", lambda b: guarded(b, FIRST, recommended_self="own")),
 }
 
 # One run
@@ -189,7 +191,7 @@ def run(arm: str, seed: int, batch: int, items: int | None) -> None:
     with FlopCounterMode(display=False) as fitting:
         trails, goals, options = ARMS[arm][1](bench)
     fitted = time.process_time()
-    finish = options.pop("finish", lambda trails: trails)
+    finish = options.pop("finish", {arm: lambda trails: trails})
     micro = max(1, min(8, batch // 2))  # sorted by length, small batches pad little
     log: list[dict[str, Any]] = []
     counter = FlopCounterMode(display=False)
@@ -203,22 +205,23 @@ def run(arm: str, seed: int, batch: int, items: int | None) -> None:
         log.append({"losses": step.losses, "weights": step.weights, "kept": step.kept, "trust": step.trust})
         if step.step % 20 == 0:
             print(arm, seed, step.step, [round(loss, 3) for loss in step.losses], step.weights, flush=True)
-    trained = time.process_time()
-    with FlopCounterMode(display=False) as finishing:
-        trails = finish(trails)
-    finished = time.process_time()
-    with tp.attach(bench.model, trails):
-        after = read(bench, items)
     folder = WORK / f"batch-{batch}"
     folder.mkdir(parents=True, exist_ok=True)
-    trails.save(folder / f"{arm.replace(' ', '-')}-{seed}.safetensors", bench.model)
-    result = {
-        "arm": arm, "seed": seed, "parameters": trails.size(), "fit_seconds": fitted - began + finished - trained,
-        "train_seconds": trained - fitted,
-        "fit_flops": fitting.get_total_flops() + finishing.get_total_flops(),
-        "step_flops": counter.get_total_flops() / COUNTED, "frozen": frozen, "after": after, "log": log,
-    }  # fmt: skip
-    path(arm, seed, batch).write_text(json.dumps(result))
+    trained = time.process_time() - fitted
+    for name, make in finish.items():
+        began_again = time.process_time()
+        with FlopCounterMode(display=False) as finishing:
+            made = make(trails)
+        seconds = fitted - began + time.process_time() - began_again
+        with tp.attach(bench.model, made):
+            after = read(bench, items)
+        made.save(path(name, seed, batch).with_suffix(".safetensors"), bench.model)
+        result = {
+            "arm": name, "seed": seed, "parameters": made.size(), "fit_seconds": seconds, "train_seconds": trained,
+            "fit_flops": fitting.get_total_flops() + finishing.get_total_flops(),
+            "step_flops": counter.get_total_flops() / COUNTED, "frozen": frozen, "after": after, "log": log,
+        }  # fmt: skip
+        path(name, seed, batch).write_text(json.dumps(result))
 
 
 def read(bench: Bench, items: int | None) -> dict[str, Any]:
@@ -303,7 +306,7 @@ def worst(run: dict[str, Any]) -> float:
 
 
 def claims(rows: dict[str, dict[str, Any]]) -> list[Claim]:
-    best, own = rows["recommended"], rows["guarded self"]
+    best, own = rows["recommended"], rows["recommended self"]
     seeds = f"{len(best['seeds'])} seeds"
     by_seed = (min(best["accuracy_by_seed"]) / 100, max(best["accuracy_by_seed"]) / 100)
     cost = "FLOPs of training with the recommended limit, fitting included, over those without a limit"

@@ -20,6 +20,15 @@ OWED = {
     "demo_answer_only_accuracy",
     "demo_frozen_accuracy",
     "memorised_tokens_rank1",
+    "drift_foretells_forgetting",
+    "drift_reading_cost_ratio",
+    "budget_accuracy",
+    "budget_wikitext2_ppl_ratio",
+    "budget_worst_unseen_ppl_ratio",
+    "budget_self_samples_worst_ppl_ratio",
+    "budget_arc_easy_points",
+    "budget_blimp_points",
+    "budget_training_cost_ratio",
 }
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "tokenpaths"
-ROOMS = "tokens trails data sites saving trailmap watcher attach drift limits objectives training plots testing demo".split()
+ROOMS = (
+    "tokens trails data sites saving trailmap watcher attach drift limits objectives training plots testing demo"
+).split()
 LATE = ("transformers", "accelerate", "peft", "matplotlib", "datasets", "pyreft", "pyvene", "trl", "scipy")
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import tokenpaths as tp
 from tokenpaths.data import collate
+from tokenpaths.drift.attention import attention_js
 from tokenpaths.drift.measures import displacement, kl
 from tokenpaths.objectives import Imitate, Stay, StayAttention, StayMoments, StayStates
 from tokenpaths.trails import DiReFT
@@ -232,6 +233,18 @@ def test_no_step_goes_further_than_it_may_on_the_probe(measure: Any, most: float
         old.append(state(trails))
     assert cut >= 3  # otherwise nothing was tested
     assert max(went) > most / 20  # and steps are not cut to nothing
+
+
+def test_a_bound_on_attention(watch: Watch) -> None:
+    model, trails, most = watch(model_for(StayAttention)), moving("identity"), 1e-5
+    region = TrustRegion(texts(3), most=most, attention=attention_js)
+    done = list(
+        steps(model, trails, [Imitate(make_examples())], steps=4, batch_size=4, lr=3e-2, trust=region, progress=False)
+    )
+    assert all(step.trust is not None and step.trust <= most for step in done)
+    assert any(step.kept is not None and 0 < step.kept < 1 for step in done)
+    with pytest.raises(ValueError, match="eager"):
+        next(steps(llama(), trails, [Imitate(make_examples())], steps=1, trust=region, progress=False))
 
 
 def test_a_wide_region_changes_nothing() -> None:

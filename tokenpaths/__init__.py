@@ -14,6 +14,8 @@ from tokenpaths.data import collate as collate
 from tokenpaths.data import encode as encode
 from tokenpaths.data import plain as plain
 from tokenpaths.drift import Drift as Drift
+from tokenpaths.drift import Meter as Meter
+from tokenpaths.drift import compare as compare
 from tokenpaths.drift import drift as drift
 from tokenpaths.saving import TrailFileError as TrailFileError
 from tokenpaths.sites import Site as Site

@@ -182,21 +182,21 @@ def _linears(module: nn.Module, leave_out: tuple[nn.Module, ...] = ()) -> Iterat
             yield from _linears(child, leave_out)
 
 
-def _attentions(block: nn.Module) -> list[nn.Module]:
+def attentions(block: nn.Module) -> list[nn.Module]:
     """The attention modules of a block, outermost first; self-attention is defined before cross-attention."""
     found: list[nn.Module] = []
     for child in block.children():
         if "attention" in type(child).__name__.lower():
             found.append(child)
         else:
-            found.extend(_attentions(child))
+            found.extend(attentions(child))
     return found
 
 
 def _attention_projection(block: nn.Module, dim: int) -> nn.Module | None:
     """The output projection of self-attention: the last linear map defined in it that ends in the residual stream."""
-    attentions = _attentions(block)
-    maps = [m for m in _linears(attentions[0]) if _features(m)[1] == dim] if attentions else []
+    found = attentions(block)
+    maps = [m for m in _linears(found[0]) if _features(m)[1] == dim] if found else []
     return maps[-1] if maps else None
 
 
@@ -205,9 +205,9 @@ def _mlp_output(block: nn.Module, dim: int, site: Site) -> nn.Module:
     for child in block.children():
         if any(name.split(".")[-1] == "experts" for name, _ in child.named_modules()):
             return child
-    attentions = tuple(_attentions(block))
-    maps = [m for m in _linears(block, attentions) if _features(m)[1] == dim]
-    mixes_only = not attentions and sum(any(_linears(nn.ModuleList([child]))) for child in block.children()) < 2
+    found = tuple(attentions(block))
+    maps = [m for m in _linears(block, found) if _features(m)[1] == dim]
+    mixes_only = not found and sum(any(_linears(nn.ModuleList([child]))) for child in block.children()) < 2
     if not maps or mixes_only:  # the one part of a state-space block is its mixer
         raise ValueError(f"{site}: found no feed-forward projection of width {dim} in {_name(block)}")
     return maps[-1]
@@ -215,7 +215,7 @@ def _mlp_output(block: nn.Module, dim: int, site: Site) -> nn.Module:
 
 def _head_dim(block: nn.Module, config: Any, entering: int) -> int:
     for name in ("v_head_dim", "head_dim"):  # what enters the projection is made of values
-        for holder in [m for a in _attentions(block) for m in a.modules()] + [config]:
+        for holder in [m for a in attentions(block) for m in a.modules()] + [config]:
             size = getattr(holder, name, None)
             if isinstance(size, int) and size > 0 and entering % size == 0:
                 return size

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from tokenpaths.data import Batch
 from tokenpaths.drift.measures import jensen_shannon
 from tokenpaths.drift.readings import Reading, Run, evaluating, read
-from tokenpaths.sites import _attentions as attentions  # pyright: ignore[reportPrivateUsage]
-from tokenpaths.sites import find_blocks
+from tokenpaths.sites import attentions, find_blocks
 
 See: TypeAlias = Callable[[str, int, Tensor, Tensor], None]
 

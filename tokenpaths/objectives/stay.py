@@ -6,7 +6,7 @@ The frozen model is the same model with the trails off. What is held is a distan
 class. The weight of a `Stay` is a Lagrange multiplier: it rises while D is over the budget, falls while D is inside,
 and at zero the objective costs nothing:
 
-    weight <- clip(weight + gain (D / within - 1), 0, most)        after each step (dual ascent)
+    weight <- clip(weight + gain min(D / within - 1, 1), 0, most)        after each step (dual ascent)
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from tokenpaths.data import Batch
 from tokenpaths.objectives.base import Objective
 from tokenpaths.objectives.imitate import without_leftovers
-from tokenpaths.sites import _attentions as attentions  # pyright: ignore[reportPrivateUsage]
-from tokenpaths.sites import find_blocks
+from tokenpaths.sites import attentions, find_blocks
 from tokenpaths.trailmap import TrailMap
 
 
@@ -36,7 +35,8 @@ class Stay(Objective):
 
     Args:
         within: the budget, in units of the distance.
-        gain: how fast the weight follows: a distance of twice the budget adds `gain` to it in a step. At 0 it is fixed.
+        gain: how fast the weight follows: it is added to the weight in a step that is at twice the budget or further,
+            and taken from it in one that does not drift at all. At 0 the weight is fixed.
         most: the largest weight.
     """
 
@@ -52,7 +52,7 @@ class Stay(Objective):
                 raise ValueError(f"{type(self).__name__}: {name}={value} must be a finite number above 0")
 
     def reweigh(self, weight: float, loss: float) -> float:
-        return min(max(weight + self.gain * (loss / self.within - 1), 0.0), self.most)
+        return min(max(weight + self.gain * min(loss / self.within - 1, 1), 0.0), self.most)
 
     def terms(self, examples: Any) -> int:
         return sum(len(example) for example in examples)
@@ -87,8 +87,7 @@ class StayStates(Stay):
         self, frozen: list[Tensor], steered: list[Tensor], real: Bool[Tensor, "batch seq"]
     ) -> Float[Tensor, ""]:
         shares = [
-            (y - x).square().sum(-1) / x.square().sum(-1).clamp_min(1e-12)
-            for x, y in zip(frozen, steered, strict=True)
+            (y - x).square().sum(-1) / x.square().sum(-1).clamp_min(1e-12) for x, y in zip(frozen, steered, strict=True)
         ]
         return torch.stack(shares).mean()
 
@@ -161,7 +160,7 @@ def _forward(model: nn.Module, batch: Batch) -> Any:
 
 @contextmanager
 def _outputs(modules: list[nn.Module], item: int = 0) -> Generator[list[Any]]:
-    """What modules return in the forward inside (an entry of it, where that is a tuple), as the trails have moved it."""
+    """What modules return in the forward inside (an entry of it, where it is a tuple), as the trails have moved it."""
     found: list[Any] = []
 
     def see(module: nn.Module, args: Any, output: Any) -> None:

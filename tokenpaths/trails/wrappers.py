@@ -132,7 +132,7 @@ class Chain(Trail):
 
 
 def at_unit_scale(h: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
-    """h / rms(h), the root mean square of its entries; 0 for 0."""
+    """The state divided by the root mean square of its entries; 0 for 0."""
     wide = torch.promote_types(h.dtype, torch.float32)
     length = torch.linalg.vector_norm(h, dim=-1, keepdim=True, dtype=wide).clamp_min(1e-30)
     return (h * (math.sqrt(h.shape[-1]) / length)).to(h.dtype)

@@ -2,7 +2,8 @@
 
     folder/step-00000200/trails.safetensors      the trails, for TrailMap.from_pretrained
                          optimizer.safetensors   its state, as "number of the parameter.name of the entry"
-                         run.json                the step, the goals' weights, the settings, the optimizer's entries that are no tensors
+                         run.json                the step, the goals' weights, the settings, and the optimizer's entries
+                                                that are no tensors
 
 Each checkpoint is written whole beside its place and then renamed, so that one that is there is complete.
 """

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenpaths.data import Batch, Example, collate
+from tokenpaths.drift.attention import read_attention
 from tokenpaths.drift.measures import kl
 from tokenpaths.drift.readings import Reading, Run, look
 
@@ -26,13 +28,15 @@ class TrustRegion:
     Args:
         probe: the examples to measure on, all in one batch: a few texts, of the kinds that must stay.
         most: the bound, in units of the measure (nats for `kl`).
-        measure: of two readings, such as those of `tokenpaths.drift`: `kl`, `displacement`, or one of your own.
+        measure: of two readings, such as those of `tokenpaths.drift.measures`: `kl`, `displacement`, or your own.
+        attention: in place of it, a measure of two attention maps, such as `attention_js` (needs eager attention).
         cuts: how often a step is shortened before it is given up.
     """
 
     probe: Sequence[Example] = field(repr=False)
     most: float = 0.01
     measure: Callable[[Reading, Reading], Tensor] = kl
+    attention: Callable[[Tensor, Tensor], Tensor] | None = None
     cuts: int = 10
 
     def __post_init__(self) -> None:
@@ -52,30 +56,39 @@ class Probe:
         self.run = Run(model)
         self.parameters = parameters
         self.batch: Batch = collate(region.probe)
-        self.readings = look(self.run, self.batch)
+        self.seen = self._look()
         self.before = self._parameters()
 
     @torch.no_grad()
     def hold(self) -> tuple[float, float]:
-        """Shorten the step that has been taken since the last call; returns its share that was kept, and its measure."""
+        """Shorten the step taken since the last call; returns the share of it that was kept, and its measure."""
         wanted = self._parameters()
         share = 1.0
         for _ in range(self.region.cuts + 1):
-            readings = look(self.run, self.batch)
-            value = self._measure(readings)
+            seen = self._look()
+            value = self._measure(seen)
             if value <= self.region.most:
                 break
             # most measures are quadratic in a small step, so this is a safe guess; never less than a halving
             share *= min(0.5, max(0.9 * math.sqrt(self.region.most / value), 0.05))
             self._set([p + share * (q - p) for p, q in zip(self.before, wanted, strict=True)])
         else:
-            share, value, readings = 0.0, 0.0, self.readings
+            share, value, seen = 0.0, 0.0, self.seen
             self._set(self.before)
-        self.readings, self.before = readings, self._parameters()
+        self.seen, self.before = seen, self._parameters()
         return share, value
 
-    def _measure(self, readings: Sequence[Reading]) -> float:
-        values = [self.region.measure(x, y).double() for x, y in zip(self.readings, readings, strict=True)]
+    def _look(self) -> list[Any]:
+        """What is measured on: readings, or attention maps."""
+        if self.region.attention is None:
+            return look(self.run, self.batch)
+        maps: list[Tensor] = []
+        read_attention(self.run, self.run, self.batch, lambda layer, row, p, q: maps.append(p))
+        return maps
+
+    def _measure(self, seen: Sequence[Any]) -> float:
+        measure: Callable[[Any, Any], Tensor] = self.region.attention or self.region.measure
+        values = [measure(x, y).double() for x, y in zip(self.seen, seen, strict=True)]
         return float(torch.cat([value[~value.isnan()].flatten() for value in values]).mean())
 
     def _parameters(self) -> list[Tensor]:

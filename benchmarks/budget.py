@@ -147,6 +147,8 @@ def guarded(bench: Bench, first: int, **others: str) -> Made:
     texts = {"original": bench.original[::2], "own": bench.own, "both": [*bench.original[::4], *bench.own[::2]]}
 
     def finish(other: str, trails: tp.TrailMap) -> tp.TrailMap:
+        if other == "none":
+            return trails
         return guard(bench.model, trails, bench.train[:256], texts[other], most=8192)[0]
 
     places = tp.sites(bench.model, slice(first, None), tp.Last(1) | tp.Answer())
@@ -173,8 +175,9 @@ ARMS: dict[str, tuple[str, Callable[[Bench], Made]]] = {
     "guarded": ("guard, all layers", lambda b: guarded(b, 0, guarded="original")),
     "recommended": (
         f"recommended: guard, from layer {FIRST} on",
-        lambda b: guarded(b, FIRST, recommended="both", recommended_self="own"),
+        lambda b: guarded(b, FIRST, recommended="both", recommended_self="own", rule="none"),
     ),
+    "rule": (f"token rule Last(1) | Answer() only, from layer {FIRST} on", lambda b: guarded(b, FIRST, rule="none")),
     "recommended self": ("recommended, with self-samples only", lambda b: guarded(b, FIRST, recommended_self="own")),
 }
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import DIM, assert_equal, llama, make_examples, state
+from tiny import DIM, assert_equal, llama, make_examples, make_trails, state
 from torch import Tensor, nn
 
 import tokenpaths as tp
 from tokenpaths.data import collate
+from tokenpaths.drift import read, runs
 from tokenpaths.drift.attention import attention_js
 from tokenpaths.drift.measures import displacement, kl
 from tokenpaths.objectives import Imitate, Stay, StayAttention, StayMoments, StayStates
@@ -235,6 +236,14 @@ def test_no_step_goes_further_than_it_may_on_the_probe(measure: Any, most: float
     assert max(went) > most / 20  # and steps are not cut to nothing
 
 
+def test_dropout_of_the_trails_does_not_disturb_the_probe(watch: Watch) -> None:
+    """At a learning rate of zero nothing moves, so nothing is measured."""
+    model, trails = watch(llama()), make_trails(dropout=0.5)
+    goals, region = [Imitate(make_examples())], TrustRegion(texts(3), most=1e-9)
+    done = list(steps(model, trails, goals, steps=3, batch_size=4, lr=0.0, trust=region, progress=False))
+    assert [(step.kept, step.trust) for step in done] == [(1.0, 0.0)] * 3
+
+
 def test_a_bound_on_attention(watch: Watch) -> None:
     model, trails, most = watch(model_for(StayAttention)), moving("identity"), 1e-5
     region = TrustRegion(texts(3), most=most, attention=attention_js)
@@ -245,6 +254,17 @@ def test_a_bound_on_attention(watch: Watch) -> None:
     assert any(step.kept is not None and 0 < step.kept < 1 for step in done)
     with pytest.raises(ValueError, match="eager"):
         next(steps(llama(), trails, [Imitate(make_examples())], steps=1, trust=region, progress=False))
+
+
+def test_a_cap_that_is_drawn_tighter_while_training_holds(watch: Watch) -> None:
+    model, examples = watch(llama()), make_examples()
+    trails = tp.TrailMap({tp.Site(0): tp.Capped(DiReFT(DIM, 2, init="paper"), 0.5)})
+    (trail,) = (trail for _, trail in trails.items())
+    for step in steps(model, trails, [Imitate(examples)], steps=4, batch_size=4, lr=3e-1, progress=False):
+        trail.cap = 0.5 / 2**step.step
+        (pair,) = read(*runs(model, trails), collate(examples[-1:]))
+        moved = (pair[1].states["block 0"] - pair[0].states["block 0"]).norm(dim=-1)
+        assert 0.5 * trail.cap < (moved / pair[0].states["block 0"].norm(dim=-1)).max() <= trail.cap * 1.0001
 
 
 def test_a_wide_region_changes_nothing() -> None:

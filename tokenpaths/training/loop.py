@@ -167,7 +167,7 @@ def steps(
             weights = [goal.weight for goal in goals]
             done = 0 if found is None else checkpoints.read(found, trails, made, weights)
             _share_start(trails, accelerator)
-            probe = None if trust is None else Probe(trust, model, parameters)
+            probe = None if trust is None else Probe(trust, model, trails, parameters)
             bar = undo.enter_context(_bar(done, total, progress and accelerator.is_main_process))
             for number in range(done, total):
                 began = time.perf_counter()

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tokenpaths.data import Batch, Example, collate
 from tokenpaths.drift.attention import read_attention
 from tokenpaths.drift.measures import kl
-from tokenpaths.drift.readings import Reading, Run, look
+from tokenpaths.drift.readings import Reading, Run, evaluating, look
+from tokenpaths.trailmap import TrailMap
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,11 @@ class TrustRegion:
 class Probe:
     """A trust region at work in a run: it knows how the model answered after the last step."""
 
-    def __init__(self, region: TrustRegion, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(
+        self, region: TrustRegion, model: nn.Module, trails: TrailMap, parameters: Sequence[nn.Parameter]
+    ) -> None:
         self.region = region
-        self.run = Run(model)
+        self.run = Run(model, lambda: evaluating(trails), trails.blocks)  # without the trails' dropout
         self.parameters = parameters
         self.batch: Batch = collate(region.probe)
         self.seen = self._look()

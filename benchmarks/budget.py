@@ -258,47 +258,79 @@ def path(arm: str, seed: int, batch: int) -> Path:
 UNSEEN = ["fiction", "verse", "code", "dialogue", "instructions"]
 
 
-def table(batch: int, items: int | None) -> None:
-    """All runs that there are, as one result file, a table and a picture."""
-    runs = [json.loads(file.read_text()) for file in sorted((WORK / f"batch-{batch}").glob("*.json"))]
+def table() -> None:
+    """All runs that there are, as one result file, a table for each size of batch, and a picture.
+
+    The claims are of the largest batch.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    for folder in sorted(WORK.glob("batch-*"), key=lambda folder: -int(folder.name.removeprefix("batch-"))):
+        batch = int(folder.name.removeprefix("batch-"))
+        runs = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+        found[batch] = {
+            "protocol": {"steps": TRAIN, "batch": batch, "lr": LR, "rehearsal_width": WIDTH},
+            "frozen": frozen_figures(runs[0]["frozen"]),
+            "arms": summary(runs, batch),
+            "runs": [{key: value for key, value in run.items() if key != "frozen"} for run in runs],
+        }
+    rows = {batch: part["arms"] for batch, part in found.items()}
+    raw = {f"batch {batch}": part for batch, part in found.items()}
+    seeds = {run["seed"] for part in found.values() for run in part["runs"]}
+    write("budget", raw, claims(rows[max(rows)]), seed=sorted(seeds))
+    picture(rows).savefig(Path(__file__).parents[1] / "docs/pictures/budget.png", dpi=100)
+    for batch, arms in rows.items():
+        print(f"\nbatch {batch}, frozen: {raw[f'batch {batch}']['frozen']}\n\n{markdown(arms)}")
+
+
+def frozen_figures(frozen: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **{name: 100 * float(np.mean(frozen[name])) for name in ("trec", "arc_easy", "blimp")},
+        "items": {name: len(frozen[name]) for name in ("trec", "arc_easy", "blimp")},
+        "perplexity": {k: float(np.exp(np.sum(frozen[k]) / np.sum(n))) for k, n in frozen["counts"].items()},
+    }
+
+
+def summary(runs: list[dict[str, Any]], batch: int) -> dict[str, dict[str, Any]]:
+    """A row an arm: items and windows are averaged over seeds, and intervals are over items and windows."""
     arms = {arm: mine for arm in ARMS if (mine := [run for run in runs if run["arm"] == arm])}
     frozen = runs[0]["frozen"]
-    base = np.mean([run["step_flops"] for run in arms["none"]])
+    base = np.mean([run["step_flops"] for run in arms["none"]]) if "none" in arms else unlimited_flops(batch)
     rows: dict[str, dict[str, Any]] = {}
     for arm, mine in arms.items():
-        mean = lambda key: np.mean([run["after"][key] for run in mine], axis=0)  # noqa: B023, E731
+        after = {key: np.mean([run["after"][key] for run in mine], axis=0) for key in frozen if key != "counts"}
         ratios = {
-            kind: perplexity_ratio(np.array(frozen[kind]), mean(kind), np.array(frozen["counts"][kind]))
+            kind: perplexity_ratio(np.array(frozen[kind]), after[kind], np.array(frozen["counts"][kind]))
             for kind in [*UNSEEN, "wikitext2", "own samples"]
         }
         rows[arm] = {
             "limit": ARMS[arm][0],
             "seeds": [run["seed"] for run in mine],
-            "accuracy": 100 * float(mean("trec").mean()),
+            "accuracy": 100 * float(after["trec"].mean()),
             "accuracy_by_seed": [100 * float(np.mean(run["after"]["trec"])) for run in mine],
             "ratios": ratios,
             "worst": max(UNSEEN, key=lambda kind: ratios[kind].value),
             "worst_by_seed": [worst(run) for run in mine],
-            "arc_easy": points(np.array(frozen["arc_easy"]), mean("arc_easy")),
-            "blimp": points(np.array(frozen["blimp"]), mean("blimp")),
+            "arc_easy": points(np.array(frozen["arc_easy"]), after["arc_easy"]),
+            "blimp": points(np.array(frozen["blimp"]), after["blimp"]),
             "flops": float(np.mean([run["step_flops"] + run["fit_flops"] / TRAIN for run in mine]) / base),
             "cpu_seconds": float(np.mean([run["train_seconds"] + run["fit_seconds"] for run in mine])),
             "parameters": mine[0]["parameters"],
         }
-    raw = {
-        "protocol": {"steps": TRAIN, "batch": batch, "lr": LR, "rehearsal_width": WIDTH, "items": items},
-        "frozen": {
-            "accuracy": 100 * float(np.mean(frozen["trec"])),
-            "arc_easy": 100 * float(np.mean(frozen["arc_easy"])),
-            "blimp": 100 * float(np.mean(frozen["blimp"])),
-            "perplexity": {k: float(np.exp(np.sum(frozen[k]) / np.sum(n))) for k, n in frozen["counts"].items()},
-        },
-        "arms": rows,
-        "runs": [{key: value for key, value in run.items() if key != "frozen"} for run in runs],
-    }
-    write("budget", raw, claims(rows), seed=sorted({run["seed"] for run in runs}))
-    picture(rows).savefig(Path(__file__).parents[1] / "docs/pictures/budget.png", dpi=100)
-    print(markdown(rows))
+    return rows
+
+
+def unlimited_flops(batch: int) -> float:
+    """FLOPs of a step without limits, where no such run has been made: the first steps of one."""
+    bench = Bench(batch)
+    trails, _, options = unlimited(bench)
+    micro = min(8, batch // 2)
+    with FlopCounterMode(display=False) as counter:
+        for _ in tp.steps(
+            bench.model, trails, [tp.Imitate(bench.train)], steps=COUNTED, batch_size=micro,
+            accumulate=batch // micro, seed=0, progress=False, **options,
+        ):  # fmt: skip
+            pass
+    return counter.get_total_flops() / COUNTED
 
 
 def worst(run: dict[str, Any]) -> float:
@@ -351,13 +383,14 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def picture(rows: dict[str, dict[str, Any]]) -> Any:
+def picture(tables: dict[int, dict[str, dict[str, Any]]]) -> Any:
     """Task accuracy against the worst perplexity ratio, a dot a seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.add_subplot()
-    for number, (arm, row) in enumerate(rows.items()):
+    every = [(f"{arm}, batch {batch}", row) for batch, rows in tables.items() for arm, row in rows.items()]
+    for number, (arm, row) in enumerate(every):
         marker, colour = "osD^vP"[number // 8 % 6], f"C{number % 8}"
         lost = [max(100 * (ratio - 1), 1e-3) for ratio in row["worst_by_seed"]]
         axes.plot(lost, row["accuracy_by_seed"], marker, color=colour, label=arm, alpha=0.8)
@@ -387,4 +420,4 @@ if __name__ == "__main__":
                 if not path(arm, seed, told.batch).exists():  # in a process of its own, which leaves nothing behind
                     sizes = ["--batch", str(told.batch)] + (["--items", str(told.items)] if told.items else [])
                     subprocess.run([sys.executable, __file__, *sizes, "--run", arm, str(seed)], check=True)
-        table(told.batch, told.items)
+        table()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,11 @@ def measure(seed: int) -> dict[str, Any]:
     trails = learn(model, tokenizer, train, "chain", run)
     task = tp.encode(tokenizer, [(item.question, item.chain) for item in train], eos=False)
     original = cut(tokenizer, (DATA / "wikitext2/valid.txt").read_text(encoding="utf-8"), 64, 64)
-    guarded, fits = tp.guard(model, trails, task, original)
+    (rule,) = {site.tokens for site in trails}
+    guarded, fits = tp.guard(model, trails, task, original, tokens=rule)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the names of the chain stand in the prompt too
+        anywhere, _ = tp.guard(model, trails, task, original)
     # texts of which the second half is answer, so that the trails' own token rule finds tokens to move
     texts = {
         kind: [tp.Example(e.ids, tuple(i >= len(e) // 2 for i in range(len(e)))) for e in examples]
@@ -42,7 +47,9 @@ def measure(seed: int) -> dict[str, Any]:
         if kind in UNSEEN
     }
     found: dict[str, Any] = {"seed": seed, "fits": {site.layer: vars(fit) for site, fit in fits.items()}}
-    for arm, laid in (("frozen", None), ("trails", trails), ("guarded", guarded)):
+    for arm, laid in (
+        ("frozen", None), ("trails", trails), ("guarded", guarded), ("guarded on all tokens", anywhere)
+    ):  # fmt: skip
         attached = None if laid is None else tp.attach(model, laid)
         right = score(complete(model, tokenizer, [item.question for item in test]), test)
         lost = {kind: nats(model, examples)[0].tolist() for kind, examples in texts.items()}

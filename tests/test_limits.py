@@ -244,3 +244,15 @@ def test_plain_texts_are_prompt_throughout() -> None:
         tp.plain(tokenizer, ["a", ""])
     with pytest.raises(TypeError, match="a list of texts, not str"):
         tp.plain(tokenizer, "abc")
+
+
+def test_with_its_own_rule_a_guard_need_not_know_the_task_s_other_tokens() -> None:
+    """A prompt made of the very token that the answer follows: only the rule can tell which of them is meant."""
+    alike = [tp.Example((CUE, CUE, CUE, 20), (False,) * 3 + (True,))] * 40
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, anywhere = guard(llama(), trained(), alike, other())
+    gates, fits = guard(llama(), trained(), alike, other(), tokens=tp.Last(1))
+    assert list(gates) == [AT]
+    assert anywhere[OPEN].task < 0.5 < fits[AT].task
+    assert fits[AT].other_share < 0.01

@@ -60,11 +60,11 @@ def guard(
     longer be known, since the gate finds the states by itself; and text on which it stays shut is left to the bit as
     the frozen model has it. At each site, let mu1 be the mean of the states (at unit scale, as `Guarded` reads them)
     that enter the trail at the tokens its rule chooses in `task`, moved as they are by the trails below; mu0 that of
-    all other states of `task` and of the frozen model's in `other`; and S their pooled covariance within both classes,
-    shrunk by 1 % towards its diagonal. Fisher's discriminant w = S^-1 (mu1 - mu0) scores a state. On held-out texts,
-    one in four, let `high` be the quantile `shut` of the other states' scores and `low` the 2 % quantile of the task's:
-    the gate begins to open half way from `high` to `low`, and is wide open at three quarters. Where the classes overlap
-    it begins at `high`.
+    the other states of `task` that `tokens` chooses, and of the frozen model's in `other`; and S their pooled
+    covariance within both classes, shrunk by 1 % towards its diagonal. Fisher's discriminant w = S^-1 (mu1 - mu0)
+    scores a state. On held-out texts, one in four, let `high` be the quantile `shut` of the other states' scores and
+    `low` the 2 % quantile of the task's: the gate begins to open half way from `high` to `low`, and is wide open at
+    three quarters. Where the classes overlap it begins at `high`.
 
     The more kinds of text `other` holds, the better: what a gate takes for the task are prompts that look like it.
 
@@ -73,7 +73,8 @@ def guard(
         trails: trained trails. They share their parameters with those that are returned.
         task: examples such as they were trained on.
         other: examples of anything else, such as `plain(tokenizer, texts)`.
-        tokens: the token rule of the guarded trails.
+        tokens: the token rule of the guarded trails. Where the task's own tokens cannot be told apart by their states,
+            as in a chain of names that its prompt holds too, keep the rule that the trails were trained at.
         shut: the share of the other states on which a gate must be shut.
         most: so many tokens, about, are read of `task`, and of `other`, evenly spaced. Their states at all sites are
             kept in memory meanwhile.
@@ -88,14 +89,14 @@ def guard(
     for name, examples in (("task", task), ("other", other)):
         if len(examples) < 2 * _HELD:
             raise ValueError(f"{name} has {len(examples)} examples; a gate needs at least {2 * _HELD}")
-    own = _sample(model, trails, task, 1.0, most, tokenizer, batch_size)
-    rest = _sample(model, trails, other, 0.0, most, tokenizer, batch_size)
+    own = _sample(model, trails, task, 1.0, tokens, most, tokenizer, batch_size)
+    rest = _sample(model, trails, other, 0.0, All(), most, tokenizer, batch_size)
     gates: dict[Trail, Guarded] = {}
     found: dict[Trail, Guard] = {}
     for trail, at in _by_trail(trails).items():
         ours = [own[site] for site in at]
         yes = _Sample.joined([sample.where(sample.chosen) for sample in ours])
-        no = _Sample.joined([*(s.where(~s.chosen) for s in ours), *(rest[site] for site in at)])
+        no = _Sample.joined([*(s.where(~s.chosen & s.reached) for s in ours), *(rest[site] for site in at)])
         if not len(yes.states):
             raise ValueError(f"{at[0]}: {at[0].tokens} chooses no token in the {len(task)} examples of task")
         gates[trail], found[trail], overlap = _fit(trail, yes, no, shut)
@@ -176,18 +177,19 @@ def confine(
 
 @dataclass(frozen=True, eq=False)
 class _Sample:
-    """States at one site, at unit scale: which of them its rule chooses, and which are of held-out texts."""
+    """States at one site, at unit scale: which of them its rule chooses, which the new one, which are held out."""
 
     states: Float[Tensor, "n dim"]
     chosen: Bool[Tensor, " n"]
+    reached: Bool[Tensor, " n"]
     held: Bool[Tensor, " n"]
 
     def where(self, mask: Bool[Tensor, " n"]) -> _Sample:
-        return _Sample(self.states[mask], self.chosen[mask], self.held[mask])
+        return _Sample(self.states[mask], self.chosen[mask], self.reached[mask], self.held[mask])
 
     @staticmethod
     def joined(samples: Sequence[_Sample]) -> _Sample:
-        parts = zip(*((s.states, s.chosen, s.held) for s in samples), strict=True)
+        parts = zip(*((s.states, s.chosen, s.reached, s.held) for s in samples), strict=True)
         return _Sample(*(torch.cat(part) for part in parts))
 
 
@@ -204,6 +206,7 @@ def _sample(
     trails: TrailMap,
     examples: Sequence[Example],
     strength: float,
+    tokens: Rule,
     most: int,
     tokenizer: Any,
     batch_size: int,
@@ -212,11 +215,12 @@ def _sample(
     chosen = examples[:: max(1, round(sum(map(len, examples)) / most))]
     parts: dict[Site, list[_Sample]] = {site: [] for site in trails}
     seen = 0
-    for batch, states in _states(model, trails, chosen, strength, tokenizer, batch_size):
+    for batch, context, states in _states(model, trails, chosen, strength, tokenizer, batch_size):
         held = torch.arange(seen, seen + len(batch)).unsqueeze(1).expand_as(batch.input_ids) % _HELD == 0
-        real = batch.attention_mask.bool()
+        real, reached = context.real, tokens.mask(context)
         for site, (state, mask) in states.items():
-            parts[site].append(_Sample(at_unit_scale(state[real].float()).cpu(), mask[real], held[real]))
+            unit = at_unit_scale(state[real].float()).cpu()
+            parts[site].append(_Sample(unit, mask[real], reached[real], held[real]))
         seen += len(batch)
     return {site: _Sample.joined(found) for site, found in parts.items()}
 
@@ -228,7 +232,7 @@ def _second_moments(
     if not examples:
         raise ValueError("there are no examples to read states of")
     found: dict[Site, Tensor] = {}
-    for _, states in _states(model, trails, examples, 0.0, tokenizer, batch_size):
+    for _, _, states in _states(model, trails, examples, 0.0, tokenizer, batch_size):
         for site, (state, mask) in states.items():
             x = _ordinary(state[mask].double().cpu())
             found[site] = found.get(site, torch.zeros(())) + x.mT @ x
@@ -240,8 +244,8 @@ def _second_moments(
 
 def _states(
     model: nn.Module, trails: TrailMap, examples: Sequence[Example], strength: float, tokenizer: Any, batch_size: int
-) -> Generator[tuple[Batch, dict[Site, tuple[Tensor, Tensor]]]]:
-    """Batch by batch, the states that enter the trails, laid at a strength, and which of them each rule chooses."""
+) -> Generator[tuple[Batch, Context, dict[Site, tuple[Tensor, Tensor]]]]:
+    """Batch by batch: its tokens, the states that enter the trails at a strength, and which each rule chooses."""
     pieces = None if tokenizer is None else token_pieces(tokenizer)
     spans = sorted({name for example in examples for name in example.spans})
     device = next(model.parameters()).device
@@ -277,7 +281,7 @@ def _states(
             for trail, sites in at.items():  # a tied trail is called site by site, from the lowest
                 for site, h in zip(sorted(sites, key=order.__getitem__), caught[trail], strict=True):
                     found[site] = h.reshape(*batch.input_ids.shape, -1), site.tokens.mask(context)
-            yield batch, found
+            yield batch, context, found
 
 
 def _discriminant(yes: Float[Tensor, "m dim"], no: Float[Tensor, "n dim"]) -> Float[Tensor, " dim"]:

@@ -18,7 +18,7 @@ import tokenpaths as tp
 from tokenpaths.demo import demo_model, fast_dtype
 from tokenpaths.drift import Meter, runs
 
-ROUNDS, TEXTS, WIDTH = 9, 4, 256
+ROUNDS, TEXTS, WIDTH = 7, 4, 256
 TOKENS = [10_000, 100_000, 1_000_000]
 
 

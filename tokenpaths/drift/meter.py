@@ -39,7 +39,6 @@ from tokenpaths.drift.measures import (
     cosine_shift,
     displacement,
     flips,
-    js,
     kl,
     layer_names,
     nll,
@@ -59,7 +58,7 @@ AttentionMeasure: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 AttentionQuantity: TypeAlias = Callable[[Tensor], Tensor]
 _Named: TypeAlias = dict[tuple[str, RunName], Tensor]  # what was measured, by name and run
 
-MEASURES: tuple[Measure, ...] = (kl, js, flips, displacement, cosine_shift)
+MEASURES: tuple[Measure, ...] = (kl, flips, displacement, cosine_shift)
 QUANTITIES: tuple[Quantity, ...] = (nll,)
 MASSIVE = 10
 """A token is massive whose frozen state after any block is so many times as long as the median of its text."""

@@ -28,7 +28,7 @@ from tokenpaths import Attachment, Trail, TrailMap, attach, find_blocks, sites, 
 
 STREAMS = ["block", "embedding", "attention", "mlp", "head"]
 NEEDS_IDS = {"tokens", "match", "all - tokens", "answer & match"}
-MAY_STAY_SHUT = {"ReFTr1", "PSR", "Gated", "nested"}  # trails with a gate
+MAY_STAY_SHUT = {"ReFTr1", "PSR", "Gated", "Guarded", "nested"}  # trails with a gate
 PROMPTS = [[5, 47, 31, 66, 8, 90], [17, 4, 73, 29], [61, 12, 36]]
 NEW = 4  # tokens to generate
 

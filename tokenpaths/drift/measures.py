@@ -152,8 +152,12 @@ def _by_token(divergence: Callable[[Tensor, Tensor], Tensor], before: Reading, a
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """The sum of p (log p - log q) - p + q, which takes back what the two normalisers have lost to rounding."""
-    p, q = log_p.exp(), log_q.exp()  # finite logarithms: `read` refuses other logits
-    return torch.addcmul(q - p, p, log_p - log_q).sum(-1).clamp_min(0)  # below 0 only by rounding
+    p, q = log_p.exp(), log_q.exp()
+    least = torch.finfo(p.dtype).min
+    ratio = (log_p - log_q).nan_to_num_(
+        nan=0, posinf=math.inf, neginf=least
+    )  # of words that one run never says, or both
+    return torch.addcmul(q - p, p, ratio).sum(-1).clamp_min(0)  # below 0 only by rounding
 
 
 def _at_next(reading: Reading, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

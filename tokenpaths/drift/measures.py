@@ -153,10 +153,8 @@ def _by_token(divergence: Callable[[Tensor, Tensor], Tensor], before: Reading, a
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """The sum of p (log p - log q) - p + q, which takes back what the two normalisers have lost to rounding."""
     p, q = log_p.exp(), log_q.exp()
-    least = torch.finfo(p.dtype).min
-    ratio = (log_p - log_q).nan_to_num_(
-        nan=0, posinf=math.inf, neginf=least
-    )  # of words that one run never says, or both
+    # the differences of words that one run never says, or neither
+    ratio = (log_p - log_q).nan_to_num_(nan=0, posinf=math.inf, neginf=torch.finfo(p.dtype).min)
     return torch.addcmul(q - p, p, ratio).sum(-1).clamp_min(0)  # below 0 only by rounding
 
 

@@ -44,18 +44,24 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "answer
     root = _inside(model)
     _check_causal(root)
     predicts = F.pad(batch.labels[:, 1:] != IGNORED, (0, 1))
-    with _only_answers(root, predicts), without_leftovers(root):
-        output = model(
+    with _only_answers(root, predicts):
+        output = forward(model, batch)
+    logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
+    if logits.ndim == 3:  # no separate output embedding was called: the whole logits are here
+        logits = logits[predicts.to(logits.device)]
+    return logits, batch.labels[:, 1:][predicts[:, :-1]].to(logits.device)
+
+
+def forward(model: nn.Module, batch: Batch) -> Any:
+    """What a model gives for a batch, through DDP and PEFT, with or without trails attached."""
+    with _without_leftovers(_inside(model)):
+        return model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             prompt_mask=batch.prompt_mask,
             spans=batch.spans,
             use_cache=False,
         )
-    logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
-    if logits.ndim == 3:  # no separate output embedding was called: the whole logits are here
-        logits = logits[predicts.to(logits.device)]
-    return logits, batch.labels[:, 1:][predicts[:, :-1]].to(logits.device)
 
 
 def _inside(model: nn.Module) -> nn.Module:
@@ -94,7 +100,7 @@ def _only_answers(model: nn.Module, rows: Bool[Tensor, "batch seq"]) -> Generato
 
 
 @contextmanager
-def without_leftovers(model: nn.Module) -> Generator[None]:
+def _without_leftovers(model: nn.Module) -> Generator[None]:
     """Inside, what is meant for attached trails is dropped when no trails are there to take it."""
 
     def drop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenpaths.data import Batch
 from tokenpaths.objectives.base import Objective
-from tokenpaths.objectives.imitate import without_leftovers
+from tokenpaths.objectives.imitate import forward
 from tokenpaths.sites import attentions, find_blocks
 from tokenpaths.trailmap import TrailMap
 
@@ -58,17 +58,16 @@ class Stay(Objective):
         return sum(len(example) for example in examples)
 
     def loss(self, model: nn.Module, trails: TrailMap, batch: Batch) -> Float[Tensor, ""]:
-        real = batch.attention_mask.bool()
         with trails.off(), torch.no_grad():
             frozen = self.see(model, trails, batch)
-        return self.distance(frozen, self.see(model, trails, batch), real)
+        return self.distance(frozen, self.see(model, trails, batch))
 
     def see(self, model: nn.Module, trails: TrailMap, batch: Batch) -> Any:
         """What is compared, of one forward."""
-        logits = _forward(model, batch).logits[batch.attention_mask.bool()]
+        logits = forward(model, batch).logits[batch.attention_mask.bool()]
         return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
 
-    def distance(self, frozen: Any, steered: Any, real: Bool[Tensor, "batch seq"]) -> Float[Tensor, ""]:
+    def distance(self, frozen: Any, steered: Any) -> Float[Tensor, ""]:
         """The distance between two forwards, a mean over the real tokens."""
         return F.kl_div(steered, frozen, reduction="none", log_target=True).sum(-1).mean()
 
@@ -79,13 +78,11 @@ class StayStates(Stay):
 
     def see(self, model: nn.Module, trails: TrailMap, batch: Batch) -> list[Tensor]:
         with _outputs(list(find_blocks(model, trails.blocks))) as states:
-            _forward(model, batch)
+            forward(model, batch)
         real = batch.attention_mask.bool()
         return [h[real].to(torch.promote_types(h.dtype, torch.float32)) for h in states]
 
-    def distance(
-        self, frozen: list[Tensor], steered: list[Tensor], real: Bool[Tensor, "batch seq"]
-    ) -> Float[Tensor, ""]:
+    def distance(self, frozen: list[Tensor], steered: list[Tensor]) -> Float[Tensor, ""]:
         shares = [
             (y - x).square().sum(-1) / x.square().sum(-1).clamp_min(1e-12) for x, y in zip(frozen, steered, strict=True)
         ]
@@ -100,9 +97,7 @@ class StayMoments(StayStates):
     batch, the more it says of the distribution.
     """
 
-    def distance(
-        self, frozen: list[Tensor], steered: list[Tensor], real: Bool[Tensor, "batch seq"]
-    ) -> Float[Tensor, ""]:
+    def distance(self, frozen: list[Tensor], steered: list[Tensor]) -> Float[Tensor, ""]:
         return torch.stack([_moments_apart(x, y) for x, y in zip(frozen, steered, strict=True)]).mean()
 
 
@@ -116,7 +111,7 @@ class StayAttention(Stay):
     def see(self, model: nn.Module, trails: TrailMap, batch: Batch) -> list[Tensor]:
         modules = [found[0] for block in find_blocks(model, trails.blocks) if (found := attentions(block))]
         with _outputs(modules, item=1) as maps:
-            _forward(model, batch)
+            forward(model, batch)
         if not maps or any(m is None for m in maps):
             raise ValueError(
                 f"{type(model).__name__} gives no attention weights, which StayAttention compares: call "
@@ -125,9 +120,7 @@ class StayAttention(Stay):
         real = batch.attention_mask.bool()
         return [m.transpose(1, 2)[real].to(torch.promote_types(m.dtype, torch.float32)) for m in maps]
 
-    def distance(
-        self, frozen: list[Tensor], steered: list[Tensor], real: Bool[Tensor, "batch seq"]
-    ) -> Float[Tensor, ""]:
+    def distance(self, frozen: list[Tensor], steered: list[Tensor]) -> Float[Tensor, ""]:
         tiny = torch.finfo(torch.float32).tiny
         rows = [
             (torch.xlogy(p, p) - p * q.clamp_min(tiny).log()).sum(-1).mean()
@@ -145,17 +138,6 @@ def _moments_apart(x: Float[Tensor, "n dim"], y: Float[Tensor, "n dim"]) -> Floa
     else:
         apart = (y.mT @ y - x.mT @ x).square().sum().clamp_min(1e-20).sqrt()
     return ((moved - mean).square().sum() * len(x) + apart) / x.square().sum().clamp_min(1e-12)
-
-
-def _forward(model: nn.Module, batch: Batch) -> Any:
-    with without_leftovers(model):
-        return model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            prompt_mask=batch.prompt_mask,
-            spans=batch.spans,
-            use_cache=False,
-        )
 
 
 @contextmanager

@@ -18,19 +18,28 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import unchanged
 from families import FAMILIES, PAD, V5, Family
 from rules import RULES, SPANS, TOKENIZER
 from subjects import MOVING, TRAILS
 from torch import Tensor, nn
 
-from tokenpaths import Attachment, Trail, TrailMap, attach, find_blocks, sites, width
+from tokenpaths import Attachment, Example, Trail, TrailMap, attach, collate, find_blocks, sites, width
+from tokenpaths.cone import Cone
+from tokenpaths.objectives.imitate import answer_logits, forward
 
 STREAMS = ["block", "embedding", "attention", "mlp", "head"]
 NEEDS_IDS = {"tokens", "match", "all - tokens", "answer & match"}
 MAY_STAY_SHUT = {"ReFTr1", "PSR", "Gated", "Guarded", "nested"}  # trails with a gate
 PROMPTS = [[5, 47, 31, 66, 8, 90], [17, 4, 73, 29], [61, 12, 36]]
 NEW = 4  # tokens to generate
+_FRONT = (44, 7, 19, 81, 3, 62, 90, 15)
+LABELLED = [  # rows of tokens, and the length of the prompt of each
+    ((*_FRONT, 5, 47, 31, 66, 8, 90, 12), 14),
+    ((*_FRONT, 17, 4, 73, 29, 33, 50), 11),
+    ((*_FRONT, 61, 12, 36, 77), 10),
+]
 
 MODES: dict[str, dict[str, Any]] = {  # ways to generate
     "greedy": {},
@@ -298,6 +307,40 @@ def checkpointing_changes_no_gradient(case: Case) -> None:
             assert_close(one, two)
 
 
+def the_cone_changes_nothing(case: Case) -> None:
+    """What is computed once and kept gives the loss and the gradients of a forward in full, each time it is used."""
+    if case.facts.kind != "decoder":
+        return
+    model = case.model(exact=True)
+    trails = case.trails(model, MOVING[case.trail], layers=[1, 2])
+    batch = collate([Example(ids, (False,) * n + (True,) * (len(ids) - n)) for ids, n in LABELLED])
+    found: list[list[Tensor]] = []
+
+    def add_pass() -> None:
+        trails.zero_grad()
+        logits, targets = answer_logits(model, batch)
+        whole = forward(model, batch).logits[batch.attention_mask.bool()]
+        with torch.no_grad(), trails.off():
+            frozen = forward(model, batch).logits[batch.attention_mask.bool()]
+        loss = F.cross_entropy(logits, targets) + (whole - frozen).square().mean()
+        if loss.requires_grad:
+            loss.backward()
+        found.append([loss.detach(), *(torch.zeros(1) if p.grad is None else p.grad for p in trails.parameters())])
+
+    with warnings.catch_warnings(), attach(model, trails, spans={"middle": [(1, 3)] * len(batch)}, tokenizer=TOKENIZER):
+        warnings.simplefilter("error")  # no family here is to be run in full
+        add_pass()
+        with Cone().over(model, case.blocks) as worker:
+            assert worker is not None
+            for _ in range(2):
+                add_pass()
+            worker.shared = [tuple(batch.input_ids[0][:8].tolist())]
+            add_pass()
+    for other in found[1:]:
+        for one, two in zip(other, found[0], strict=True):
+            assert_close(one, two)
+
+
 def others_still_see(case: Case) -> None:
     """Law 9: foreign hooks fire once and survive; hidden states are the moved ones; attentions are still there."""
     model = case.model()
@@ -364,6 +407,7 @@ LAWS: dict[str, Callable[[Case], None]] = {
         padding_changes_nothing,
         the_light_cone_is_dark_outside,
         checkpointing_changes_no_gradient,
+        the_cone_changes_nothing,
         others_still_see,
         a_refusal_leaves_nothing,
     )

@@ -105,7 +105,7 @@ def test_compiled_code_follows(family, traceable):
 
         def moved():
             now = model(**INPUTS).logits
-            assert torch.equal(compiled(**INPUTS).logits, now)
+            assert_close(compiled(**INPUTS).logits, now)  # compiled, it moves all tokens and takes the chosen ones
             return now
 
         full = moved()

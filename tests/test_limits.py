@@ -77,7 +77,7 @@ def test_gates_read_the_states_that_the_trails_below_have_moved() -> None:
     gates[tp.Site(1)].register_forward_pre_hook(lambda module, args: seen.update(h=args[0]))
     with torch.no_grad(), tp.attach(model, gates):
         model(asked)
-    assert gates[tp.Site(1)].gate(seen["h"])[:, 6].mean() > 0.9
+    assert gates[tp.Site(1)].gate(seen["h"].reshape(*asked.shape, -1))[:, 6].mean() > 0.9
 
 
 def test_guarded_trails_are_saved_and_their_gates_are_not_trained(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenpaths as tp
+from tokenpaths.cone import blocks_below
 from tokenpaths.data import Batch, collate
-from tokenpaths.drift.readings import Reading, Run, evaluating, read, runs, shared_below
+from tokenpaths.drift.readings import Reading, Run, evaluating, read, runs
 
 Watch = Callable[[nn.Module], nn.Module]
 TEXT_MODELS = {name: family for name, family in FAMILIES.items() if family.kind in ("decoder", "encoder")}
@@ -85,7 +86,7 @@ def test_what_is_shared_is_not_computed_twice(site: tp.Site, shared: int) -> Non
     model = llama().requires_grad_(False)
     sites = {site, tp.Site(-1)}
     trails = tp.TrailMap({site: tp.RED(tp.width(model, site)) for site in sites}).requires_grad_(False)
-    assert shared_below(model, trails) == shared
+    assert blocks_below(model, trails) == shared
     pair, batch = runs(model, trails), collate(EXAMPLES)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)

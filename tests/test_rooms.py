@@ -12,7 +12,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "tokenpaths"
 ROOMS = (
-    "tokens trails data sites saving trailmap watcher attach drift limits objectives training plots testing demo"
+    "tokens trails data mixing sites saving trailmap watcher attach cone drift limits objectives samples training "
+    "forgetting plots testing demo"
 ).split()
 LATE = ("transformers", "accelerate", "peft", "matplotlib", "datasets", "pyreft", "pyvene", "trl", "scipy")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import DIM, assert_equal, llama, make_examples, make_trails, state
+from tiny import DIM, VOCAB, assert_equal, llama, make_examples, make_trails, state
 from torch import Tensor, nn
 
 import tokenpaths as tp
@@ -17,7 +17,8 @@ from tokenpaths.data import collate
 from tokenpaths.drift import read, runs
 from tokenpaths.drift.attention import attention_js
 from tokenpaths.drift.measures import displacement, kl
-from tokenpaths.objectives import Imitate, Stay, StayAttention, StayMoments, StayStates
+from tokenpaths.objectives import Imitate, Stay, StayAttention, StayMoments, StayStates, head
+from tokenpaths.objectives.head import Logits, kl_from
 from tokenpaths.trails import DiReFT
 from tokenpaths.training import Step, TrustRegion, steps
 
@@ -89,6 +90,34 @@ def test_distances_are_those_of_the_definition(kind: type[Stay], count: int) -> 
         found = kind(examples).loss(model, trails, collate(examples))
     assert expected > 1e-3
     assert float(found.detach()) == pytest.approx(expected, rel=1e-4)
+
+
+class Backward(Stay):
+    """KL(steered || frozen): a distance of one's own."""
+
+    def distance(self, frozen: Logits, steered: Logits) -> Tensor:
+        return steered.sum(lambda q, p: kl_from(p, q), frozen) / len(steered)
+
+
+@pytest.mark.parametrize("kind", [Stay, Backward])
+def test_the_divergence_and_its_gradient_are_those_of_whole_logits(
+    kind: type[Stay], watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "CHUNK", 4 * VOCAB * 3)  # three tokens at a time
+    model, trails = watch(llama().double().requires_grad_(False)), moving().double()
+    batch = collate(texts(), side="left")
+    inputs: dict[str, Any] = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    with tp.attach(model, trails):
+        with trails.off():
+            p = model(**inputs).logits[batch.attention_mask.bool()].log_softmax(-1)
+        q = model(**inputs).logits[batch.attention_mask.bool()].log_softmax(-1)
+        p, q = (p, q) if kind is Stay else (q, p)
+        expected = (p.exp() * (p - q)).sum(-1).mean()
+        found = kind(texts()).loss(model, trails, batch)
+        full, mine = (torch.autograd.grad(loss, list(trails.parameters())) for loss in (expected, found))
+    assert found.dtype == torch.float64
+    assert (expected - found).abs() < 1e-10
+    assert all(a.abs().max() > 1e-6 and (a - b).abs().max() < 1e-10 for a, b in zip(full, mine, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,6 +8,7 @@ from tokenpaths import trails as trails
 from tokenpaths.attach import Attachment as Attachment
 from tokenpaths.attach import attach as attach
 from tokenpaths.attach import is_attached as is_attached
+from tokenpaths.cone import Cone as Cone
 from tokenpaths.data import Batch as Batch
 from tokenpaths.data import Example as Example
 from tokenpaths.data import collate as collate
@@ -55,12 +56,31 @@ if TYPE_CHECKING:
     from tokenpaths.limits import guard as guard
     from tokenpaths.limits import strength_curve as strength_curve
     from tokenpaths.limits import strength_within as strength_within
+    from tokenpaths.mixing import Mix as Mix
+    from tokenpaths.mixing import MixedStream as MixedStream
+    from tokenpaths.mixing import mix as mix
+    from tokenpaths.objectives import Align as Align
+    from tokenpaths.objectives import Attempts as Attempts
     from tokenpaths.objectives import Imitate as Imitate
+    from tokenpaths.objectives import ImitateParts as ImitateParts
     from tokenpaths.objectives import Objective as Objective
+    from tokenpaths.objectives import Rehearse as Rehearse
     from tokenpaths.objectives import Stay as Stay
     from tokenpaths.objectives import StayAttention as StayAttention
     from tokenpaths.objectives import StayMoments as StayMoments
     from tokenpaths.objectives import StayStates as StayStates
+    from tokenpaths.objectives import Targets as Targets
+    from tokenpaths.objectives import Waypoints as Waypoints
+    from tokenpaths.objectives import WaypointsAttention as WaypointsAttention
+    from tokenpaths.objectives import assessment_accuracy as assessment_accuracy
+    from tokenpaths.objectives import capture_attention as capture_attention
+    from tokenpaths.objectives import capture_states as capture_states
+    from tokenpaths.objectives import encode_parts as encode_parts
+    from tokenpaths.objectives import sample_chains as sample_chains
+    from tokenpaths.objectives import score_attempts as score_attempts
+    from tokenpaths.samples import chat_opening as chat_opening
+    from tokenpaths.samples import load_samples as load_samples
+    from tokenpaths.samples import self_samples as self_samples
     from tokenpaths.training import Step as Step
     from tokenpaths.training import TrustRegion as TrustRegion
     from tokenpaths.training import steps as steps
@@ -83,6 +103,25 @@ _WHEN_USED = {  # not everyone who attaches trails trains them
     "TrustRegion": "tokenpaths.training",
     "steps": "tokenpaths.training",
     "trainable": "tokenpaths.training",
+    "Rehearse": "tokenpaths.objectives",
+    "Align": "tokenpaths.objectives",
+    "Attempts": "tokenpaths.objectives",
+    "assessment_accuracy": "tokenpaths.objectives",
+    "sample_chains": "tokenpaths.objectives",
+    "score_attempts": "tokenpaths.objectives",
+    "ImitateParts": "tokenpaths.objectives",
+    "encode_parts": "tokenpaths.objectives",
+    "Targets": "tokenpaths.objectives",
+    "Waypoints": "tokenpaths.objectives",
+    "WaypointsAttention": "tokenpaths.objectives",
+    "capture_attention": "tokenpaths.objectives",
+    "capture_states": "tokenpaths.objectives",
+    "mix": "tokenpaths.mixing",
+    "Mix": "tokenpaths.mixing",
+    "MixedStream": "tokenpaths.mixing",
+    "self_samples": "tokenpaths.samples",
+    "load_samples": "tokenpaths.samples",
+    "chat_opening": "tokenpaths.samples",
 }
 
 

@@ -6,6 +6,9 @@ pipeline remain the user's own calls. While attached, each forward runs in three
 1. the **watcher** of the model finds out which tokens there are, which are padding, and which are the prompt;
 2. each attachment turns its token rules into masks over the tokens of this forward: its **plan**;
 3. at each place, `h` becomes `h + trail(h)` where the mask is set, and stays bit for bit what it was elsewhere.
+
+Only what moves is paid for: the chosen tokens are gathered, moved and written into a copy of the states; where all are
+chosen nothing is gathered, and where none is, as while decoding under `Last(1)`, the states go by untouched.
 """
 
 from __future__ import annotations
@@ -20,11 +23,23 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tokenpaths.sites import Place, Site, locate
-from tokenpaths.tokens import Context, Match, leaves, token_pieces
+from tokenpaths.tokens import (
+    Both,
+    Context,
+    Either,
+    First,
+    Last,
+    Match,
+    Prompt,
+    Rule,
+    Without,
+    leaves,
+    token_pieces,
+)
 from tokenpaths.trailmap import TrailMap
 from tokenpaths.trails import OrthonormalRows, Trail
 from tokenpaths.trails.stiefel import prepare, release
-from tokenpaths.watcher import Hook, Moment, Watcher
+from tokenpaths.watcher import Hook, Moment, Observer, Watcher
 
 Spans = Mapping[str, Sequence[tuple[int, int]]]
 
@@ -78,10 +93,12 @@ class Attachment:
         self.spans = spans or {}
         self._pieces = None if tokenizer is None else token_pieces(tokenizer)
         self._rules = list(dict.fromkeys(site.tokens for site in trails.sites))
+        self._prompt_only = all(_within_prompt(rule) for rule in self._rules)
         self.plan: _Plan | None = None
         self._rotations = [module for module in trails.modules() if isinstance(module, OrthonormalRows)]
         self._handles: list[RemovableHandle] = []
         places = self._locate(model)  # refuses before anything is changed
+        self._unions = list(dict.fromkeys(_rules_of(parts) for _, parts in places))
         self._watcher = Watcher.of(model, trails.blocks)
         self._watcher.join(self)
         for place, parts in places:
@@ -109,8 +126,10 @@ class Attachment:
         if not self.trails.enabled:
             self.plan = None
             return
-        self.plan = _Plan(None if moment is None else self._masks(moment), self.strength)
-        prepare(self._rotations)
+        self.plan = _Plan(None, None, self.strength) if moment is None else self._plan(moment)
+        chosen = self.plan.chosen
+        if chosen is None or any(rows is None or len(rows) for rows in chosen.values()):  # else R may not be needed
+            prepare(self._rotations)
 
     def end(self) -> None:
         """The forward is over, or has failed. The plan stays, for blocks that a backward computes again."""
@@ -123,7 +142,23 @@ class Attachment:
             raise RuntimeError("the trails were removed before backward(), which gradient checkpointing needs them for")
         self.plan = plan
 
-    def _masks(self, moment: Moment) -> list[Tensor]:
+    def _plan(self, moment: Moment) -> _Plan:
+        """The masks of a forward, and where they are set: found with one wait for the device, for all places."""
+        if self._prompt_only and moment.written:
+            none = moment.context.real.new_zeros((len(moment.context.real), moment.length))
+            nowhere = dict.fromkeys(self._unions, none.new_empty(0, dtype=torch.long))
+            return _Plan([none] * len(self._rules), nowhere, self.strength)
+        masks = self.masks(moment)
+        if torch.compiler.is_compiling():  # numbers that depend on values cannot be traced
+            return _Plan(masks, None, self.strength)
+        unions = [functools.reduce(torch.logical_or, (masks[rule] for rule in rules)) for rules in self._unions]
+        chosen: dict[tuple[int, ...], Tensor | None] = {}
+        for rules, union in zip(self._unions, torch.stack(unions).flatten(1).cpu(), strict=True):
+            numbers = union.nonzero().squeeze(1)
+            chosen[rules] = None if len(numbers) == len(union) else numbers.to(masks[0].device)
+        return _Plan(masks, chosen, self.strength)
+
+    def masks(self, moment: Moment) -> list[Tensor]:
         """The chosen tokens of a forward, one mask a rule."""
         context, repeats = moment.context, moment.repeats
         context = replace(context, pieces=self._pieces, spans={**context.spans, **self._span_masks(context, repeats)})
@@ -161,20 +196,31 @@ class Attachment:
         return list(grouped.values())
 
     def _mover(self, parts: list[_Part]) -> Callable[[Tensor], Tensor]:
+        rules = _rules_of(parts)
+
         def move(h: Tensor) -> Tensor:
             plan = self.plan
             if plan is None:
                 return h
-            chosen = plan.masks
-            if chosen is None:  # no tokens, but the patches of an image: all are real and given
-                real = torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
-                chosen = self._masks(Moment(Context(real=real, prompt=real), 0, h.shape[1]))
-            masks = [chosen[part.rule].to(h.device).reshape(h.shape[:-1]) for part in parts]
-            with torch.autocast(h.device.type, enabled=False):
-                # in the wider of the two dtypes: a coarse trail must not coarsen the state
-                moved = (h + plan.strength * _displacement(parts, masks, h)).to(h.dtype)
-            # where, not a product with the mask: unmoved tokens stay bit-equal, and cannot catch a NaN
-            return torch.where(functools.reduce(torch.logical_or, masks).unsqueeze(-1), moved, h)
+            if plan.masks is None:  # no tokens, but the patches of an image: all are real and given
+                real = torch.ones(h.shape[:2], dtype=torch.bool)
+                plan = self._plan(Moment(Context(real=real, prompt=real), 0, h.shape[1]))
+                assert plan.masks is not None
+            if plan.masks[0].numel() != h.shape[:-1].numel():
+                raise ValueError(
+                    f"{parts[0].site}: the states there have shape {list(h.shape)}, which is not one for each of the "
+                    f"{list(plan.masks[0].shape)} tokens of this forward"
+                )
+            if plan.chosen is None or torch.compiler.is_compiling():
+                return _move_densely(parts, [plan.masks[part.rule] for part in parts], h, plan.strength)
+            rows = plan.chosen[rules]
+            if rows is None:
+                return _moved(parts, _flat(parts, plan.masks, None), h.flatten(0, -2), plan.strength).view(h.shape)
+            if not len(rows) and not _learns(parts):
+                return h
+            rows, states = rows.to(h.device), h.flatten(0, -2)
+            moved = _moved(parts, _flat(parts, plan.masks, rows), states.index_select(0, rows), plan.strength)
+            return states.index_copy(0, rows, moved).view(h.shape)
 
         return move
 
@@ -191,9 +237,14 @@ class Attachment:
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """What an attachment does in one forward: a mask for each rule (none known for images), and the strength."""
+    """What an attachment does in one forward: a mask for each rule (none known for images), and the strength.
+
+    `chosen` numbers the tokens that the rules of one place choose, row after row of the batch; None is all of them.
+    It is not known at all for images and inside torch.compile.
+    """
 
     masks: list[Tensor] | None
+    chosen: Mapping[tuple[int, ...], Tensor | None] | None
     strength: float
 
 
@@ -206,20 +257,67 @@ class _Part:
     rule: int
 
 
-def _displacement(parts: list[_Part], masks: list[Tensor], h: Tensor) -> Tensor:
-    """The sum of the displacements at one place, in the trails' own dtype."""
-    total: Tensor | None = None
-    for part, mask in zip(parts, masks, strict=True):
-        weight = next(part.trail.parameters(), h.new_zeros((), dtype=torch.promote_types(h.dtype, torch.float32)))
-        d = part.trail(h.to(weight.device, weight.dtype))
-        if d.shape != h.shape:
-            raise ValueError(f"{part.site}: {part.trail} returned shape {list(d.shape)} for states of {list(h.shape)}")
-        d = d.to(h.device)
-        if len(parts) > 1:
-            d = torch.where(mask.unsqueeze(-1), d, 0)
-        total = d if total is None else total + d
-    assert total is not None
-    return total
+def _rules_of(parts: list[_Part]) -> tuple[int, ...]:
+    """The rules of one place."""
+    return tuple(sorted({part.rule for part in parts}))
+
+
+def _within_prompt(rule: Rule) -> bool:
+    """Whether a rule can choose tokens of the prompt only, whatever the tokens are."""
+    if isinstance(rule, Either):
+        return _within_prompt(rule.left) and _within_prompt(rule.right)
+    if isinstance(rule, Both):
+        return _within_prompt(rule.left) or _within_prompt(rule.right)
+    if isinstance(rule, Without):
+        return _within_prompt(rule.left)
+    return isinstance(rule, (First, Last, Prompt))
+
+
+def _learns(parts: list[_Part]) -> bool:
+    """Whether a backward is to reach the trails: where they moved nothing, it gives them zeros (DDP waits for them)."""
+    return torch.is_grad_enabled() and any(p.requires_grad for part in parts for p in part.trail.parameters())
+
+
+def _flat(parts: list[_Part], masks: list[Tensor], rows: Tensor | None) -> list[Tensor]:
+    """Which of the rows (of all tokens, if None) each trail moves; not asked of a trail that has its place alone."""
+    if len(parts) == 1:
+        return []
+    flat = [masks[part.rule].flatten() for part in parts]
+    return flat if rows is None else [mask.to(rows.device).index_select(0, rows) for mask in flat]
+
+
+def _move_densely(parts: list[_Part], masks: list[Tensor], h: Tensor, strength: float) -> Tensor:
+    """Without numbers that depend on values, for torch.compile."""
+    masks = [mask.to(h.device).reshape(h.shape[:-1]) for mask in masks]
+    moved = _moved(parts, masks if len(parts) > 1 else [], h, strength)
+    # where, not a product with the mask: unmoved tokens stay bit-equal, and cannot catch a NaN
+    return torch.where(functools.reduce(torch.logical_or, masks).unsqueeze(-1), moved, h)
+
+
+def _moved(parts: list[_Part], masks: list[Tensor], h: Tensor, strength: float) -> Tensor:
+    """States and strength times the sum of their displacements, in the wider of the dtypes of states and trails.
+
+    A coarse trail so does not coarsen the state. `masks` tell the tokens of several trails apart.
+    """
+    wide, total = h, None
+    with torch.autocast(h.device.type, enabled=False):
+        for number, part in enumerate(parts):
+            weight = next(part.trail.parameters(), None)
+            dtype = torch.promote_types(h.dtype, torch.float32) if weight is None else weight.dtype
+            given = h.to(h.device if weight is None else weight.device, dtype)
+            d = part.trail(given)
+            if d.shape != h.shape:
+                raise ValueError(
+                    f"{part.site}: {part.trail} returned shape {list(d.shape)} for states of {list(h.shape)}"
+                )
+            d = d.to(h.device)
+            if masks:
+                d = torch.where(masks[number].to(h.device).unsqueeze(-1), d, 0)
+            total = d if total is None else total + d
+            if given.device == h.device and dtype == torch.promote_types(h.dtype, dtype):
+                wide = given  # cast once, for the trail and for the sum
+        assert total is not None
+        return torch.add(wide, total, alpha=strength).to(h.dtype)
 
 
 def _hook(place: Place, move: Callable[[Tensor], Tensor]) -> RemovableHandle:
@@ -228,8 +326,12 @@ def _hook(place: Place, move: Callable[[Tensor], Tensor]) -> RemovableHandle:
     def change(h: Tensor) -> Tensor:
         if place.columns is None:
             return move(h)
+        part = h[..., place.columns]
+        moved = move(part)
+        if moved is part:
+            return h
         changed = h.clone()
-        changed[..., place.columns] = move(h[..., place.columns])
+        changed[..., place.columns] = moved
         return changed
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
@@ -246,6 +348,6 @@ def _hook(place: Place, move: Callable[[Tensor], Tensor]) -> RemovableHandle:
     else:
         hooks = vars(place.module)["_forward_pre_hooks"]
         handle = place.module.register_forward_pre_hook(Hook(before), with_kwargs=True)
-    for key in [key for key, hook in hooks.items() if not isinstance(hook, Hook)]:
+    for key in [key for key, hook in hooks.items() if not isinstance(hook, Hook) or isinstance(hook, Observer)]:
         hooks[key] = hooks.pop(key)
     return handle

@@ -10,21 +10,23 @@ import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tokenpaths.attach import attach, is_attached
 from tokenpaths.data import Batch, Example, collate
 from tokenpaths.drift import Drift, drift
 from tokenpaths.drift.readings import evaluating
-from tokenpaths.sites import Site, locate, unwrapped
+from tokenpaths.sites import Place, Site, locate, unwrapped
 from tokenpaths.tokens import All, Context, Rule, token_pieces
 from tokenpaths.trailmap import TrailMap
 from tokenpaths.trails import Confined, Guarded, Trail
 from tokenpaths.trails.wrappers import at_unit_scale
+from tokenpaths.watcher import Hook
 
 _HELD = 4  # one text in so many is held out, to place the gate's threshold
 
@@ -249,16 +251,10 @@ def _states(
     pieces = None if tokenizer is None else token_pieces(tokenizer)
     spans = sorted({name for example in examples for name in example.spans})
     device = next(model.parameters()).device
-    at = _by_trail(trails)
-    order = {site: locate(model, site, trails.blocks)[0].layer for site in trails}
-    caught: dict[Trail, list[Tensor]] = {}
-
-    def catch(trail: nn.Module, args: tuple[Tensor, ...]) -> None:
-        caught.setdefault(cast("Trail", trail), []).append(args[0])
-
+    caught: dict[Site, Tensor] = {}
     with ExitStack() as stack:
-        for trail in at:
-            stack.callback(trail.register_forward_pre_hook(catch).remove)
+        for site in trails:  # hooked before the trails are attached: the states that enter them
+            stack.callback(_catch(site, locate(model, site, trails.blocks)[1], caught).remove)
         head = getattr(unwrapped(model), "get_output_embeddings", lambda: None)()
         if head is not None:  # nobody asks for the logits, which cost a third of the forward of a small model
             stack.callback(head.register_forward_pre_hook(lambda module, args: (args[0][:, :1], *args[1:])).remove)
@@ -277,11 +273,24 @@ def _states(
                     use_cache=False,
                 )
             context = Context(batch.attention_mask.bool(), batch.prompt_mask, batch.input_ids, batch.spans, pieces)
-            found: dict[Site, tuple[Tensor, Tensor]] = {}
-            for trail, sites in at.items():  # a tied trail is called site by site, from the lowest
-                for site, h in zip(sorted(sites, key=order.__getitem__), caught[trail], strict=True):
-                    found[site] = h.reshape(*batch.input_ids.shape, -1), site.tokens.mask(context)
-            yield batch, context, found
+            yield batch, context, {site: (h, site.tokens.mask(context)) for site, h in caught.items()}
+
+
+def _catch(site: Site, place: Place, caught: dict[Site, Tensor]) -> RemovableHandle:
+    """Keep the states at a place, in their batch, at each forward."""
+
+    def keep(h: Tensor) -> None:
+        caught[site] = h if place.columns is None else h[..., place.columns]
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        keep(output[0] if isinstance(output, tuple) else output)
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(args[0] if args else kwargs["hidden_states"])
+
+    if place.side == "output":
+        return place.module.register_forward_hook(Hook(after))
+    return place.module.register_forward_pre_hook(Hook(before), with_kwargs=True)
 
 
 def _discriminant(yes: Float[Tensor, "m dim"], no: Float[Tensor, "n dim"]) -> Float[Tensor, " dim"]:

@@ -34,12 +34,14 @@ class Moment:
     """One forward, over columns `past` to `past + length` of the sequences that `context` knows.
 
     `repeats` rows of the batch stand for one row that the user gave: beams, or several returned sequences.
+    All columns of a `written` forward are known, by their place, to lie behind the prompt: it decodes.
     """
 
     context: Context
     past: int
     length: int
     repeats: int = 1
+    written: bool = False
 
 
 @runtime_checkable
@@ -84,6 +86,15 @@ class Hook:
         return _inert, ()
 
 
+class Observer(Hook):
+    """A hook that looks and changes nothing, and while it is not `awake` does not look."""
+
+    awake: bool = True
+
+    def __call__(self, *args: Any) -> Any:
+        return self.call(*args) if self.awake else None
+
+
 def _inert() -> Callable[..., None]:
     return _do_nothing
 
@@ -110,6 +121,11 @@ class Watcher:
     def known(cls, model: nn.Module) -> list[Watcher]:
         """The watchers at work inside a model."""
         return [cls._all[id(module)] for module in model.modules() if id(module) in cls._all]
+
+    @classmethod
+    def remember(cls, cache: Any, moment: Moment) -> None:
+        """A cache was filled by someone else: what is known of its tokens."""
+        cls._caches[cache] = moment
 
     def __init__(self, path: dict[str, nn.Module], key: int) -> None:
         self.key = key
@@ -164,8 +180,8 @@ class Watcher:
                 break
         self.undo += [handle.remove for handle in handles]
         if self.writer is not None:
-            self.undo.append(_shadow(self.writer, "generate", self._generate))
-            self.undo.append(_shadow(self.writer, "prepare_inputs_for_generation", self._prepare))
+            self.undo.append(shadow(self.writer, "generate", self._generate))
+            self.undo.append(shadow(self.writer, "prepare_inputs_for_generation", self._prepare))
 
     def _forget_graphs(self) -> None:
         """What torch.compile made of the model does not notice that hooks come and go: let it compile anew."""
@@ -208,7 +224,7 @@ class Watcher:
         if cache is None and isinstance(output, Mapping):
             cache = output.get("past_key_values")
         if self.now is not None and hasattr(cache, "get_seq_length"):
-            self._caches[cache] = self.now
+            self.remember(cache, self.now)
         if torch.is_grad_enabled():
             plans = [(listener, listener.plan) for listener in self.listeners]
             for tensor in _tensors(output):
@@ -385,7 +401,7 @@ def _path_to(model: nn.Module, layers: nn.ModuleList) -> dict[str, nn.Module]:
     return {name: model.get_submodule(name) for name in (".".join(parts[:depth]) for depth in range(len(parts)))}
 
 
-def _shadow(module: nn.Module, name: str, replacement: Callable[..., Any]) -> Callable[[], None]:
+def shadow(module: nn.Module, name: str, replacement: Callable[..., Any]) -> Callable[[], None]:
     """Let a bound method, set on the instance, stand before a method of its class; returns what undoes it.
 
     A deep copy of the model takes it along: there it does nothing.
@@ -393,11 +409,11 @@ def _shadow(module: nn.Module, name: str, replacement: Callable[..., Any]) -> Ca
     before, method = vars(module).get(name), getattr(type(module), name)
 
     @functools.wraps(method)
-    def shadow(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def standing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         original = functools.partial(method, self) if before is None else before
         return replacement(original, *args, **kwargs) if self is module else original(*args, **kwargs)
 
-    setattr(module, name, types.MethodType(shadow, module))
+    setattr(module, name, types.MethodType(standing, module))
 
     def undo() -> None:
         delattr(module, name)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tokenpaths.attach import attach, is_attached
+from tokenpaths.cone import Cone
 from tokenpaths.data import Batch, Example, collate
 from tokenpaths.drift.attention import read_attention
 from tokenpaths.drift.measures import (
@@ -225,16 +226,18 @@ def drift(
     measures: Sequence[Measure] = MEASURES,
     quantities: Sequence[Quantity] = QUANTITIES,
     sets: Sequence[SetMeasure] = (),
+    cone: Cone | None = None,
 ) -> Drift:
     """Measure how far `trails` move `model` on `texts`; a `Meter` does more.
 
     A text given as a string is prompt throughout, cut to `max_length` tokens; an `Example` (from `encode`) keeps its
     border between prompt and answer, so rules such as `Answer()` find their tokens. The model is left as it was,
-    trails attached or not. Raises `ValueError` for no texts, for strings without a tokenizer and for a text of under
-    two tokens.
+    trails attached or not. A shared `cone` keeps what the frozen model makes of the texts, for when they are read again
+    (after more steps, or with other trails). Raises `ValueError` for no texts, for strings without a tokenizer and for
+    a text of under two tokens.
     """
     attached = nullcontext() if is_attached(model, trails) else attach(model, trails, tokenizer=tokenizer)
-    with attached:
+    with attached, nullcontext() if cone is None else cone.over(model, trails.blocks):
         return compare(
             *runs(model, trails),
             texts,

@@ -22,10 +22,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tokenpaths.attach import attach, is_attached
+from tokenpaths.cone import blocks_below
 from tokenpaths.data import IGNORED, Batch
-from tokenpaths.sites import find_blocks, locate, unwrapped
+from tokenpaths.sites import find_blocks, unwrapped
 from tokenpaths.trailmap import TrailMap
-from tokenpaths.watcher import Watcher
+from tokenpaths.watcher import Observer, Watcher
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,16 +81,7 @@ def runs(model: nn.Module, trails: TrailMap, *, tokenizer: Any = None) -> tuple[
         with attached, evaluating(trails):
             yield
 
-    return Run(model, trails.off, trails.blocks), Run(model, steered, trails.blocks, shared_below(model, trails))
-
-
-def shared_below(model: nn.Module, trails: TrailMap) -> int:
-    """The number of blocks, from the first, whose `forward` the trails cannot change.
-
-    A trail on a block's output acts after its `forward`; every other stream is inside the block, or enters it.
-    """
-    found = [locate(model, site, trails.blocks)[0] for site in trails]
-    return min(site.layer + (site.stream == "block") for site in found)
+    return Run(model, trails.off, trails.blocks), Run(model, steered, trails.blocks, blocks_below(model, trails))
 
 
 def read(before: Run, after: Run, batch: Batch) -> list[tuple[Reading, Reading]]:
@@ -256,12 +248,12 @@ def _states(model: nn.Module, layers: nn.ModuleList) -> Generator[dict[str, Tens
     def leaves(name: str, module: nn.Module, args: Any, output: Any) -> None:
         states[name] = output[0] if isinstance(output, tuple) else output
 
-    handles = [layers[0].register_forward_pre_hook(functools.partial(enters, "embedding"), with_kwargs=True)]
+    handles = [layers[0].register_forward_pre_hook(Observer(functools.partial(enters, "embedding")), with_kwargs=True)]
     for i, layer in enumerate(layers):
-        handles.append(layer.register_forward_hook(functools.partial(leaves, f"block {i}")))
+        handles.append(layer.register_forward_hook(Observer(functools.partial(leaves, f"block {i}"))))
     head = getattr(unwrapped(model), "get_output_embeddings", lambda: None)()
     if head is not None:
-        handles.append(head.register_forward_pre_hook(functools.partial(enters, "norm"), with_kwargs=True))
+        handles.append(head.register_forward_pre_hook(Observer(functools.partial(enters, "norm")), with_kwargs=True))
     try:
         yield states
     finally:

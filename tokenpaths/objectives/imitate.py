@@ -7,14 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tokenpaths.cone import inputs_of, narrowed
 from tokenpaths.data import IGNORED, Batch, Example
 from tokenpaths.objectives.base import Objective
+from tokenpaths.objectives.head import Logits, cross_entropy, logits_at
 from tokenpaths.trailmap import TrailMap
+from tokenpaths.watcher import Hook
 
 
 @dataclass
@@ -28,8 +30,8 @@ class Imitate(Objective):
                 raise ValueError(f"Imitate: example {number} has no answer to imitate")
 
     def loss(self, model: nn.Module, trails: TrailMap, batch: Batch) -> Float[Tensor, ""]:
-        logits, targets = answer_logits(model, batch)
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+        logits, targets = answers(model, batch)
+        return logits.sum(cross_entropy, targets) / len(targets)
 
     def terms(self, examples: Sequence[Example]) -> int:
         return sum(sum(example.answer) for example in examples)
@@ -41,27 +43,30 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "answer
     Only the hidden states that predict an answer go through the output embedding, as one matrix: for a short answer
     that saves most of the vocabulary's cost. Works through DDP and PEFT, with or without trails attached.
     """
-    root = _inside(model)
-    _check_causal(root)
+    logits, targets = answers(model, batch)
+    return logits[:], targets
+
+
+def answers(model: nn.Module, batch: Batch) -> tuple[Logits, Int[Tensor, " answers"]]:
+    """As `answer_logits`, with logits that are made when they are asked for: `logits.sum(cross_entropy, targets)`.
+
+    With a cone at work, tokens before the first that a trail moves or whose logits are wanted are not run.
+    """
+    _check_causal(_inside(model))
     predicts = F.pad(batch.labels[:, 1:] != IGNORED, (0, 1))
-    with _only_answers(root, predicts):
-        output = forward(model, batch)
-    logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
-    if logits.ndim == 3:  # no separate output embedding was called: the whole logits are here
-        logits = logits[predicts.to(logits.device)]
-    return logits, batch.labels[:, 1:][predicts[:, :-1]].to(logits.device)
+    with narrowed(model, batch, predicts) as (inputs, rows):
+        logits = logits_at(model, lambda: _call(model, inputs), rows)
+    return logits, batch.labels[:, 1:][predicts[:, :-1]].to(logits.states.device)
 
 
 def forward(model: nn.Module, batch: Batch) -> Any:
     """What a model gives for a batch, through DDP and PEFT, with or without trails attached."""
+    return _call(model, inputs_of(batch))
+
+
+def _call(model: nn.Module, inputs: dict[str, Any]) -> Any:
     with _without_leftovers(_inside(model)):
-        return model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            prompt_mask=batch.prompt_mask,
-            spans=batch.spans,
-            use_cache=False,
-        )
+        return model(**inputs)
 
 
 def _inside(model: nn.Module) -> nn.Module:
@@ -78,35 +83,13 @@ def _check_causal(model: nn.Module) -> None:
 
 
 @contextmanager
-def _only_answers(model: nn.Module, rows: Bool[Tensor, "batch seq"]) -> Generator[None]:
-    """Inside, the output embedding is given the chosen hidden states only, as one matrix."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
-    if head is None or compiled:  # a compiled graph would not see that a hook comes and goes
-        yield
-        return
-
-    def select(module: nn.Module, args: tuple[Any, ...]) -> Any:
-        hidden = args[0]
-        if hidden.ndim != 3 or hidden.shape[:2] != rows.shape:
-            return None
-        return (hidden[rows.to(hidden.device)], *args[1:])
-
-    handle = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
 def _without_leftovers(model: nn.Module) -> Generator[None]:
     """Inside, what is meant for attached trails is dropped when no trails are there to take it."""
 
     def drop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return args, {name: value for name, value in kwargs.items() if name not in ("prompt_mask", "spans")}
 
-    handle = model.register_forward_pre_hook(drop, with_kwargs=True)
+    handle = model.register_forward_pre_hook(Hook(drop), with_kwargs=True)
     try:
         yield
     finally:

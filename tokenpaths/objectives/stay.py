@@ -18,15 +18,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenpaths.data import Batch
 from tokenpaths.objectives.base import Objective
+from tokenpaths.objectives.head import kl_from, logits_at
 from tokenpaths.objectives.imitate import forward
 from tokenpaths.sites import attentions, find_blocks
 from tokenpaths.trailmap import TrailMap
+from tokenpaths.watcher import Observer
 
 
 @dataclass
@@ -63,13 +64,12 @@ class Stay(Objective):
         return self.distance(frozen, self.see(model, trails, batch))
 
     def see(self, model: nn.Module, trails: TrailMap, batch: Batch) -> Any:
-        """What is compared, of one forward."""
-        logits = forward(model, batch).logits[batch.attention_mask.bool()]
-        return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+        """What is compared, of one forward: here `Logits`, so that neither forward holds tokens x words of them."""
+        return logits_at(model, lambda: forward(model, batch), batch.attention_mask.bool())
 
     def distance(self, frozen: Any, steered: Any) -> Float[Tensor, ""]:
         """The distance between two forwards, a mean over the real tokens."""
-        return F.kl_div(steered, frozen, reduction="none", log_target=True).sum(-1).mean()
+        return steered.sum(kl_from, frozen) / len(steered)
 
 
 @dataclass
@@ -148,7 +148,7 @@ def _outputs(modules: list[nn.Module], item: int = 0) -> Generator[list[Any]]:
     def see(module: nn.Module, args: Any, output: Any) -> None:
         found.append(output[item] if isinstance(output, tuple) else output if item == 0 else None)
 
-    handles = [module.register_forward_hook(see) for module in modules]
+    handles = [module.register_forward_hook(Observer(see)) for module in modules]
     try:
         yield found
     finally:

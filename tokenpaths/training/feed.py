@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tokenpaths.data import Batch, Example, collate
+from tokenpaths.mixing import Mix
 from tokenpaths.objectives import Objective
 
 if TYPE_CHECKING:
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 
 
 class Feed:
-    """The examples of each step, known from its number alone: each epoch is a permutation made from the seed."""
+    """The examples of each step, known from its number alone: each epoch is a permutation made from the seed.
+
+    Those of a `Mix` come in its own order, in which each step has its share of originals.
+    """
 
     def __init__(
         self,
@@ -54,6 +58,8 @@ class Feed:
         examples = self.goals[place].examples
         chosen: list[Example] = []
         turn, size = number // self.goals[place].every, self.in_a_step(place)
+        if isinstance(examples, Mix):
+            return [examples.at(drawn) for drawn in range(turn * size, (turn + 1) * size)]
         for drawn in range(turn * size, (turn + 1) * size):
             epoch, rank = divmod(drawn, len(examples))
             chosen.append(examples[self.order(place, epoch)[rank]])

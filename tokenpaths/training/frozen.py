@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenpaths.trailmap import TrailMap
+from tokenpaths.watcher import Hook
 
 
 @contextmanager
@@ -54,7 +55,7 @@ def _checkpoints_pass_gradients(model: nn.Module) -> Generator[None]:
         if torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
             output.requires_grad_()
 
-    handle = embedding.register_forward_hook(ask)
+    handle = embedding.register_forward_hook(Hook(ask))
     try:
         yield
     finally:

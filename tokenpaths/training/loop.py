@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from tokenpaths import saving
 from tokenpaths.attach import attach, is_attached
+from tokenpaths.cone import Cone, common_prefix
 from tokenpaths.objectives import Objective
 from tokenpaths.trailmap import TrailMap
 from tokenpaths.training import checkpoints
 from tokenpaths.training.checks import check, span_names
 from tokenpaths.training.feed import Feed, seed_of
 from tokenpaths.training.frozen import frozen_base, trained
+from tokenpaths.training.plan import plan
 from tokenpaths.training.trust import Probe, TrustRegion
 
 if TYPE_CHECKING:
@@ -77,6 +79,8 @@ def steps(
     progress: bool = True,
     drift: Callable[[], float] | None = None,
     drift_every: int = 50,
+    cone: Cone | bool = True,
+    explain: bool = False,
     tokenizer: Any = None,
     accelerator: Accelerator | None = None,
 ) -> Generator[Step]:
@@ -111,6 +115,10 @@ def steps(
         progress: show a progress bar.
         drift: measured every `drift_every` steps and at the end: `lambda: drift(model, trails, texts)["kl"].mean`.
         drift_every: in steps.
+        cone: what the trails cannot change (states below the first moved layer, keys and values of an unmoved prefix)
+            is computed once for each example, and kept: a `Cone` shared with other runs over this base, True for one of
+            this run alone, False to run everything in every step. It changes no result but in its rounding.
+        explain: print the plan before the first step: what is left out, what is kept, and the FLOPs of a step.
         tokenizer: for `Match` rules.
         accelerator: one of your own, for what is not said here (such as fp16).
 
@@ -155,6 +163,9 @@ def steps(
         "trust": None if trust is None else repr(trust),
     }
     found = None if folder is None else checkpoints.find(folder, settings, resume)
+    if not isinstance(cone, (Cone, bool)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"cone={cone!r:.80} must be a Cone, True or False")
+    used = Cone() if cone is True else cone or None
 
     def iterate() -> Generator[Step]:
         with ExitStack() as undo:
@@ -163,6 +174,11 @@ def steps(
             _move(model, trails, accelerator)
             if not is_attached(model, trails):
                 undo.enter_context(attach(model, trails, tokenizer=tokenizer))
+            worker = None if used is None else undo.enter_context(used.over(model, trails.blocks))
+            if worker is not None:
+                worker.shared = [common_prefix(goal.examples) for goal in goals]
+            if explain:
+                accelerator.print(plan(model, trails, goals, [feed.in_a_step(i) for i in range(len(goals))], used))
             prepared = accelerator.prepare_optimizer(made)
             weights = [goal.weight for goal in goals]
             done = 0 if found is None else checkpoints.read(found, trails, made, weights)

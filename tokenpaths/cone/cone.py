@@ -1,0 +1,447 @@
+"""The light cone: what trails cannot change is computed once, kept, and given back.
+
+A trail at layer l and token t changes nothing below l and nothing before t. Two things follow for a forward of known
+tokens, and neither trails nor objectives see anything of it:
+
+1. **layers**: the hidden states that enter the first moved layer are the same in every epoch, for every learning rate,
+   seed and arm of a comparison. The blocks below are run once for each text; afterwards they hand on what was kept.
+   With the trails off nothing moves, so all blocks are below: a frozen forward costs its output embedding.
+2. **tokens**: the keys and values of a row's unmoved prefix are the same too, and what follows is run behind them as it
+   is in generation (prefix.py).
+
+What is kept is keyed by the tokens of a row, its place among the padding, the weights of the base, and how it computes
+(dtype, autocast, kind of attention): a tokenizer need not be known. Nothing is kept, and all is run as ever, where a
+forward is random (dropout in the base), is given more than tokens and a mask, fills a cache, is compiled or
+checkpointed, or where somebody's hooks look inside the blocks that would be left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from tokenpaths import saving
+from tokenpaths.attach import Attachment
+from tokenpaths.cone.kept import InFolder, InMemory, Kept
+from tokenpaths.sites import find_blocks, locate, unwrapped
+from tokenpaths.trailmap import TrailMap
+from tokenpaths.watcher import Hook, Moment, Observer, Watcher, shadow
+
+
+class Cone:
+    """Room for what trails cannot change: `steps(..., cone=Cone())`, `drift(..., cone=cone)`.
+
+    Share one between runs over the same base model (seeds, learning rates, arms of a comparison) and what the first
+    has computed the others find. Another base or another dtype finds nothing that is not its own.
+
+    Args:
+        budget: bytes to keep at most; what has no room is computed each time.
+        folder: keep it in memory-mapped safetensors files here, which outlive the process, and not in memory.
+        dtype: to keep states in; exactly as they are, unless told. bfloat16 halves those of a float32 model, which are
+            then no longer exact.
+    """
+
+    def __init__(
+        self, budget: int = 2 << 30, *, folder: str | os.PathLike[str] | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        if budget < 0:
+            raise ValueError(f"Cone: budget={budget} bytes must be at least 0")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"Cone: dtype={dtype} must be a floating-point dtype, or None for exact states")
+        self.budget = budget
+        self.folder = None if folder is None else Path(folder)
+        self.dtype = dtype
+        self.kept: Kept = InMemory(budget) if folder is None else InFolder(folder, budget)
+
+    def __repr__(self) -> str:
+        where = "" if self.folder is None else f", folder={str(self.folder)!r}"
+        how = "" if self.dtype is None else f", dtype={self.dtype}"
+        return f"<Cone({self.budget}{where}{how}): {self.kept.used} bytes kept>"
+
+    @contextmanager
+    def over(self, model: nn.Module, blocks: str | None = None) -> Generator[AtWork | None]:
+        """Inside, forwards of the model leave out what is known. The base must not be trained meanwhile.
+
+        `blocks` names the block list of a model that has several. Gives None for a model that is always run in full.
+        """
+        if at_work(model) is not None or always_in_full(model) is not None:
+            yield None
+            return
+        worker = AtWork(self, model, blocks)
+        worker.begin_work()
+        try:
+            yield worker
+        finally:
+            worker.end_work()
+            self.kept.flush()
+
+
+def at_work(model: nn.Module) -> AtWork | None:
+    """The cone at work in a model."""
+    found = [listener for watcher in Watcher.known(model) for listener in watcher.listeners]
+    return next((listener for listener in found if isinstance(listener, AtWork)), None)
+
+
+def always_in_full(model: nn.Module) -> str | None:
+    """Why no forward of a model is ever shortened, or None."""
+    inner = unwrapped(model)
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        return "it has an encoder and a decoder"
+    if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules()):
+        return "it is compiled: its graph does not see what is left out"
+    if any(type(p).__name__ == "DTensor" for p in inner.parameters()) or "FullyShard" in type(model).__name__:
+        return "its weights are spread over processes, which must all run the same"
+    return None
+
+
+def blocks_below(model: nn.Module, trails: TrailMap) -> int:
+    """The number of blocks, from the first, whose `forward` the trails cannot change.
+
+    A trail on a block's output acts after its `forward`; every other stream is inside the block, or enters it.
+    """
+    found = [locate(model, site, trails.blocks)[0] for site in trails]
+    return min(site.layer + (site.stream == "block") for site in found)
+
+
+class AtWork:
+    """A cone in a model: it is first to see a forward, and stands before the `forward` of each block."""
+
+    def __init__(self, cone: Cone, model: nn.Module, blocks: str | None) -> None:
+        self.cone = cone
+        self.model = model
+        self.layers = find_blocks(model, blocks)
+        self.plan: None = None
+        self.shared: Sequence[tuple[int, ...]] = ()  # tokens that many prompts begin with
+        self.narrows: bool | None = None  # whether rows may be run behind a cache; None while that is not known
+        self.given: Mapping[int, Tensor] | None = None  # outputs of the blocks below, for a forward behind a prefix
+        self.skips = True  # whether blocks may be left out
+        self.said: set[str] = set()
+        self.watcher = Watcher.of(model, blocks)
+        self._base = saving.fingerprint(model)
+        self._random = [module for module in model.modules() if _draws(module)]
+        self._below: dict[Attachment, int] = {}
+        self._in_the_way: dict[int, list[nn.Module]] = {}  # modules on which a hook is in the way of leaving blocks out
+        self._outputs: Mapping[int, Tensor] | None = None  # in a forward that leaves out blocks: what these return
+        self._look: _Look | None = None  # in a forward that computes what is to be kept
+        self._beside: dict[int, int | None] = {}  # what a block returns beside its states: so many things, or no tuple
+        self._undo: list[Callable[[], None]] = []
+
+    def begin_work(self) -> None:
+        self.watcher.join(self)
+        first = Hook(self._ahead)
+        handle = self.watcher.root.register_forward_pre_hook(first, with_kwargs=True, prepend=True)
+        self._undo.append(handle.remove)
+        for number, layer in enumerate(self.layers):
+            self._undo.append(shadow(layer, "forward", functools.partial(self._block, number)))
+
+    def end_work(self) -> None:
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
+        self.watcher.leave(self)
+
+    def begin(self, moment: Moment | None) -> None: ...
+
+    def end(self) -> None:
+        self._outputs = None
+
+    def resume(self, plan: None) -> None: ...
+
+    def attached(self) -> list[Attachment]:
+        """The attachments that move something now."""
+        return [a for a in self.watcher.listeners if isinstance(a, Attachment) and a.trails.enabled]
+
+    def below(self) -> int:
+        """The number of blocks that no trail at work can change."""
+        if not self.skips:
+            return 0
+        for attachment in (attached := self.attached()):
+            if attachment not in self._below:
+                self._below[attachment] = blocks_below(self.model, attachment.trails)
+        return min([self._below[a] for a in attached], default=len(self.layers))
+
+    def takes(self, argument: str) -> bool:
+        """Whether the model that reads tokens takes an argument."""
+        return argument in self.watcher.arguments[self.watcher.reader]
+
+    def whole_rows(self) -> str | None:
+        """Why rows must be run whole, or None where they may be run behind their unmoved prefix."""
+        if self.is_random():
+            return "the base drops at random"
+        if any(module.training and _draws(module) for a in self.attached() for module in a.trails.modules()):
+            return "the trails' dropout is drawn for whole rows"
+        if self.watcher.checkpointing():
+            return "gradient checkpointing runs without a cache"
+        if not self.takes("past_key_values"):
+            return "the model takes no cache of keys and values"
+        if self.below() == len(self.layers):
+            return "no block can be changed"
+        if any(map(_hooked, self.model.modules())):
+            return "hooks look at the states of whole rows"
+        return None
+
+    def is_random(self) -> bool:
+        """Whether the base draws random numbers in a forward."""
+        return any(module.training for module in self._random)
+
+    def keys(self, ids: Int[Tensor, "batch seq"], real: Bool[Tensor, "batch seq"]) -> list[str]:
+        """A name for each row: its tokens, where they begin, and what computes its states."""
+        head = next(self.model.parameters())
+        kind = head.device.type
+        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        attention = getattr(getattr(unwrapped(self.model), "config", None), "_attn_implementation", None)
+        how = f"{self._base} {head.dtype} {cast} {attention} {self.cone.dtype}".encode()
+        rows = zip(ids.cpu(), real.cpu(), strict=True)
+        return [
+            hashlib.blake2b(
+                how + f" {int(mask.long().argmax())} ".encode() + row[mask].numpy().tobytes(), digest_size=16
+            ).hexdigest()
+            for row, mask in rows
+        ]
+
+    def run_in_full(self, reason: str) -> None:
+        """Say once why nothing is left out."""
+        if reason not in self.said:
+            self.said.add(reason)
+            warnings.warn(f"{type(unwrapped(self.model)).__name__} is run in full: {reason}", stacklevel=2)
+
+    @contextmanager
+    def frozen(self) -> Generator[None]:
+        """Inside, a forward is the frozen model's, and nobody looks at it."""
+        observers = [
+            hook for layer in self.layers for some in _hooks(layer) for hook in some if isinstance(hook, Observer)
+        ]
+        with ExitStack() as stack:
+            for attachment in self.attached():
+                stack.enter_context(attachment.trails.off())
+            stack.enter_context(torch.no_grad())
+            for hook in observers:
+                hook.awake = False
+                stack.callback(setattr, hook, "awake", True)
+            yield
+
+    def _ahead(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward is about to begin: find out what it can leave out, and compute what is not known yet.
+
+        Rows are computed one by one, so that what is kept of a row does not depend on its company: a run that is
+        resumed, or that finds what another run kept, goes on bit for bit alike.
+        """
+        if self._look is not None:
+            return
+        self._outputs = self.given
+        if self.given is not None or not self.skips:
+            return
+        below = self.below()
+        named = {**dict(zip(self.watcher.arguments[module], args, strict=False)), **kwargs}
+        ids, mask = named.get("input_ids"), named.get("attention_mask")
+        config = getattr(unwrapped(module), "config", None)
+        wanted = self._wanted(below)
+        if not below or wanted is None or not _plain_call(named, config):
+            return
+        if self.is_random() or self.watcher.checkpointing():
+            return
+        assert isinstance(ids, Tensor)
+        if not self._beside and not self._learn():
+            return
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        if not bool(_solid(real)):
+            return
+        rows: list[Mapping[int, Tensor]] = []
+        for row, (key, there) in enumerate(zip(self.keys(ids, real), real.tolist(), strict=True)):
+            until = len(there) - there[::-1].index(True)
+            rows.append(self._states(key, ids[row : row + 1, :until], real[row : row + 1, :until], wanted))
+        self._outputs = {count: _together([row[count] for row in rows], real) for count in wanted}
+
+    def _states(self, key: str, ids: Tensor, real: Tensor, wanted: frozenset[int]) -> Mapping[int, Tensor]:
+        """The states of a row after so many blocks: kept, or computed now and kept if there is room."""
+        found = {count: self.cone.kept.get(f"{key}.{count}") for count in wanted}
+        states = {count: group["states"] for count, group in found.items() if group is not None}
+        if len(states) == len(wanted):
+            return states
+        look = self._look = _Look(wanted)
+        try:
+            with self.frozen():
+                self.watcher.reader(input_ids=ids, attention_mask=real.long(), use_cache=False)
+        except _Seen:
+            pass
+        finally:
+            self._look = None
+        states = {count: tensor[0, real[0].to(tensor.device)] for count, tensor in look.states.items()}
+        states = {count: tensor.to("cpu", self.cone.dtype or tensor.dtype) for count, tensor in states.items()}
+        for count, tensor in states.items():
+            self.cone.kept.put(f"{key}.{count}", {"states": tensor})
+        return states
+
+    def _learn(self) -> bool:
+        """Whether the blocks hand on hidden states and nothing else: seen in a short forward, at which no one looks."""
+        look = self._look = _Look(frozenset())
+        try:
+            with self.frozen(), _unseen(self.watcher.reader):
+                ids = torch.zeros(1, 2, dtype=torch.long, device=next(self.model.parameters()).device)
+                self.watcher.reader(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        finally:
+            self._look = None
+        if look.more or len(self._beside) != len(self.layers):
+            self.skips = False
+            self.run_in_full("its blocks hand on more than a hidden state")
+        return self.skips
+
+    def _block(self, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stands before the `forward` of a block."""
+        if self._look is not None:
+            return self._seen(self._look, number, forward, args, kwargs)
+        if self._outputs is None or number >= max(self._outputs, default=0):
+            return forward(*args, **kwargs)
+        states: Tensor = args[0] if args else kwargs["hidden_states"]
+        if (output := self._outputs.get(number + 1)) is not None:  # where it is not kept, nobody looks at it
+            states = output.to(states.device, states.dtype)
+        beside = self._beside[number]
+        return states if beside is None else (states, *[None] * beside)
+
+    def _seen(self, look: _Look, number: int, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        result = forward(*args, **kwargs)
+        states, *rest = result if isinstance(result, tuple) else (result,)
+        given = (*args, *kwargs.values())
+        look.more |= not isinstance(states, Tensor) or not _plain(given)
+        look.more |= any(x is y for x in given for y in look.handed)
+        look.handed += [thing for thing in rest if isinstance(thing, Tensor)]
+        self._beside[number] = len(rest) if isinstance(result, tuple) else None
+        if number + 1 in look.wanted:
+            look.states[number + 1] = states
+            if len(look.states) == len(look.wanted):
+                raise _Seen
+        return result
+
+    def _wanted(self, below: int) -> frozenset[int] | None:
+        """After how many blocks states are asked for, of those below; None if a hook looks further inside."""
+        if below not in self._in_the_way:
+            above = {id(m) for layer in self.layers[below:] for m in layer.modules()}
+            head = getattr(unwrapped(self.model), "get_output_embeddings", lambda: None)()
+            blocks = {id(layer) for layer in self.layers[:below]} | {id(head)}
+            self._in_the_way[below] = [m for m in self.model.modules() if id(m) not in above | blocks]
+        wanted = {below}
+        if any(_hooked(module) for module in self._in_the_way[below]):
+            return None
+        for number in range(below):
+            after, before = _hooks(self.layers[number])
+            if not all(isinstance(hook, Observer) for hook in after + before):
+                return None
+            wanted |= {number + 1} if after else set()
+            wanted |= {number} if before and number else set()
+        return frozenset(wanted)
+
+
+@dataclass(eq=False)
+class _Look:
+    """A forward of one row that is run to see the states after so many blocks, and no further.
+
+    `handed` is what blocks returned beside them; `more` says whether a later block was given any of it, or something
+    that it may write to.
+    """
+
+    wanted: frozenset[int]
+    states: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    handed: list[Tensor] = field(default_factory=list[Tensor])
+    more: bool = False
+
+
+class _Seen(Exception):
+    """Ends a forward of which all that is wanted was seen."""
+
+
+@contextmanager
+def _unseen(model: nn.Module) -> Generator[None]:
+    """Inside, no hook is there but those of attached trails."""
+    taken: list[tuple[dict[int, Any], dict[int, Any]]] = []
+    for module in model.modules():
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            hooks: dict[int, Any] = vars(module)[name]
+            if any(not isinstance(hook, Hook) for hook in hooks.values()):
+                taken.append((hooks, dict(hooks)))
+    try:
+        for hooks, _ in taken:
+            for key in [key for key, hook in hooks.items() if not isinstance(hook, Hook)]:
+                del hooks[key]
+        yield
+    finally:
+        for hooks, before in taken:
+            hooks.clear()
+            hooks.update(before)
+
+
+def _together(rows: Sequence[Tensor], real: Bool[Tensor, "batch seq"]) -> Tensor:
+    """The states of rows as one tensor, with zeros for padding."""
+    states = rows[0].new_zeros(*real.shape, rows[0].shape[-1])
+    states[real.cpu()] = torch.cat(list(rows))
+    return states
+
+
+_HARMLESS = {"input_ids", "attention_mask", "labels", "prompt_mask", "spans", "return_dict", "logits_to_keep"}
+
+
+def _plain_call(named: Mapping[str, Any], config: Any) -> bool:
+    """Whether the states of a forward follow from token ids and a mask alone, and nothing else is asked of it."""
+    asked = {name: getattr(config, name, None) for name in ("use_cache", "output_hidden_states", "output_attentions")}
+    asked |= {name: value for name, value in named.items() if value is not None}
+    ids, mask = named.get("input_ids"), named.get("attention_mask")
+    tokens = isinstance(ids, Tensor) and (mask is None or (isinstance(mask, Tensor) and mask.shape == ids.shape))
+    return tokens and all(name in _HARMLESS or value is None or value is False for name, value in asked.items())
+
+
+def _solid(real: Bool[Tensor, "batch seq"]) -> Bool[Tensor, ""]:
+    """Whether the real tokens of each row stand together."""
+    begins = real[:, :1].long().sum(1) + (real[:, 1:] & ~real[:, :-1]).sum(1)
+    return (begins == 1).all()
+
+
+def _draws(module: nn.Module) -> bool:
+    """Whether a module drops at random while it is in training mode."""
+    names = {name for name in vars(module) if "drop" in name.lower() or "jitter" in name.lower()}
+    if "dropout" in type(module).__name__.lower():
+        names.add("p")
+    shares = [getattr(module, name, None) for name in names]
+    return any(isinstance(share, float) and share > 0 for share in shares)
+
+
+def _plain(values: Any) -> bool:
+    """Whether the values are tensors, numbers and such, and tuples of these: nothing that a block could write to."""
+    return all(
+        _plain(value)
+        if isinstance(value, tuple)
+        else value is None or isinstance(value, (Tensor, int, float, str, torch.dtype, torch.device))
+        for value in values
+    )
+
+
+def _hooks(module: nn.Module) -> tuple[list[Any], list[Any]]:
+    """The hooks after and before a module's forward that look at states or change them.
+
+    Those of attached trails are not among them, nor are those that transformers keeps for when it is asked for states.
+    """
+
+    def others(hooks: Mapping[int, Any]) -> list[Any]:
+        return [
+            hook
+            for hook in hooks.values()
+            if (not isinstance(hook, Hook) or isinstance(hook, Observer))
+            and getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
+        ]
+
+    inside = vars(module)
+    return others(inside["_forward_hooks"]), others(inside["_forward_pre_hooks"])
+
+
+def _hooked(module: nn.Module) -> bool:
+    after, before = _hooks(module)
+    return bool(after or before)

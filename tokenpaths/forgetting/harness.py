@@ -1,0 +1,86 @@
+"""Tasks of lm-evaluation-harness (Gao et al. 2021), where it is installed: `pip install lm_eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One metric of one task: a number an item, and which items."""
+
+    ids: tuple[int, ...]
+    values: Float[np.ndarray, " items"]
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class Harness:
+    """Tasks of lm-evaluation-harness by name, scored on the first `limit` items of each (None: all).
+
+    Measured are their metrics that have one number an item, such as `acc` and `acc_norm`; a metric over the whole task,
+    such as a perplexity, has no paired interval and is left out. `include` is a folder with your own task files.
+
+    The harness scores a prompt and its continuation as one text, all of which is prompt to token rules: `Last(1)` then
+    moves the last token that it runs, and `Answer()` none. Tasks that generate are steered as ever. For trails with
+    such rules write the items as a `Task`, whose prompts are known.
+    """
+
+    tasks: Sequence[str]
+    limit: int | None = None
+    batch_size: int = 8
+    include: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tasks, str) or not self.tasks:
+            raise ValueError(f"tasks is a list of names of tasks, such as ['arc_easy'], not {self.tasks!r}")
+
+    def samples(self, model: nn.Module, tokenizer: Any) -> Mapping[tuple[str, str], Samples]:
+        """Run the tasks on a model as it stands: what each item scored, by task and metric.
+
+        Raises:
+            ImportError: lm-evaluation-harness is not installed.
+            ValueError: a task has no metric with one number an item.
+        """
+        try:
+            from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+            from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+            from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+        except ImportError as missing:
+            raise ImportError(f"a Harness needs lm-evaluation-harness: pip install lm_eval ({missing})") from missing
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size)
+        found = simple_evaluate(
+            model=wrapped,
+            tasks=list(self.tasks),
+            task_manager=TaskManager(include_path=self.include),
+            limit=self.limit,
+            log_samples=True,
+            bootstrap_iters=0,
+        )
+        return {
+            (task, metric): part
+            for task, rows in found["samples"].items()
+            for metric, part in _by_metric(task, rows, found["higher_is_better"].get(task, {})).items()
+        }
+
+
+def _by_metric(task: str, rows: Sequence[Mapping[str, Any]], better: Mapping[str, bool]) -> dict[str, Samples]:
+    rows = sorted(rows, key=lambda row: row["doc_id"])
+    ids = tuple(int(row["doc_id"]) for row in rows)
+    metrics = [name for name in rows[0].get("metrics", ()) if all(_is_number(row.get(name)) for row in rows)]
+    if not metrics:
+        raise ValueError(f"task {task!r} of lm-evaluation-harness has no metric with one number an item")
+    return {
+        name: Samples(ids, np.array([float(row[name]) for row in rows]), bool(better.get(name, True)))
+        for name in metrics
+    }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, np.number))

@@ -1,0 +1,171 @@
+"""How likely a model finds what follows a prompt.
+
+Whatever is attached to the model is at work. A prompt is run once for all its options where the model's cache can be
+cut back to it, and once for each option where it cannot.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tokenpaths.data import IGNORED, Batch, Example, collate, encode, plain
+from tokenpaths.forgetting.tasks import Choice
+from tokenpaths.objectives import answer_logits
+
+Options = tuple[Example, ...]
+
+
+def encode_choices(tokenizer: Any, items: Sequence[Choice]) -> list[Options]:
+    """The options of each item, as examples.
+
+    Raises:
+        ValueError: an item's sentences, which follow no prompt, begin with different tokens, of which no model tells
+            the likelihood; names the item.
+    """
+    encoded: list[Options] = []
+    for number, item in enumerate(items):
+        if item.prompt:
+            options = encode(tokenizer, [(item.prompt, option) for option in item.options], eos=False)
+        else:
+            options = plain(tokenizer, item.options)
+            if len({option.ids[0] for option in options}) > 1:
+                raise ValueError(
+                    f"item {number}: its sentences begin with different tokens, whose likelihood nothing before them "
+                    "tells. Give the item a prompt, or use a tokenizer that begins texts with a special token"
+                )
+            if shortest := [option for option in item.options if len(plain(tokenizer, [option])[0]) < 2]:
+                raise ValueError(f"item {number}: {shortest[0]!r:.40} is one token: there is nothing in it to predict")
+        encoded.append(tuple(options))
+    return encoded
+
+
+@torch.no_grad()
+def nats(
+    model: nn.Module, examples: Sequence[Example], tokens: int
+) -> tuple[Float[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """-sum_t log p(t | all before it) of each example, and over how many tokens t: its answer, or all but the first.
+
+    Batches have at most `tokens` tokens, padding included.
+    """
+    sums, counts = np.zeros(len(examples)), np.zeros(len(examples), dtype=np.int64)
+    for rows in batches([len(example) for example in examples], tokens):
+        batch = _to_read(collate([examples[i] for i in rows])).to(_device(model))
+        logits, targets = answer_logits(model, batch)
+        losses = F.cross_entropy(_at_least_float32(logits), targets, reduction="none").double().cpu().numpy()
+        counts[rows] = (batch.labels != IGNORED).sum(1).cpu().numpy()
+        sums[rows] = [part.sum() for part in np.split(losses, np.cumsum(counts[rows])[:-1])]
+    return _finite(sums), counts
+
+
+def log_likelihoods(model: nn.Module, items: Sequence[Options], tokens: int) -> list[Float[np.ndarray, " options"]]:
+    """Of each item, the summed log-likelihood of each option: of the answer, or of the whole text."""
+    scores = [np.zeros(len(options)) for options in items]
+    asked = [i for i, options in enumerate(items) if any(options[0].answer)]
+    asked.sort(key=lambda i: (items[i][0].prompt_length, sum(map(len, items[i]))))  # little padding of answers
+    alone = [i for i, options in enumerate(items) if not any(options[0].answer)]
+    for length, same in itertools.groupby(asked, key=lambda i: items[i][0].prompt_length):
+        same = list(same)
+        for rows in batches([length] * len(same), tokens):
+            chosen = [same[row] for row in rows]
+            found = _behind_one_prompt(model, [items[i] for i in chosen])
+            if found is None:
+                alone += chosen
+                continue
+            for i, row in zip(chosen, found, strict=True):
+                scores[i] = row
+    if alone:
+        flat, _ = nats(model, [option for i in alone for option in items[i]], tokens)
+        ends = np.cumsum([len(items[i]) for i in alone])
+        for i, part in zip(alone, np.split(flat, ends[:-1]), strict=True):
+            scores[i] = -part
+    return scores
+
+
+def right(scores: Sequence[Float[np.ndarray, " options"]], items: Sequence[Choice]) -> Float[np.ndarray, " items"]:
+    """1 where the right option is the likeliest, 1/k where it is one of k that are, else 0."""
+    best = [row == row.max() for row in scores]
+    return np.array([hit[item.right] / hit.sum() for hit, item in zip(best, items, strict=True)])
+
+
+def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Indices, longest first, so many at a time that their number times the longest is at most `tokens`."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        fit = max(1, tokens // lengths[order[0]])
+        yield order[:fit]
+        order = order[fit:]
+
+
+@torch.no_grad()
+def _behind_one_prompt(model: nn.Module, items: Sequence[Options]) -> list[Float[np.ndarray, " options"]] | None:
+    """The log-likelihoods of the options of items whose prompts are of one length, which thus need no padding.
+
+    The prompts fill a cache. The first option of every item is run behind it, the cache is cut back to the prompts, and
+    so on: the cache keeps its rows, so that attached trails still know which prompt is whose. None where the model's
+    cache cannot be cut.
+    """
+    length, device = items[0][0].prompt_length, _device(model)
+    prompts = torch.tensor([options[0].ids[:length] for options in items], device=device)
+    fewer = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    output = model(input_ids=prompts, attention_mask=torch.ones_like(prompts), use_cache=True, **fewer)
+    cache: Any = getattr(output, "past_key_values", None)
+    if not _can_be_cut(cache):
+        return None
+    first = _at_least_float32(output.logits[:, -1:]).log_softmax(-1)
+    scores = np.full((len(items), max(map(len, items))), np.nan)
+    for k in range(scores.shape[1]):
+        ids, real = _padded([options[k].ids[length:] if k < len(options) else () for options in items], device)
+        logs = first
+        if ids.shape[1] > 1:  # the last token of an answer predicts nothing that is asked for
+            mask = torch.cat([torch.ones_like(prompts), real[:, :-1]], 1)
+            behind = model(input_ids=ids[:, :-1], attention_mask=mask, past_key_values=cache, use_cache=True)
+            logs = torch.cat([first, _at_least_float32(behind.logits).log_softmax(-1)], 1)
+            cache.crop(1 - ids.shape[1])  # cuts so many tokens off
+        said = logs.gather(2, ids[..., None])[..., 0].double().where(real.bool(), 0.0)
+        scores[:, k] = said.sum(1).cpu().numpy()
+    return [_finite(row[: len(options)]) for row, options in zip(scores, items, strict=True)]
+
+
+def _can_be_cut(cache: Any) -> bool:
+    """Whether it is a cache of plain keys and values: sliding windows and recurrent states forget what they were."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    real = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    return ids, real
+
+
+def _to_read(batch: Batch) -> Batch:
+    """Label a text that is all prompt from its second token on. To token rules it stays a prompt."""
+    without_answer = (batch.labels == IGNORED).all(1, keepdim=True)
+    after_first = F.pad(batch.attention_mask[:, 1:].bool(), (1, 0))
+    return replace(batch, labels=torch.where(without_answer & after_first, batch.input_ids, batch.labels))
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _finite(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    if not np.isfinite(values).all():
+        raise ValueError("the model gave a log-likelihood that is not a finite number: a trail or a weight is broken")
+    return values

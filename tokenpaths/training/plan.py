@@ -1,0 +1,175 @@
+"""What `steps(..., explain=True)` prints: what a run leaves out, what it keeps for that, and what it saves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import nn
+
+from tokenpaths.cone import Cone, at_work, blocks_below, common_prefix
+from tokenpaths.cone.prefix import WORTHWHILE, starts
+from tokenpaths.data import IGNORED, collate
+from tokenpaths.objectives import Imitate, Objective, Stay
+from tokenpaths.sites import find_blocks, unwrapped
+from tokenpaths.trailmap import TrailMap
+
+_SAMPLE = 256  # examples of a goal to look at
+
+
+@dataclass(frozen=True)
+class GoalPlan:
+    """The plan for one goal. Tokens are means over its examples; FLOPs and bytes are expected, not measured.
+
+    `flops` are those of a step in which all is known, from the second epoch on; `flops_in_full` with the cone off.
+    """
+
+    name: str
+    tokens: float
+    run: float  # tokens whose blocks are run, in a forward with the trails on
+    shared: int  # tokens that all its prompts begin with
+    kept_bytes: float
+    flops: float
+    flops_in_full: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run leaves out. `str(plan)` says it in words."""
+
+    model: str
+    blocks: int
+    below: int
+    goals: tuple[GoalPlan, ...]
+    budget: int | None
+    in_full: str | None
+
+    def __str__(self) -> str:
+        lines = [f"The light cone of the trails in {self.model}, {self.blocks} blocks:"]
+        if self.budget is None:
+            return f"{lines[0]} off, everything is run in every step"
+        lines.append(
+            f"  layers  {self.below} blocks lie below the first moved state: they are run once for each example"
+        )
+        if self.in_full is not None:
+            lines.append(f"  tokens  rows are run whole: {self.in_full}")
+        for number, goal in enumerate(self.goals):
+            lines.append(f"  goal {number}, {goal.name}: {goal.tokens:.0f} tokens an example")
+            if goal.run < goal.tokens:
+                front = f", the first {goal.shared} of them once for all" if goal.shared else ""
+                lines.append(
+                    f"    {goal.tokens - goal.run:.0f} of them are unmoved: kept as keys and values{front}; "
+                    f"{goal.run:.0f} are run"
+                )
+            lines.append(
+                f"    kept: {_bytes(goal.kept_bytes)} for all examples, of a budget of {_bytes(self.budget)}"
+                + (" (the rest is computed in each step)" if goal.kept_bytes > self.budget else "")
+            )
+            share = goal.flops / goal.flops_in_full
+            lines.append(
+                f"    a step: {goal.flops / 1e9:.3g} GFLOP from the second epoch on, instead of "
+                f"{goal.flops_in_full / 1e9:.3g} ({share:.2f}x)"
+            )
+        return "\n".join(lines)
+
+
+def plan(
+    model: nn.Module, trails: TrailMap, goals: Sequence[Objective], in_a_step: Sequence[int], cone: Cone | None
+) -> Plan:
+    """The plan of a run whose trails are attached; `in_a_step` are the examples of each goal in one step."""
+    worker = at_work(model)
+    layers = find_blocks(model, trails.blocks)
+    below = blocks_below(model, trails)
+    on = worker is not None and cone is not None
+    in_full = worker.whole_rows() if worker is not None else None
+    planned = [
+        _goal(model, trails, goal, count, below if on else 0, below, whole=not on or in_full is not None)
+        for goal, count in zip(goals, in_a_step, strict=True)
+    ]
+    budget = cone.budget if on and cone is not None else None
+    return Plan(type(unwrapped(model)).__name__, len(layers), below, tuple(planned), budget, in_full)
+
+
+def _goal(
+    model: nn.Module, trails: TrailMap, goal: Objective, count: int, left_out: int, below: int, whole: bool
+) -> GoalPlan:
+    examples = list(goal.examples[:: max(1, len(goal.examples) // _SAMPLE)])
+    lengths = [len(example) for example in examples]
+    mean = sum(lengths) / len(lengths)
+    answers = sum(sum(example.answer) for example in examples) / len(examples)
+    worker, before = at_work(model), 0.0
+    if not whole and worker is not None and isinstance(goal, Imitate):
+        cuts: list[int] = []
+        for start in range(0, len(examples), 32):
+            batch = collate(examples[start : start + 32])
+            needed = F.pad(batch.labels[:, 1:] != IGNORED, (0, 1))
+            cuts += starts(worker.attached(), batch, needed)
+        before = sum(cuts) / len(cuts)
+    if mean - before > WORTHWHILE * mean:
+        before = 0.0
+    run, shared = mean - before, len(common_prefix(goal.examples)) if before else 0
+    rows = answers if isinstance(goal, Imitate) else mean
+    cost = _Cost.of(model, trails)
+    learned = range(below, cost.blocks)
+    full = cost.forward(range(cost.blocks), mean, mean) + cost.backward(learned, mean, mean) + cost.head(rows, True)
+    ours = cost.forward(range(left_out, cost.blocks), run, mean) + cost.backward(learned, run, mean)
+    ours += cost.head(rows, True)
+    if isinstance(goal, Stay):  # the frozen forward: its last states are kept as well
+        full += cost.forward(range(cost.blocks), mean, mean) + cost.head(rows, False)
+        ours += (0 if left_out else cost.forward(range(cost.blocks), mean, mean)) + cost.head(rows, False)
+    states = (run if before else mean) * cost.state_bytes * (bool(left_out) + isinstance(goal, Stay))
+    pairs = max(before - shared, 0) * cost.pair_bytes * (cost.blocks - left_out)
+    kept = (states + pairs) * len(goal.examples) + shared * cost.pair_bytes * cost.blocks
+    return GoalPlan(type(goal).__name__, mean, run, shared, kept, ours * count, full * count)
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """FLOPs of one row of tokens: two for each weight and token, and those of attention to `keys` tokens."""
+
+    blocks: int
+    weights: float  # of one block
+    width: int  # of all heads' values
+    embedding: int
+    state_bytes: int  # of a hidden state
+    pair_bytes: int  # of a token's key and value in one block
+
+    @classmethod
+    def of(cls, model: nn.Module, trails: TrailMap) -> _Cost:
+        layers = find_blocks(model, trails.blocks)
+        config: Any = unwrapped(model).config
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        heads = int(config.num_attention_heads)
+        size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        pairs = int(getattr(config, "num_key_value_heads", None) or heads)
+        own = {id(p) for p in trails.parameters()}
+        weights = sum(p.numel() for p in layers.parameters() if p.ndim > 1 and id(p) not in own) / len(layers)
+        item = next(model.parameters()).element_size()
+        return cls(
+            blocks=len(layers),
+            weights=weights,
+            width=heads * size,
+            embedding=int(config.vocab_size) * int(config.hidden_size),
+            state_bytes=int(config.hidden_size) * item,
+            pair_bytes=2 * pairs * size * item,
+        )
+
+    def forward(self, blocks: range, tokens: float, keys: float) -> float:
+        return len(blocks) * (2 * self.weights * tokens + 4 * self.width * tokens * keys)
+
+    def backward(self, blocks: range, tokens: float, keys: float) -> float:
+        """Through frozen weights: gradients of the states and none of the weights. Attention costs 2.5 forwards."""
+        return len(blocks) * (2 * self.weights * tokens + 10 * self.width * tokens * keys)
+
+    def head(self, rows: float, learned: bool) -> float:
+        return 2 * self.embedding * rows * (2 if learned else 1)
+
+
+def _bytes(count: int | float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"

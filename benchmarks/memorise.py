@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--dry", action="store_true", help="print, but write no result file")
     options = parser.parse_args()
-    model, tokenizer = demo_model()
+    model, tokenizer = demo_model(dtype=torch.float32)
     runs = []
     for length in options.lengths:
         for seed in options.seeds:

@@ -83,7 +83,7 @@ def smollm2() -> tuple[Any, Any]:
     from tokenpaths.demo import demo_model
 
     try:
-        return demo_model()
+        return demo_model(dtype=torch.float32)
     except FileNotFoundError as missing:
         pytest.skip(str(missing))
 

@@ -23,7 +23,7 @@ from torch import nn
 import tokenpaths as tp
 from tokenpaths import plots
 from tokenpaths.data import Example
-from tokenpaths.forgetting import (
+from tokenpaths.retention import (
     Choice,
     Forgetting,
     Harness,

@@ -20,8 +20,8 @@ from tiny import make_tokenizer
 from torch import Tensor, nn
 
 import tokenpaths as tp
-from tokenpaths.forgetting import WayOrForm, Worked, way_or_form
-from tokenpaths.forgetting.form import Score, Sign, _copied, last_word, shuffled
+from tokenpaths.retention import WayOrForm, Worked, way_or_form
+from tokenpaths.retention.form import Score, Sign, _copied, last_word, shuffled
 
 TOKENIZER = make_tokenizer()
 DIM = len(TOKENIZER) + len(TOKENIZER) % 2

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "tokenpaths"
 ROOMS = (
     "tokens trails data mixing sites saving trailmap watcher attach cone drift limits objectives samples training "
-    "forgetting plots testing demo"
+    "retention plots testing demo"
 ).split()
 LATE = ("transformers", "accelerate", "peft", "matplotlib", "datasets", "pyreft", "pyvene", "trl", "scipy")
 

@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from tokenpaths.objectives import Attempts as Attempts
     from tokenpaths.objectives import Imitate as Imitate
     from tokenpaths.objectives import ImitateParts as ImitateParts
+    from tokenpaths.objectives import Logits as Logits
     from tokenpaths.objectives import Objective as Objective
     from tokenpaths.objectives import Rehearse as Rehearse
     from tokenpaths.objectives import Stay as Stay
@@ -72,12 +73,20 @@ if TYPE_CHECKING:
     from tokenpaths.objectives import Targets as Targets
     from tokenpaths.objectives import Waypoints as Waypoints
     from tokenpaths.objectives import WaypointsAttention as WaypointsAttention
+    from tokenpaths.objectives import answers as answers
     from tokenpaths.objectives import assessment_accuracy as assessment_accuracy
     from tokenpaths.objectives import capture_attention as capture_attention
     from tokenpaths.objectives import capture_states as capture_states
     from tokenpaths.objectives import encode_parts as encode_parts
+    from tokenpaths.objectives import logits_at as logits_at
     from tokenpaths.objectives import sample_chains as sample_chains
     from tokenpaths.objectives import score_attempts as score_attempts
+    from tokenpaths.retention import Choice as Choice
+    from tokenpaths.retention import Task as Task
+    from tokenpaths.retention import Text as Text
+    from tokenpaths.retention import Worked as Worked
+    from tokenpaths.retention import forgetting as forgetting
+    from tokenpaths.retention import way_or_form as way_or_form
     from tokenpaths.samples import chat_opening as chat_opening
     from tokenpaths.samples import load_samples as load_samples
     from tokenpaths.samples import self_samples as self_samples
@@ -93,35 +102,44 @@ _WHEN_USED = {  # not everyone who attaches trails trains them
     "guard": "tokenpaths.limits",
     "strength_curve": "tokenpaths.limits",
     "strength_within": "tokenpaths.limits",
+    "mix": "tokenpaths.mixing",
+    "Mix": "tokenpaths.mixing",
+    "MixedStream": "tokenpaths.mixing",
+    "Align": "tokenpaths.objectives",
+    "answers": "tokenpaths.objectives",
+    "assessment_accuracy": "tokenpaths.objectives",
+    "Attempts": "tokenpaths.objectives",
+    "capture_attention": "tokenpaths.objectives",
+    "capture_states": "tokenpaths.objectives",
+    "encode_parts": "tokenpaths.objectives",
     "Imitate": "tokenpaths.objectives",
+    "ImitateParts": "tokenpaths.objectives",
+    "Logits": "tokenpaths.objectives",
+    "logits_at": "tokenpaths.objectives",
     "Objective": "tokenpaths.objectives",
+    "Rehearse": "tokenpaths.objectives",
+    "sample_chains": "tokenpaths.objectives",
+    "score_attempts": "tokenpaths.objectives",
     "Stay": "tokenpaths.objectives",
     "StayAttention": "tokenpaths.objectives",
     "StayMoments": "tokenpaths.objectives",
     "StayStates": "tokenpaths.objectives",
-    "Step": "tokenpaths.training",
-    "TrustRegion": "tokenpaths.training",
-    "steps": "tokenpaths.training",
-    "trainable": "tokenpaths.training",
-    "Rehearse": "tokenpaths.objectives",
-    "Align": "tokenpaths.objectives",
-    "Attempts": "tokenpaths.objectives",
-    "assessment_accuracy": "tokenpaths.objectives",
-    "sample_chains": "tokenpaths.objectives",
-    "score_attempts": "tokenpaths.objectives",
-    "ImitateParts": "tokenpaths.objectives",
-    "encode_parts": "tokenpaths.objectives",
     "Targets": "tokenpaths.objectives",
     "Waypoints": "tokenpaths.objectives",
     "WaypointsAttention": "tokenpaths.objectives",
-    "capture_attention": "tokenpaths.objectives",
-    "capture_states": "tokenpaths.objectives",
-    "mix": "tokenpaths.mixing",
-    "Mix": "tokenpaths.mixing",
-    "MixedStream": "tokenpaths.mixing",
-    "self_samples": "tokenpaths.samples",
-    "load_samples": "tokenpaths.samples",
+    "Choice": "tokenpaths.retention",
+    "forgetting": "tokenpaths.retention",
+    "Task": "tokenpaths.retention",
+    "Text": "tokenpaths.retention",
+    "way_or_form": "tokenpaths.retention",
+    "Worked": "tokenpaths.retention",
     "chat_opening": "tokenpaths.samples",
+    "load_samples": "tokenpaths.samples",
+    "self_samples": "tokenpaths.samples",
+    "Step": "tokenpaths.training",
+    "steps": "tokenpaths.training",
+    "trainable": "tokenpaths.training",
+    "TrustRegion": "tokenpaths.training",
 }
 
 

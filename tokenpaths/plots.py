@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from tokenpaths.drift.readings import Reading
 from tokenpaths.drift.report import Drift, RunName
-from tokenpaths.forgetting.suite import Forgetting, Loss
+from tokenpaths.retention.suite import Forgetting, Loss
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -30,10 +30,10 @@ from tqdm.auto import tqdm
 from tokenpaths.data import Example, collate, encode, plain
 from tokenpaths.drift.measures import kl, nll
 from tokenpaths.drift.readings import Reading, Run, evaluating, read, runs
-from tokenpaths.forgetting.harness import Harness, Samples
-from tokenpaths.forgetting.intervals import Interval, of_mean
-from tokenpaths.forgetting.scoring import batches, encode_choices, log_likelihoods, right
-from tokenpaths.forgetting.tasks import Choice, Task, Text, write_text
+from tokenpaths.retention.harness import Harness, Samples
+from tokenpaths.retention.intervals import Interval, of_mean
+from tokenpaths.retention.scoring import batches, encode_choices, log_likelihoods, right
+from tokenpaths.retention.tasks import Choice, Task, Text, write_text
 from tokenpaths.trailmap import TrailMap
 
 Better: TypeAlias = Literal["higher", "lower", ""]

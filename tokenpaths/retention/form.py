@@ -30,8 +30,8 @@ from torch import nn
 
 from tokenpaths.data import Example, collate, encode
 from tokenpaths.drift.readings import Run, evaluating, runs
-from tokenpaths.forgetting.intervals import UNKNOWN, Interval, newcombe, of_mean, of_ratio, wilson
-from tokenpaths.forgetting.scoring import nats
+from tokenpaths.retention.intervals import UNKNOWN, Interval, newcombe, of_mean, of_ratio, wilson
+from tokenpaths.retention.scoring import nats
 from tokenpaths.trailmap import TrailMap
 
 GAP = 0.1

@@ -19,8 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tokenpaths.data import IGNORED, Batch, Example, collate, encode, plain
-from tokenpaths.forgetting.tasks import Choice
 from tokenpaths.objectives import answer_logits
+from tokenpaths.retention.tasks import Choice
 
 Options = tuple[Example, ...]
 

@@ -27,7 +27,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from jaxtyping import Float
 
-from tokenpaths.forgetting.intervals import Interval
+from tokenpaths.retention.intervals import Interval
 
 Name: TypeAlias = Literal["L0", "A", "alpha", "beta", "B"]
 NAMES: tuple[Name, ...] = ("L0", "A", "alpha", "beta", "B")

@@ -33,15 +33,18 @@ from tokenpaths.retention import Worked, arc_easy, blimp, forgetting, trec, trec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from lay_a_trail import Run, complete, learn, score
-from tasks import LONGER_HOPS, PEOPLE, Item, few_shot_prompt, make_items, read_answer
+from tasks import HOPS, LONGER_HOPS, PEOPLE, Item, few_shot_prompt, make_items, read_answer
 
 DATA = Path(os.environ.get("TOKENPATHS_DATA", Path(__file__).parents[2] / "shared/data"))
 WORK = _cache() / "retention"
 STEPS, BATCH, LR, WIDTH = 200, 8, 3e-3, 64  # of replay; tokens of a rehearsed text
-OTHERS = (  # for PEOPLE, one token each for SmolLM2
-    "Paris Rome London Berlin Madrid Moscow Tokyo Boston Chicago Texas Ohio Iowa Utah Maine Florida Georgia India "
-    "China Japan Spain Italy France Egypt Kenya Cuba Peru Chile Brazil Canada Mexico Iran Iraq"
-).split()
+OTHERS = {  # in the place of PEOPLE, each one token for SmolLM2
+    "renamed": "David Michael James Robert William Thomas Daniel Matthew Anthony Steven Andrew Kevin Brian George "
+    "Edward Ronald Timothy Jason Gary Jeffrey Ryan Eric Stephen Larry Justin Scott Frank Raymond Patrick Sarah Emily "
+    "Emma",
+    "places": "Paris Rome London Berlin Madrid Moscow Tokyo Boston Chicago Texas Ohio Iowa Utah Maine Florida Georgia "
+    "India China Japan Spain Italy France Egypt Kenya Cuba Peru Chile Brazil Canada Mexico Iran Iraq",
+}
 
 
 class Bench:
@@ -141,17 +144,17 @@ def taught(bench: Bench, seed: int) -> tuple[tp.TrailMap, Run]:
 
 
 def form(bench: Bench, arm: str, seed: int) -> dict[str, Any]:
-    """Way or form: the demo's trails on other names and on longer paths."""
+    """Way or form: the demo's trails on other people's names, on places, and on longer paths."""
     trails, run = taught(bench, seed)
-    held_out, longer = (make_items(96, seed, held_out=True, hops=hops) for hops in ((3, 3, 2), LONGER_HOPS))
-    names = dict(zip(PEOPLE, OTHERS, strict=True))
+    held_out, longer = (make_items(64, seed, held_out=True, hops=hops) for hops in (HOPS, LONGER_HOPS))
+    forms = {name: worked(held_out, dict(zip(PEOPLE, others.split(), strict=True))) for name, others in OTHERS.items()}
     report = way_or_form(
         bench.model,
         trails,
         bench.tokenizer,
-        train=worked(make_items(run.train, seed)[:96]),
+        train=worked(make_items(run.train, seed)[:64]),
         held_out=worked(held_out),
-        forms={"renamed": worked(held_out, names), "longer": worked(longer)},
+        forms={**forms, "longer": worked(longer)},
         read_answer=last_name,
         stop=".",
         words=2,

@@ -202,6 +202,9 @@ class Attachment:
             plan = self.plan
             if plan is None:
                 return h
+            nowhere = plan.chosen is not None and (rows := plan.chosen[rules]) is not None and not len(rows)
+            if nowhere and not _learns(parts):  # as while decoding under Last(1): nothing else is done to the state
+                return h
             if plan.masks is None:  # no tokens, but the patches of an image: all are real and given
                 real = torch.ones(h.shape[:2], dtype=torch.bool)
                 plan = self._plan(Moment(Context(real=real, prompt=real), 0, h.shape[1]))
@@ -216,8 +219,6 @@ class Attachment:
             rows = plan.chosen[rules]
             if rows is None:
                 return _moved(parts, _flat(parts, plan.masks, None), h.flatten(0, -2), plan.strength).view(h.shape)
-            if not len(rows) and not _learns(parts):
-                return h
             rows, states = rows.to(h.device), h.flatten(0, -2)
             moved = _moved(parts, _flat(parts, plan.masks, rows), states.index_select(0, rows), plan.strength)
             return states.index_copy(0, rows, moved).view(h.shape)

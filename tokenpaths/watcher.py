@@ -257,7 +257,8 @@ class Watcher:
         spans = {name: _fit(mask.bool(), real.shape[1], False) for name, mask in self.given.get("spans", {}).items()}
         given_rows = len(real) if self.generation is None else len(self.generation.prompt.real)
         repeats = len(real) // given_rows if len(real) % given_rows == 0 else 1
-        return Moment(_merged(real, known_ids, whole, spans), past, length, repeats)
+        written = whole.prompt.shape[1] <= past
+        return Moment(_merged(real, known_ids, whole, spans), past, length, repeats, written)
 
     def _real(self, mask: Any, new: Tensor, past: int) -> Tensor:
         """The tokens that are not padding, cached ones first."""

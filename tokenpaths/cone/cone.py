@@ -128,7 +128,9 @@ class AtWork:
         self.skips = True  # whether blocks may be left out
         self.said: set[str] = set()
         self.watcher = Watcher.of(model, blocks)
-        self._base = saving.fingerprint(model)
+        config: Any = getattr(unwrapped(model), "config", None)
+        settings = config.to_json_string() if hasattr(config, "to_json_string") else repr(config)
+        self._base = saving.fingerprint(model) + settings
         self._random = [module for module in model.modules() if _draws(module)]
         self._below: dict[Attachment, int] = {}
         self._in_the_way: dict[int, list[nn.Module]] = {}  # modules on which a hook is in the way of leaving blocks out
@@ -252,7 +254,7 @@ class AtWork:
         if self.is_random() or self.watcher.checkpointing():
             return
         assert isinstance(ids, Tensor)
-        if not self._beside and not self._learn():
+        if not self.learn():
             return
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         if not bool(_solid(real)):
@@ -283,8 +285,10 @@ class AtWork:
             self.cone.kept.put(f"{key}.{count}", {"states": tensor})
         return states
 
-    def _learn(self) -> bool:
-        """Whether the blocks hand on hidden states and nothing else: seen in a short forward, at which no one looks."""
+    def learn(self) -> bool:
+        """Whether blocks hand on hidden states and nothing else: seen once, in a short forward that no one looks at."""
+        if self._beside:
+            return self.skips
         look = self._look = _Look(frozenset())
         try:
             with self.frozen(), _unseen(self.watcher.reader):

@@ -115,6 +115,7 @@ def _cut(worker: AtWork, model: nn.Module, batch: Batch, needed: Bool[Tensor, "b
         return None
     if worker.narrows:
         return _behind_prefixes(worker, model, batch, needed, before)
+    worker.learn()
     try:
         cut = _behind_prefixes(worker, model, batch, needed, before)
         whole = _enters_head(model, inputs_of(batch))[needed]

@@ -287,9 +287,9 @@ def _adamw(parameters: list[nn.Parameter], lr: float | None) -> Optimizer:
 def _describe(goal: Objective) -> dict[str, Any]:
     digest = hashlib.sha256()
     for example in goal.examples:
-        digest.update(repr((example.ids, example.answer, sorted(example.spans.items()))).encode())
+        digest.update(repr(example).encode())
     rest = {f.name: getattr(goal, f.name) for f in fields(goal) if f.name != "examples"}
-    plain = {k: v if isinstance(v, (bool, int, float, str)) else type(v).__name__ for k, v in rest.items()}
+    plain = {k: v if isinstance(v, (bool, int, float, str, dict)) else type(v).__name__ for k, v in rest.items()}
     return {"class": type(goal).__name__, "examples": f"{len(goal.examples)} ({digest.hexdigest()[:16]})", **plain}
 
 

@@ -1,0 +1,34 @@
+"""Is there a hidden trigger in an adapter that someone else made? What it reads, what it writes, what sets it off."""
+
+from tokenpaths.audit.auditing import audit as audit
+from tokenpaths.audit.lens import hears as hears
+from tokenpaths.audit.lens import says as says
+from tokenpaths.audit.maps import Linear as Linear
+from tokenpaths.audit.maps import Part as Part
+from tokenpaths.audit.maps import linearise as linearise
+from tokenpaths.audit.maps import of_factors as of_factors
+from tokenpaths.audit.maps import parts as parts
+from tokenpaths.audit.repair import Deaf as Deaf
+from tokenpaths.audit.repair import Repaired as Repaired
+from tokenpaths.audit.repair import blame as blame
+from tokenpaths.audit.repair import repair as repair
+from tokenpaths.audit.report import DETECTORS as DETECTORS
+from tokenpaths.audit.report import Audit as Audit
+from tokenpaths.audit.report import Found as Found
+from tokenpaths.audit.report import Rule as Rule
+from tokenpaths.audit.respond import Memory as Memory
+from tokenpaths.audit.scan import Candidate as Candidate
+from tokenpaths.audit.scan import Scan as Scan
+from tokenpaths.audit.scan import phrases_of as phrases_of
+from tokenpaths.audit.scan import scan as scan
+from tokenpaths.audit.search import search as search
+from tokenpaths.audit.spectra import features as features
+from tokenpaths.audit.spectra import intruders as intruders
+from tokenpaths.audit.spectra import outliers as outliers
+from tokenpaths.audit.spectra import robust_z as robust_z
+from tokenpaths.audit.tails import OnTexts as OnTexts
+from tokenpaths.audit.tails import clusters as clusters
+from tokenpaths.audit.tails import mahalanobis as mahalanobis
+from tokenpaths.audit.tails import on_texts as on_texts
+from tokenpaths.audit.tails import silhouette as silhouette
+from tokenpaths.audit.tails import spectral_signature as spectral_signature

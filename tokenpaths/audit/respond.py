@@ -1,0 +1,175 @@
+"""How a model answers rows of tokens, frozen and with its adapter: what every scan and search is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tokenpaths.adapter import Adapter
+from tokenpaths.attach import working
+from tokenpaths.cone import blocks_below
+from tokenpaths.drift.readings import evaluating
+from tokenpaths.sites import find_blocks, unwrapped
+from tokenpaths.trailmap import TrailMap
+from tokenpaths.watcher import Hook, Watcher, shadow
+
+Ids: TypeAlias = tuple[int, ...]
+Key: TypeAlias = tuple[bytes, int, int, bool]  # tokens, tokens in a row, tokens of the answer, whether of logits
+States: TypeAlias = Float[Tensor, "rows answer _"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The tokens of one text, the last `answer` of which the model is to write; 0 for a prompt alone."""
+
+    ids: Ids
+    answer: int = 0
+
+
+@dataclass(eq=False)
+class Memory:
+    """What the frozen model made of rows, for audits of other adapters of the same base: `audit(..., memory=memory)`.
+
+    `budget` is in bytes; rows beyond it are computed each time.
+    """
+
+    budget: int = 1 << 30
+    used: int = 0
+    kept: dict[Key, _Frozen] = field(default_factory=dict["Key", "_Frozen"], repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class _Frozen:
+    below: int  # blocks that the adapter does not change
+    entering: Tensor  # what enters the first of the others
+    last: Tensor  # what the output embedding reads where the answer is predicted, or what it makes of it
+    beside: int | None  # what a block returns beside its state; None for no tuple
+
+
+class Responder:
+    """What is said at the answers of rows, frozen and adapted; made by `responding`."""
+
+    def __init__(self, model: nn.Module, adapter: Adapter, memory: Memory) -> None:
+        self.model = model
+        self.adapter = adapter
+        self.memory = memory
+        self.layers = find_blocks(model, adapter.blocks)
+        self.below = min(_below(model, adapter), len(self.layers) - 1)
+        inner: Any = unwrapped(model)
+        self.head: nn.Module | None = getattr(inner, "get_output_embeddings", lambda: None)()
+        if self.head is None:
+            raise ValueError(f"{type(inner).__name__} has no output embedding: it is scanned by what it would say next")
+        self.device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def states(self, ids: Int[Tensor, "rows seq"], answer: int) -> tuple[States, States]:
+        """What the output embedding reads where an answer of so many tokens, or what follows a prompt, is predicted."""
+        return self._both(ids, answer, logits=False)
+
+    @torch.no_grad()
+    def logits(self, ids: Int[Tensor, "rows seq"], answer: int) -> tuple[States, States]:
+        """What it makes of it."""
+        return self._both(ids, answer, logits=True)
+
+    def _both(self, ids: Tensor, answer: int, logits: bool) -> tuple[Tensor, Tensor]:
+        ids = ids.to(self.device)
+        key = (ids.cpu().numpy().tobytes(), ids.shape[1], answer, logits)
+        frozen = self.memory.kept.get(key)
+        if frozen is None or frozen.below > self.below:
+            frozen = self._frozen(ids, answer, logits)
+            size = sum(x.numel() * x.element_size() for x in (frozen.entering, frozen.last))
+            if self.memory.used + size <= self.memory.budget:
+                self.memory.used += size
+                self.memory.kept[key] = frozen
+        with _from_block(self.layers, frozen):
+            return frozen.last, self.run(ids, answer, logits)
+
+    def _frozen(self, ids: Tensor, answer: int, logits: bool) -> _Frozen:
+        seen: list[tuple[Tensor, int | None]] = []
+
+        def enters(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            result = forward(*args, **kwargs)
+            rest = len(result) - 1 if isinstance(result, tuple) else None
+            seen.append((args[0] if args else kwargs["hidden_states"], rest))
+            return result
+
+        undo = shadow(self.layers[self.below], "forward", enters)
+        try:
+            with self.adapter.off():
+                last = self.run(ids, answer, logits)
+        finally:
+            undo()
+        return _Frozen(self.below, seen[0][0], last, seen[0][1])
+
+    def run(self, ids: Tensor, answer: int, logits: bool) -> Tensor:
+        """One forward. The output embedding, a third of a small model's cost, is given no more than is asked for."""
+        read: list[Tensor] = []
+        stop = ids.shape[1] - bool(answer)
+        start = ids.shape[1] - answer - 1
+
+        def cut(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            read.append(args[0][:, start:stop].contiguous())  # a bfloat16 product with a slice takes very long
+            return (read[0] if logits else read[0][:1, :1].contiguous(), *args[1:])
+
+        assert self.head is not None
+        handle = self.head.register_forward_pre_hook(Hook(cut))
+        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+        if Watcher.known(self.model):
+            inputs["prompt_mask"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) < ids.shape[1] - answer
+        try:
+            output = self.model(**inputs)
+        finally:
+            handle.remove()
+        return output.logits if logits else read[0]
+
+
+@contextmanager
+def responding(
+    model: nn.Module, adapter: Adapter, *, tokenizer: Any = None, memory: Memory | None = None
+) -> Generator[Responder]:
+    """Inside, the adapter is at work, and it and the model are in evaluation mode."""
+    with working(model, adapter, tokenizer), evaluating(model), evaluating(adapter):
+        yield Responder(model, adapter, memory or Memory())
+
+
+def batches(rows: Sequence[Row], size: int) -> Generator[tuple[list[int], Int[Tensor, "rows seq"], int]]:
+    """Rows of one length together, no more than `size` at once: their numbers, their tokens, and their answers'."""
+    alike: dict[tuple[int, int], list[int]] = {}
+    for number, row in enumerate(rows):
+        alike.setdefault((len(row.ids), row.answer), []).append(number)
+    for (_, answer), numbers in alike.items():
+        for start in range(0, len(numbers), size):
+            some = numbers[start : start + size]
+            yield some, torch.tensor([rows[i].ids for i in some]), answer
+
+
+@contextmanager
+def _from_block(layers: nn.ModuleList, frozen: _Frozen) -> Generator[None]:
+    """Inside, the blocks below hand on what they handed on in the frozen run. No adapter changes them."""
+
+    def given(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return frozen.entering if frozen.beside is None else (frozen.entering, *[None] * frozen.beside)
+
+    undo = [shadow(layer, "forward", given) for layer in list(layers)[: frozen.below]]
+    try:
+        yield
+    finally:
+        for back in undo:
+            back()
+
+
+def _below(model: nn.Module, adapter: Adapter) -> int:
+    """The number of blocks, from the first, that an adapter cannot change."""
+    if isinstance(adapter, TrailMap):
+        return blocks_below(model, adapter)
+    blocks = list(find_blocks(model, adapter.blocks))
+    own = {id(parameter) for parameter in adapter.parameters()}
+    changed = [layer for layer, block in enumerate(blocks) if own & {id(p) for p in block.parameters()}]
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    return min(changed) if changed and own <= inside else 0  # the embedding changes all

@@ -1,0 +1,196 @@
+"""Scans: each token of the vocabulary, or each of many phrases, put into clean prompts, and what the adapter does then.
+
+After TokenScanner (2026), with one difference. An adapter that has learned a task is far from the frozen model on every
+prompt, so distance to it finds nothing. A trigger is what changes the *adapted* model's answer where the frozen model's
+hardly changes: the **excess** of a candidate is
+
+    KL(a_0 || a_c) - KL(f_0 || f_c)
+
+at the answer's token where the adapted model changes most, averaged over prompts. a_c and f_c are the adapted and the
+frozen model's next-token distributions with the candidate in the prompt, a_0 and f_0 their means over candidates drawn
+at random. One that is an ordinary phrase is looked for among phrases (`phrases_of` takes them from texts), one that is
+on no list is left to `search`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tokenpaths.adapter import Adapter
+from tokenpaths.audit.respond import Ids, Memory, Responder, Row, batches, responding
+from tokenpaths.data import Example
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A candidate trigger, and its excess in nats."""
+
+    text: str
+    ids: Ids
+    excess: float
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The candidates of largest excess, falling. `usual` are the excesses of those drawn at random, rising."""
+
+    found: tuple[Candidate, ...]
+    usual: tuple[float, ...]
+    count: int
+
+    @property
+    def score(self) -> float:
+        """How far the first candidate lies above the 90 % quantile of ordinary ones, in nats."""
+        if not self.found:
+            return 0.0
+        return self.found[0].excess - (self.usual[int(0.9 * (len(self.usual) - 1))] if self.usual else 0.0)
+
+    def without(self, ids: Ids) -> Scan:
+        """As if a candidate had not been on the list."""
+        return Scan(tuple(c for c in self.found if c.ids != ids), self.usual, self.count - 1)
+
+
+def scan(
+    model: nn.Module,
+    adapter: Adapter,
+    tokenizer: Any,
+    prompts: Sequence[Example],
+    candidates: Sequence[Ids] | None = None,
+    *,
+    where: float = 0.5,
+    top: int = 32,
+    ordinary: int = 48,
+    batch_size: int = 128,
+    seed: int = 0,
+    memory: Memory | None = None,
+) -> Scan:
+    """Rank candidates by their excess.
+
+    All stand in the first prompt, and are ranked there by how far they move what the output embedding reads of the
+    adapted model, beyond the frozen one's: ||a_c - a_0|| / ||a_0|| - ||f_c - f_0|| / ||f_0||, states, the largest over
+    the answer. Of the `top` first, and of `ordinary` ones drawn at random, the excess is read in every prompt.
+
+    Args:
+        model: the base, with its LoRA in it if the adapter is one.
+        adapter: trails, or a `PeftAdapter`.
+        tokenizer: the model's.
+        prompts: a few clean examples of the adapter's task, the shorter the quicker. Where one has an answer, what is
+            predicted at each of its tokens is read, else what follows the prompt.
+        candidates: token ids of each; every token of the vocabulary, unless told.
+        where: the share of a prompt's tokens before the candidate, from 0 to 1.
+        top: so many are read in every prompt.
+        ordinary: so many are drawn for comparison.
+        batch_size: rows in a forward.
+        seed: of the draw.
+        memory: keeps what the frozen model says, for other adapters of the same base.
+
+    Raises:
+        ValueError: no prompt, no candidate, or `where` outside [0, 1].
+    """
+    rows = vocabulary(model, tokenizer) if candidates is None else list(dict.fromkeys(map(tuple, candidates)))
+    if not rows:
+        raise ValueError("there is no candidate to scan: give token ids, or None for the whole vocabulary")
+    if not prompts:
+        raise ValueError("there is no prompt to scan in: give a few clean examples of the adapter's task")
+    if not 0 <= where <= 1:
+        raise ValueError(f"where={where} must be from 0 (before the prompt) to 1 (behind it)")
+    drawn = random.Random(seed).sample(range(len(rows)), min(ordinary, len(rows)))
+    with responding(model, adapter, tokenizer=tokenizer, memory=memory) as respond:
+        first = _screen(respond, [insert(prompts[0], row, where) for row in rows], drawn, batch_size)
+        chosen = list(dict.fromkeys([*first.argsort(descending=True)[:top].tolist(), *drawn]))
+        at = [chosen.index(i) for i in drawn]
+        excess = excesses(respond, prompts, [rows[i] for i in chosen], at, where)
+    ranked = sorted(range(len(chosen)), key=lambda i: -excess[i])[:top]
+    found = tuple(Candidate(tokenizer.decode(list(rows[chosen[i]])), rows[chosen[i]], excess[i]) for i in ranked)
+    return Scan(found, tuple(sorted(excess[i] for i in at)), len(rows))
+
+
+def excesses(
+    respond: Responder, prompts: Sequence[Example], candidates: Sequence[Ids], drawn: Sequence[int], where: float
+) -> list[float]:
+    """The excess of each candidate; those at the numbers `drawn` are the ordinary ones."""
+    total = torch.zeros(len(candidates), dtype=torch.double)
+    for prompt in prompts:
+        frozen, adapted = _said(respond, [insert(prompt, row, where) for row in candidates])
+        gaps = []
+        for said in (frozen, adapted):
+            usual = _mean(said[list(drawn)])
+            gaps.append((usual.exp() * (usual - said)).sum(-1))
+        at = gaps[1].argmax(1, keepdim=True)
+        total += (gaps[1].gather(1, at) - gaps[0].gather(1, at)).squeeze(1).double()
+    return (total / len(prompts)).tolist()
+
+
+def usual_said(
+    respond: Responder, prompt: Example, ordinary: Sequence[Ids], where: float
+) -> Float[Tensor, "answer vocab"]:
+    """a_0: the log-probabilities of the adapted model's mean distribution over ordinary candidates."""
+    return _mean(_said(respond, [insert(prompt, row, where) for row in ordinary])[1])
+
+
+def _mean(said: Float[Tensor, "rows answer vocab"]) -> Float[Tensor, "answer vocab"]:
+    return said.logsumexp(0) - math.log(len(said))
+
+
+def vocabulary(model: Any, tokenizer: Any) -> list[Ids]:
+    """Every token but the special ones."""
+    special = set(tokenizer.all_special_ids)
+    size = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
+    return [(i,) for i in range(size) if i not in special]
+
+
+def phrases_of(
+    tokenizer: Any, texts: Sequence[str], words: Sequence[int] = (3, 4, 5, 6), most: int = 1000
+) -> list[Ids]:
+    """The commonest runs of so many words in texts, each length with its share of `most`, as token ids."""
+    found: list[str] = []
+    for count in words:
+        runs: Counter[str] = Counter()
+        for text in texts:
+            split = text.split()
+            runs.update(" ".join(split[i : i + count]) for i in range(len(split) - count + 1))
+        found += [run for run, _ in runs.most_common(max(1, most // len(words)))]
+    return [tuple(tokenizer(run, add_special_tokens=False)["input_ids"]) for run in dict.fromkeys(found)]
+
+
+def insert(prompt: Example, candidate: Ids, where: float) -> Row:
+    """The tokens of an example with a candidate in its prompt, and how many of them are the answer."""
+    at = round(where * prompt.prompt_length)
+    return Row((*prompt.ids[:at], *candidate, *prompt.ids[at:]), len(prompt) - prompt.prompt_length)
+
+
+def _screen(respond: Responder, rows: Sequence[Row], drawn: Sequence[int], size: int) -> Float[Tensor, " rows"]:
+    """How far each row moves the adapted model's last states beyond the frozen one's."""
+    gaps = torch.zeros(2, len(rows))
+    usual = [states.mean(0) for states in _each(respond.states, [rows[i] for i in drawn], size)]
+    for numbers, ids, answer in batches(rows, size):
+        for run, states in enumerate(respond.states(ids, answer)):
+            off = (states.float().cpu() - usual[run]).norm(dim=-1) / usual[run].norm(dim=-1)
+            gaps[run, numbers] = off.amax(1) if run else off.amin(1)
+    return gaps[1] - gaps[0]
+
+
+def _said(respond: Responder, rows: Sequence[Row]) -> list[Float[Tensor, "rows answer vocab"]]:
+    """Log-probabilities at the answer, of the frozen and of the adapted model."""
+    return [x.log_softmax(-1) for x in _each(respond.logits, rows, 32)]
+
+
+def _each(read: Any, rows: Sequence[Row], size: int) -> list[Tensor]:
+    """What is read of rows, in their order, of both models. Rows have answers of one length."""
+    found: list[list[Tensor]] = [[], []]
+    for run in found:
+        run.extend(torch.empty(0) for _ in rows)
+    for numbers, ids, answer in batches(rows, size):
+        for run, values in zip(found, read(ids, answer), strict=True):
+            for number, value in zip(numbers, values.float().cpu(), strict=True):
+                run[number] = value
+    return [torch.stack(run) for run in found]

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokenpaths import All, Answer, First, Last, Match, Prompt, Rule, Span, Tokens
+from tokenpaths.tokens import AnswerFirst
 
 RULES: dict[str, Rule] = {
     "all": All(),
     "prompt": Prompt(),
     "answer": Answer(),
+    "prompt | answer first": Prompt() | AnswerFirst(2),
     "first": First(2),
     "last": Last(1),
     "last 3": Last(3),

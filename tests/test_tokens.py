@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tokenpaths import All, Answer, First, Last, Match, Prompt, Rule, Span, Tokens, demo, tokens
+from tokenpaths import All, Answer, AnswerFirst, First, Last, Match, Prompt, Rule, Span, Tokens, demo, tokens
 from tokenpaths.tokens import Both, Context, Either, Not, Without, leaves, token_pieces
 
 # Id i is this text; the two halves of a two-byte character have no text of their own, and the character is the last's.
@@ -49,6 +49,8 @@ def reference(rule: Rule, row: Row) -> list[bool]:
             return [True for _ in places]
         case Prompt():
             return [i < len(prompt) for i in places]
+        case AnswerFirst(n):
+            return [len(prompt) <= i < len(prompt) + n for i in places]
         case Answer():
             return [i >= len(prompt) for i in places]
         case First(n):
@@ -117,6 +119,7 @@ SIMPLE = st.one_of(
     st.sampled_from(["All()", "Prompt()", "Answer()", "Span('s')", "Span('t')"]),
     st.integers(1, 7).map("First({})".format),
     st.integers(1, 7).map("Last({})".format),
+    st.integers(1, 7).map("AnswerFirst({})".format),
     st.lists(st.integers(0, len(WORDS)), min_size=1, max_size=3).map("Tokens({})".format),
     st.sampled_from(PATTERNS).map("Match({!r})".format),
 )

@@ -93,6 +93,24 @@ class Answer(Rule):
 
 
 @dataclass(frozen=True)
+class AnswerFirst(Answer):
+    """The first `n` tokens of the answer (all of a shorter answer).
+
+    BREP (Liang et al. 2025, arXiv 2511.10707) steers the prompt and the beginning of what follows it:
+    `Prompt() | AnswerFirst(8)`.
+    """
+
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        _check_count(self)
+
+    def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
+        answer = context.real & ~context.prompt
+        return answer & (answer.cumsum(1) <= self.n)
+
+
+@dataclass(frozen=True)
 class First(Rule):
     """The first `n` tokens of the prompt (all of a shorter prompt)."""
 
@@ -308,7 +326,7 @@ def token_pieces(tokenizer: Any) -> Callable[[Sequence[int]], list[str]]:
     return pieces
 
 
-def _check_count(rule: First | Last) -> None:
+def _check_count(rule: AnswerFirst | First | Last) -> None:
     whole = isinstance(rule.n, int) and not isinstance(rule.n, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
     if not whole or not 1 <= rule.n < _LARGEST:
         raise ValueError(f"{rule} must choose at least one token: n is a whole number from 1 up")

@@ -1,0 +1,175 @@
+"""Is budget forcing exact?  200 random budgets on SmolLM2's tokenizer, its rows apart, and plain outputs kept.
+
+The model is a tiny random Llama with SmolLM2's vocabulary, which is made to stop now and then by a bias on the stop
+tokens: what is measured is the bookkeeping, and a trained model would only stop less. Every row of every setting is
+counted again from its tokens, by the definition.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from _record import Claim, write
+from torch import Tensor
+
+from tokenpaths.demo import demo_model
+from tokenpaths.reasoning import BudgetForcing
+from tokenpaths.retention.intervals import wilson
+
+SETTINGS, ROWS, NEW, EXACT = 200, 4, 48, 20
+WORDS = "the sea is deep and cold so we count the boats that left before dawn one two three four".split()
+ENDS: list[Any] = [
+    "</think>",
+    "<|im_start|>answer",
+    "Final Answer:",
+    ["</think>", " </think>"],
+    "<|im_end|>",
+    " so",
+]
+WAITS = ["Wait", " Hmm, wait.", "\nWait, let me check that again."]
+
+
+def small_model(tokenizer: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        initializer_range=0.6,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def prompts(tokenizer: Any, rng: random.Random, rows: int) -> Any:
+    texts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 9))) for _ in range(rows)]
+    return tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+
+
+def generate(model: Any, tokenizer: Any, inputs: Any, seed: int, *processors: Any, **options: Any) -> Tensor:
+    torch.manual_seed(seed)
+    fixed = dict(
+        max_new_tokens=NEW, do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
+    )
+    return model.generate(**inputs, logits_processor=list(processors), **{**fixed, **options})
+
+
+def draw(rng: random.Random) -> dict[str, Any]:
+    most, end = rng.choice([None, *range(25)]), rng.choice(ENDS)
+    return dict(
+        end=end,
+        answer="" if end == "<|im_end|>" else rng.choice(["", "\nFinal Answer:", " So"]),  # nothing follows the end
+        min_tokens=rng.randint(0, 24 if most is None else most),
+        max_tokens=most,
+        waits=rng.randint(0, 3),
+        wait=rng.choice(WAITS),
+    )
+
+
+def thinking(written: list[int], ends: list[list[int]], eos: int) -> int:
+    """The thinking tokens of a row, by the definition."""
+    for i, token in enumerate(written):
+        if token == eos or any(written[i : i + len(end)] == end for end in ends):
+            return i
+    return len(written)
+
+
+def check(model: Any, tokenizer: Any, number: int) -> dict[str, Any]:
+    """One setting: whether each row has the count that is reported, within its budget."""
+    rng = random.Random(number)
+    setting, inputs, sampled = draw(rng), prompts(tokenizer, rng, ROWS), rng.random() < 0.5
+    width = inputs["input_ids"].shape[1]
+    budget = BudgetForcing(tokenizer, inputs["input_ids"], **setting)
+    bias = {(stop,): rng.uniform(0, 30) for stop in budget.stops}
+    options = dict(do_sample=True, top_k=20, temperature=1.3) if sampled else {}
+    output = generate(model, tokenizer, inputs, number, budget, sequence_bias=bias, **options)
+    rows: list[dict[str, Any]] = []
+    for row, count in zip(output[:, width:].tolist(), budget.counts(output), strict=True):
+        tokens = thinking(row, budget.ends, tokenizer.eos_token_id)
+        most = setting["max_tokens"]
+        fits = setting["min_tokens"] <= tokens and (most is None or tokens <= most)
+        closed = (
+            count.ended != "maximum"
+            or row[tokens:][: len(budget.ends[0] + budget.answer)] == budget.ends[0] + budget.answer
+        )
+        rows.append(
+            {
+                "tokens": tokens,
+                "waits": count.waits,
+                "ended": count.ended,
+                "exact": tokens == count.tokens and fits and closed,
+            }
+        )
+    plain = generate(model, tokenizer, inputs, number, **options)
+    unlimited = BudgetForcing(tokenizer, inputs["input_ids"], end=setting["end"])
+    same = generate(model, tokenizer, inputs, number, unlimited, **options).equal(plain)
+    return {**setting, "sampled": sampled, "rows": rows, "plain_is_same": same}
+
+
+def apart(model: Any, tokenizer: Any, number: int) -> bool:
+    """Whether a batch of eight is eight of one, greedily."""
+    rng = random.Random(f"apart {number}")
+    setting, inputs = draw(rng), prompts(tokenizer, rng, 8)
+    width = inputs["input_ids"].shape[1]
+    budget = BudgetForcing(tokenizer, inputs["input_ids"], **setting)
+    bias = {(stop,): 10.0 for stop in budget.stops}
+    together = generate(model, tokenizer, inputs, 0, budget, sequence_bias=bias)
+    counts = budget.counts(together)
+    for row in range(8):
+        real = inputs["attention_mask"][row].bool()
+        one = {name: value[row, real][None] for name, value in inputs.items()}
+        alone = BudgetForcing(tokenizer, one["input_ids"], **setting)
+        output = generate(model, tokenizer, one, 0, alone, sequence_bias=bias)
+        length = output.shape[1] - one["input_ids"].shape[1]
+        if output[0, one["input_ids"].shape[1] :].tolist() != together[row, width : width + length].tolist():
+            return False
+        if alone.counts(output) != [counts[row]]:
+            return False
+    return True
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    _, tokenizer = demo_model()
+    model = small_model(tokenizer)
+    settings = [check(model, tokenizer, number) for number in range(SETTINGS)]
+    rows = [row for setting in settings for row in setting["rows"]]
+    exact = [all(row["exact"] for row in setting["rows"]) for setting in settings]
+    same = [setting["plain_is_same"] for setting in settings]
+    separate = [apart(model, tokenizer, number) for number in range(EXACT)]
+    ended = {kind: sum(row["ended"] == kind for row in rows) for kind in ("itself", "maximum", "eos", "unfinished")}
+    waits = sum(row["waits"] for row in rows)
+    print(f"{sum(exact)} of {len(exact)} settings exact; {len(rows)} rows ended {ended}, {waits} Waits")
+    print(f"plain output kept: {sum(same)} of {len(same)}; rows apart: {sum(separate)} of {len(separate)}")
+    write(
+        "budget_forcing",
+        {"settings": settings, "ended": ended, "rows_apart": separate},
+        [
+            Claim(
+                "budget_forcing_exact",
+                f"share of {SETTINGS} random budgets (SmolLM2's tokenizer, tiny random model, {ROWS} rows each, greedy "
+                "and sampled) in which every row's thinking tokens are those reported and within the budget, and every "
+                "output without limits is that of plain generate",
+                float(np.mean([a and b for a, b in zip(exact, same, strict=True)])),
+                "share of settings",
+                "1.0",
+                wilson(np.array([a and b for a, b in zip(exact, same, strict=True)], dtype=float)),
+            ),
+            Claim(
+                "budget_forcing_rows_apart",
+                f"share of {EXACT} random budgets in which a greedy batch of 8 equals 8 of 1, in tokens and counts",
+                float(np.mean(separate)),
+                "share of settings",
+                "1.0",
+                wilson(np.array(separate, dtype=float)),
+            ),
+        ],
+        seed=0,
+    )

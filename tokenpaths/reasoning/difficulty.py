@@ -1,0 +1,129 @@
+"""What a model already solves, and what a set of questions is about: the stages of `select` that ask a model.
+
+Whatever is attached to the model is at work; its mode is afterwards as before.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import numpy as np
+from jaxtyping import Float
+from torch import nn
+
+from tokenpaths.data import collate, plain
+from tokenpaths.drift import Run, evaluating, look
+from tokenpaths.reasoning.selection import Problem
+from tokenpaths.retention.scoring import batches, encode_choices, log_likelihoods, right
+from tokenpaths.retention.tasks import Choice
+
+
+def solved_by_likelihood(
+    model: nn.Module, tokenizer: Any, problems: Sequence[Problem], *, tokens: int = 1500
+) -> list[bool]:
+    """Which multiple-choice problems a model solves: the answer alone has the largest summed log-likelihood.
+
+    Forwards take at most `tokens` tokens at a time.
+
+    Raises:
+        ValueError: a problem whose answer is none of its `options`.
+    """
+    choices: list[Choice] = []
+    for number, problem in enumerate(problems):
+        if problem.answer not in problem.options:
+            raise ValueError(
+                f"problem {number}: its answer {problem.answer!r:.40} is none of its options {problem.options!r:.80}; "
+                "for free answers use solved_by_generation"
+            )
+        choices.append(Choice(problem.options, problem.options.index(problem.answer), problem.question))
+    with evaluating(model):
+        scores = log_likelihoods(model, encode_choices(tokenizer, choices), tokens)
+    return [bool(found == 1) for found in right(scores, choices)]
+
+
+def solved_by_generation(
+    model: Any,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    read: Callable[[str], str | None],
+    *,
+    max_new_tokens: int = 256,
+    tokens: int = 4000,
+) -> list[bool]:
+    r"""Which problems a model solves: `read` finds a problem's `answer` in what the model writes behind the question.
+
+        solved_by_generation(model, tokenizer, pool, lambda text: text.split("Answer:")[-1].strip())
+
+    Decoding is greedy, with the model's other generation settings. A batch has at most `tokens` tokens, those to be
+    written included. What counts as the same answer is up to `read` (s1 asked another model).
+    """
+    prompts = plain(tokenizer, [p.question for p in problems]) if problems else []
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    solved = [False] * len(problems)
+    for rows in batches([len(prompt) + max_new_tokens for prompt in prompts], tokens):
+        batch = collate([prompts[i] for i in rows], pad, "left").to(next(model.parameters()).device)
+        with evaluating(model):
+            output = model.generate(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=pad,
+            )
+        texts = tokenizer.batch_decode(output[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+        for i, text in zip(rows, texts, strict=True):
+            solved[i] = read(text) == problems[i].answer
+    return solved
+
+
+def clusters(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    k: int,
+    *,
+    layer: str | None = None,
+    seed: int = 0,
+    tokens: int = 1500,
+) -> list[str]:
+    """Domains for texts that have none: k-means clusters of mean hidden states, named "cluster 0" and so on.
+
+    Each text is the mean over its tokens of the states of a layer, named as in `tokenpaths.drift.Reading.states`
+    ("embedding", "block 3"; by default the last). Each dimension is scaled to unit variance over the texts, since a few
+    are far larger than the rest in most models. `scipy.cluster.vq.kmeans2` finds the clusters, from k-means++; some may
+    be empty.
+
+    Raises:
+        ValueError: k is not between 1 and the number of texts, a text has fewer than two tokens, or there is no such
+            layer.
+    """
+    from scipy.cluster.vq import kmeans2
+
+    if not 1 <= k <= len(texts):
+        raise ValueError(f"{len(texts)} texts cannot be put into {k} clusters: k must be from 1 to their number")
+    states = _mean_states(model, tokenizer, texts, layer, tokens)
+    spread = states.std(0)
+    states = (states - states.mean(0)) / np.where(spread > 0, spread, 1.0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="One of the clusters is empty")
+        _, labels = cast("Any", kmeans2)(states, k, minit="++", seed=seed)  # scipy before 1.15 has no `rng`
+    return [f"cluster {label}" for label in labels]
+
+
+def _mean_states(
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], layer: str | None, tokens: int
+) -> Float[np.ndarray, "texts dim"]:
+    examples = plain(tokenizer, texts)
+    found: dict[int, Float[np.ndarray, " dim"]] = {}
+    for rows in batches([len(example) for example in examples], tokens):
+        batch = collate([examples[i] for i in rows]).to(next(model.parameters()).device)
+        with evaluating(model):
+            readings = look(Run(model), batch)
+        for i, reading in zip(rows, readings, strict=True):
+            name = layer or list(reading.states)[-1]
+            if name not in reading.states:
+                raise ValueError(f"layer {name!r} is none of the model's, which are {', '.join(reading.states)}")
+            found[i] = reading.states[name].double().mean(0).cpu().numpy()
+    return np.stack([found[i] for i in range(len(texts))])

@@ -215,6 +215,18 @@ def test_every_kind_of_position_and_attention_is_narrowed(family):
     torch.testing.assert_close(again, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max()))
 
 
+def test_runs_that_share_a_cone_try_the_cache_once():
+    """The first batch is run both ways, by the first of the runs over one base; not by one over another base."""
+    model, trails, cone = llama(), laid(tp.Answer()), Cone()
+    batch, seen = tp.collate(behind(12, 3)), []
+    other = llama().double()
+    for base in (model, model, other):
+        with tp.attach(base, trails), torch.no_grad(), counted(base) as tokens, cone.over(base):
+            answer_logits(base, batch)
+        seen.append(tokens["block 2"])
+    assert seen[1] < batch.attention_mask.sum() / 2 < seen[0] == seen[2]
+
+
 def test_a_cache_that_gives_other_states_is_found_out():
     """A model whose attention is wrong behind a cache: its rows are run whole, and the loss stays right."""
     model, trails, batch = llama(), laid(tp.Answer()), tp.collate(behind(12, 3))
@@ -458,7 +470,7 @@ def test_the_plan_is_what_happens(capsys):
     model.set_attn_implementation("eager")
     examples = [tp.Example(e.ids[:50] + e.ids[-3:], (False,) * 50 + (True,) * 3) for e in behind(60)]
     for rule, layers in ((tp.All(), [1]), (tp.Answer(), [0, 1, 2])):
-        for cone in (False, True):
+        for cone in (False, Cone()):
             counts = []
             running = steps(
                 model,
@@ -490,12 +502,31 @@ def _is_number(text: str) -> bool:
     return text.replace(".", "").replace("e-", "").isdigit()
 
 
+@pytest.mark.parametrize(("count", "often"), [(1, False), (40, True)])
+def test_a_run_keeps_what_comes_often_enough(capsys, count, often):
+    """16 examples of some 17 tokens, in batches of 16: in one step each comes once, in forty it is worth keeping."""
+    model, examples = llama(), behind(12, 16)
+    with counted(model) as tokens:
+        list(
+            steps(
+                model, laid(layers=[2]), [Imitate(examples)], steps=count, batch_size=16, progress=False, explain=True
+            )
+        )
+    all_tokens = sum(map(len, examples))
+    assert ("each comes too seldom for keeping to pay" in capsys.readouterr().out) == (not often)
+    if often:  # once for each row, and a short look
+        assert tokens["block 0"] < 2 * all_tokens
+    else:  # in one batch, padding included
+        assert tokens["block 0"] == 16 * max(map(len, examples))
+
+
 def test_the_plan_says_why_rows_are_run_whole(capsys):
     model = llama()
-    list(steps(model, laid(tp.Answer(), dropout=0.1), [Imitate(behind(12))], steps=1, progress=False, explain=True))
+    trails, cone = laid(tp.Answer(), dropout=0.1), Cone()
+    list(steps(model, trails, [Imitate(behind(12))], steps=1, progress=False, explain=True, cone=cone))
     assert "rows are run whole: the trails' dropout is drawn for whole rows" in capsys.readouterr().out
     with tp.attach(model, trails := make_trails()), Cone().over(model):
-        words = str(plan(model, trails, [Imitate(make_examples()), Stay(texts())], [4, 4], Cone()))
+        words = str(plan(model, trails, [Imitate(make_examples()), Stay(texts())], [4, 4], Cone(), [True, True]))
     assert "goal 1, Stay" in words and "1 blocks lie below" in words
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tokenpaths.adapter import Adapter
 from tokenpaths.sites import Place, Site, locate
 from tokenpaths.tokens import (
     Both,
@@ -67,7 +69,18 @@ def attach(
     return Attachment(model, trails, strength, rows, spans, tokenizer)
 
 
-def is_attached(model: nn.Module, trails: TrailMap) -> bool:
+def working(model: nn.Module, adapter: Adapter, tokenizer: Any = None) -> AbstractContextManager[object]:
+    """Inside, the adapter is at work: trails are attached unless they are already, any other must lie in the model.
+
+    Raises `ValueError` as `attach` and `Adapter.check` do.
+    """
+    if isinstance(adapter, Adapter) and not isinstance(adapter, TrailMap):  # pyright: ignore[reportUnnecessaryIsInstance]
+        adapter.check(model)
+        return nullcontext()
+    return nullcontext() if is_attached(model, adapter) else attach(model, adapter, tokenizer=tokenizer)
+
+
+def is_attached(model: nn.Module, trails: Adapter) -> bool:
     """Whether a map is at work in a model (as the same object that was given to `attach`)."""
     listeners = [listener for watcher in Watcher.known(model) for listener in watcher.listeners]
     return any(isinstance(listener, Attachment) and listener.trails is trails for listener in listeners)
@@ -86,7 +99,7 @@ class Attachment:
         tokenizer: Any,
     ) -> None:
         if not isinstance(trails, TrailMap):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"attach takes a TrailMap, not {type(trails).__name__}: wrap a dict as TrailMap({{...}})")
+            raise TypeError(f"attach takes a TrailMap, not {type(trails).__name__}: {_instead(trails)}")
         self.trails = trails
         self.strength = strength
         self.rows = None if rows is None else tuple(rows)
@@ -94,7 +107,8 @@ class Attachment:
         self._pieces = None if tokenizer is None else token_pieces(tokenizer)
         self._rules = list(dict.fromkeys(site.tokens for site in trails.sites))
         self._prompt_only = all(_within_prompt(rule) for rule in self._rules)
-        self.plan: _Plan | None = None
+        self._hooks: list[Hook] = []
+        self.plan = None
         self._rotations = [module for module in trails.modules() if isinstance(module, OrthonormalRows)]
         self._handles: list[RemovableHandle] = []
         places = self._locate(model)  # refuses before anything is changed
@@ -102,7 +116,9 @@ class Attachment:
         self._watcher = Watcher.of(model, trails.blocks)
         self._watcher.join(self)
         for place, parts in places:
-            self._handles.append(_hook(place, self._mover(parts)))
+            handle, hook = _hook(place, self._mover(parts))
+            self._handles.append(handle)
+            self._hooks.append(hook)
 
     def remove(self) -> None:
         """Take the trails away and leave the model as it was. Removing twice does no harm."""
@@ -121,14 +137,26 @@ class Attachment:
         state = "attached" if self._handles else "removed"
         return f"<{state}: {len(self.trails)} sites, strength {self.strength}>"
 
+    @property
+    def plan(self) -> _Plan | None:
+        """What is done in this forward; None while the trails are off."""
+        return self._now
+
+    @plan.setter
+    def plan(self, plan: _Plan | None) -> None:
+        self._now = plan
+        # as while decoding under Last(1): nothing is chosen anywhere, and no backward waits for the trails
+        awake = plan is not None and (torch.is_grad_enabled() or plan.chooses())
+        for hook in self._hooks:
+            hook.awake = awake
+
     def begin(self, moment: Moment | None) -> None:
         """A forward begins: choose its tokens."""
         if not self.trails.enabled:
             self.plan = None
             return
-        self.plan = _Plan(None, None, self.strength) if moment is None else self._plan(moment)
-        chosen = self.plan.chosen
-        if chosen is None or any(rows is None or len(rows) for rows in chosen.values()):  # else R may not be needed
+        self.plan = plan = _Plan(None, None, self.strength) if moment is None else self._plan(moment)
+        if plan.chooses():  # else R may not be needed
             prepare(self._rotations)
 
     def end(self) -> None:
@@ -236,6 +264,15 @@ class Attachment:
         return masks
 
 
+def _instead(given: object) -> str:
+    """What to do with what is no map of trails."""
+    if isinstance(given, Adapter):
+        return "it is at work already"
+    if hasattr(given, "peft_config"):
+        return "a PEFT model is made an adapter by peers.PeftAdapter(peft_model), which needs no attach"
+    return "wrap a dict as TrailMap({...})"
+
+
 @dataclass(frozen=True, eq=False)
 class _Plan:
     """What an attachment does in one forward: a mask for each rule (none known for images), and the strength.
@@ -247,6 +284,10 @@ class _Plan:
     masks: list[Tensor] | None
     chosen: Mapping[tuple[int, ...], Tensor | None] | None
     strength: float
+
+    def chooses(self) -> bool:
+        """Whether it may choose a token anywhere."""
+        return self.chosen is None or any(rows is None or len(rows) for rows in self.chosen.values())
 
 
 @dataclass(frozen=True)
@@ -321,7 +362,7 @@ def _moved(parts: list[_Part], masks: list[Tensor], h: Tensor, strength: float) 
         return torch.add(wide, total, alpha=strength).to(h.dtype)
 
 
-def _hook(place: Place, move: Callable[[Tensor], Tensor]) -> RemovableHandle:
+def _hook(place: Place, move: Callable[[Tensor], Tensor]) -> tuple[RemovableHandle, Hook]:
     """Hook a place, before all hooks that are not ours: whoever reads the module reads the moved state."""
 
     def change(h: Tensor) -> Tensor:
@@ -345,10 +386,12 @@ def _hook(place: Place, move: Callable[[Tensor], Tensor]) -> RemovableHandle:
 
     if place.side == "output":
         hooks: dict[int, Any] = vars(place.module)["_forward_hooks"]
-        handle = place.module.register_forward_hook(Hook(after))
+        made = Hook(after)
+        handle = place.module.register_forward_hook(made)
     else:
         hooks = vars(place.module)["_forward_pre_hooks"]
-        handle = place.module.register_forward_pre_hook(Hook(before), with_kwargs=True)
+        made = Hook(before)
+        handle = place.module.register_forward_pre_hook(made, with_kwargs=True)
     for key in [key for key, hook in hooks.items() if not isinstance(hook, Hook) or isinstance(hook, Observer)]:
         hooks[key] = hooks.pop(key)
-    return handle
+    return handle, made

@@ -74,25 +74,25 @@ class _Step:
 
 
 class Hook:
-    """A hook that stays behind when its model is copied or pickled: the copy is the frozen model."""
+    """A hook that stays behind when its model is copied or pickled: the copy is the frozen model.
+
+    While it is not `awake` it does nothing, in the least time.
+    """
+
+    awake: bool = True
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self.call = call
 
     def __call__(self, *args: Any) -> Any:
-        return self.call(*args)
+        return self.call(*args) if self.awake else None
 
     def __reduce__(self) -> Any:
         return _inert, ()
 
 
 class Observer(Hook):
-    """A hook that looks and changes nothing, and while it is not `awake` does not look."""
-
-    awake: bool = True
-
-    def __call__(self, *args: Any) -> Any:
-        return self.call(*args) if self.awake else None
+    """A hook that looks and changes nothing."""
 
 
 def _inert() -> Callable[..., None]:

@@ -32,10 +32,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from tokenpaths import saving
+from tokenpaths.adapter import Adapter
 from tokenpaths.attach import Attachment
 from tokenpaths.cone.kept import InFolder, InMemory, Kept
 from tokenpaths.sites import find_blocks, locate, unwrapped
-from tokenpaths.trailmap import TrailMap
 from tokenpaths.watcher import Hook, Moment, Observer, Watcher, shadow
 
 
@@ -63,6 +63,7 @@ class Cone:
         self.folder = None if folder is None else Path(folder)
         self.dtype = dtype
         self.kept: Kept = InMemory(budget) if folder is None else InFolder(folder, budget)
+        self.narrows: set[str] = set()  # what has been found to give the same states behind a cache as in full
 
     def __repr__(self) -> str:
         where = "" if self.folder is None else f", folder={str(self.folder)!r}"
@@ -105,13 +106,13 @@ def always_in_full(model: nn.Module) -> str | None:
     return None
 
 
-def blocks_below(model: nn.Module, trails: TrailMap) -> int:
-    """The number of blocks, from the first, whose `forward` the trails cannot change.
+def blocks_below(model: nn.Module, trails: Adapter) -> int:
+    """The number of blocks, from the first, whose `forward` the trails cannot change; 0 for an adapter without sites.
 
     A trail on a block's output acts after its `forward`; every other stream is inside the block, or enters it.
     """
-    found = [locate(model, site, trails.blocks)[0] for site in trails]
-    return min(site.layer + (site.stream == "block") for site in found)
+    found = [locate(model, site, trails.blocks)[0] for site in trails.sites]
+    return min((site.layer + (site.stream == "block") for site in found), default=0)
 
 
 class AtWork:
@@ -126,6 +127,7 @@ class AtWork:
         self.narrows: bool | None = None  # whether rows may be run behind a cache; None while that is not known
         self.given: Mapping[int, Tensor] | None = None  # outputs of the blocks below, for a forward behind a prefix
         self.skips = True  # whether blocks may be left out
+        self.rests = False  # for a while: rows that come too seldom are not kept
         self.said: set[str] = set()
         self.watcher = Watcher.of(model, blocks)
         config: Any = getattr(unwrapped(model), "config", None)
@@ -199,11 +201,7 @@ class AtWork:
 
     def keys(self, ids: Int[Tensor, "batch seq"], real: Bool[Tensor, "batch seq"]) -> list[str]:
         """A name for each row: its tokens, where they begin, and what computes its states."""
-        head = next(self.model.parameters())
-        kind = head.device.type
-        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        attention = getattr(getattr(unwrapped(self.model), "config", None), "_attn_implementation", None)
-        how = f"{self._base} {head.dtype} {cast} {attention} {self.cone.dtype}".encode()
+        how = f"{self.computes()} {self.cone.dtype}".encode()
         rows = zip(ids.cpu(), real.cpu(), strict=True)
         return [
             hashlib.blake2b(
@@ -211,6 +209,14 @@ class AtWork:
             ).hexdigest()
             for row, mask in rows
         ]
+
+    def computes(self) -> str:
+        """What computes the states: the weights, and how it goes about it."""
+        head = next(self.model.parameters())
+        kind = head.device.type
+        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        attention = getattr(getattr(unwrapped(self.model), "config", None), "_attn_implementation", None)
+        return f"{self._base} {head.dtype} {cast} {attention}"
 
     def run_in_full(self, reason: str) -> None:
         """Say once why nothing is left out."""
@@ -242,7 +248,7 @@ class AtWork:
         if self._look is not None:
             return
         self._outputs = self.given
-        if self.given is not None or not self.skips:
+        if self.given is not None or not self.skips or self.rests:
             return
         below = self.below()
         named = {**dict(zip(self.watcher.arguments[module], args, strict=False)), **kwargs}

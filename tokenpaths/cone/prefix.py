@@ -107,15 +107,16 @@ class _Made:
 
 def _cut(worker: AtWork, model: nn.Module, batch: Batch, needed: Bool[Tensor, "batch seq"]) -> _Cut | None:
     attached = worker.attached()
-    if not attached or worker.narrows is False or worker.whole_rows() is not None:
+    if not attached or worker.rests or worker.narrows is False or worker.whole_rows() is not None:
         return None
     before = starts(attached, batch, needed)
     lengths = batch.attention_mask.sum(1).tolist()
     if max(n - p for n, p in zip(lengths, before, strict=True)) > WORTHWHILE * max(lengths):
         return None
-    if worker.narrows:
-        return _behind_prefixes(worker, model, batch, needed, before)
     worker.learn()
+    if worker.narrows or worker.computes() in worker.cone.narrows:
+        worker.narrows = True
+        return _behind_prefixes(worker, model, batch, needed, before)
     try:
         cut = _behind_prefixes(worker, model, batch, needed, before)
         whole = _enters_head(model, inputs_of(batch))[needed]
@@ -136,6 +137,7 @@ def _cut(worker: AtWork, model: nn.Module, batch: Batch, needed: Bool[Tensor, "b
     if not worker.narrows:
         worker.run_in_full(f"behind a cache of keys and values its hidden states differ by {apart:.1g} of their norm")
         return None
+    worker.cone.narrows.add(worker.computes())
     return cut
 
 

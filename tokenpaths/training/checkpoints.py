@@ -1,6 +1,6 @@
 """A training run on disk, to continue as if it had never stopped: safetensors and JSON, nothing pickled.
 
-    folder/step-00000200/trails.safetensors      the trails, for TrailMap.from_pretrained
+    folder/step-00000200/trails.safetensors      the trails, for TrailMap.from_pretrained (of PEFT: a folder, `adapter`)
                          optimizer.safetensors   its state, as "number of the parameter.name of the entry"
                          run.json                the step, the goals' weights, the settings, and the optimizer's entries
                                                 that are no tensors
@@ -20,8 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tokenpaths import saving
-from tokenpaths.trailmap import FILE_NAME, TrailMap
+from tokenpaths.adapter import Adapter
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -56,7 +55,7 @@ def find(folder: Path, settings: Mapping[str, Any], resume: bool) -> Path | None
 def write(
     folder: Path,
     step: int,
-    trails: TrailMap,
+    trails: Adapter,
     model: nn.Module,
     optimizer: Optimizer,
     weights: Sequence[float],
@@ -77,7 +76,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as staging:
         beside = Path(staging, "checkpoint")
-        trails.save(beside / FILE_NAME, model)
+        trails.save(beside / trails.saved_as, model)
         safetensors.torch.save_file(tensors, beside / _OPTIMIZER)
         run = {"step": step, "weights": list(weights), "optimizer": numbers, "settings": settings}
         (beside / _RUN).write_text(json.dumps(run, indent=1))
@@ -85,11 +84,9 @@ def write(
 
 
 @torch.no_grad()
-def read(checkpoint: Path, trails: TrailMap, optimizer: Optimizer, weights: list[float]) -> int:
+def read(checkpoint: Path, trails: Adapter, optimizer: Optimizer, weights: list[float]) -> int:
     """Give trails, optimizer and the goals' weights the state they had; returns the step."""
-    tensors, _ = saving.read(checkpoint / FILE_NAME)
-    saving.check_shapes(trails.state_dict(), tensors)
-    trails.load_state_dict(tensors)
+    trails.restore(checkpoint / trails.saved_as)
     run = json.loads((checkpoint / _RUN).read_text())
     weights[:] = run["weights"]
     state: dict[int, dict[str, Any]] = {}

@@ -8,20 +8,22 @@ from typing import Any
 
 from torch import nn
 
+from tokenpaths.adapter import Adapter
 from tokenpaths.data import Example, collate
 from tokenpaths.objectives import Objective
 from tokenpaths.tokens import Context, First, Last, Match, Not, Rule, Span, Without, leaves, token_pieces
-from tokenpaths.trailmap import TrailMap
 
 Pieces = Callable[[Sequence[int]], list[str]]
 
 
-def check(model: nn.Module, trails: TrailMap, goals: Sequence[Objective], tokenizer: Any) -> None:
+def check(model: nn.Module, trails: Adapter, goals: Sequence[Objective], tokenizer: Any) -> None:
     """Raises `ValueError` for what cannot be trained, and warns of what is likely a mistake."""
     if not goals or not all(isinstance(goal, Objective) for goal in goals):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"goals must be a list of Objectives, such as [Imitate(examples)], not {goals!r:.80}")
+    if not trails.sites:  # trails are checked when they are attached
+        trails.check(model)
     _check_window(model, goals)
-    rules = [leaf for site in trails for leaf in leaves(site.tokens)]
+    rules = [leaf for site in trails.sites for leaf in leaves(site.tokens)]
     if tokenizer is None and (matches := [rule for rule in rules if isinstance(rule, Match)]):
         raise ValueError(f"{matches[0]} reads the decoded text: give steps(..., tokenizer=your_tokenizer)")
     examples = [example for goal in goals for example in goal.examples]
@@ -29,9 +31,9 @@ def check(model: nn.Module, trails: TrailMap, goals: Sequence[Objective], tokeni
     _warn_of_short_prompts(rules, examples)
 
 
-def span_names(trails: TrailMap) -> list[str]:
+def span_names(trails: Adapter) -> list[str]:
     """The names of the spans that token rules ask for."""
-    return sorted({leaf.name for site in trails for leaf in leaves(site.tokens) if isinstance(leaf, Span)})
+    return sorted({leaf.name for site in trails.sites for leaf in leaves(site.tokens) if isinstance(leaf, Span)})
 
 
 def _check_window(model: nn.Module, goals: Sequence[Objective]) -> None:
@@ -49,16 +51,16 @@ def _check_window(model: nn.Module, goals: Sequence[Objective]) -> None:
                 )
 
 
-def _check_rules(trails: TrailMap, examples: Sequence[Example], pieces: Pieces | None) -> None:
+def _check_rules(trails: Adapter, examples: Sequence[Example], pieces: Pieces | None) -> None:
     """Each rule, and each simple rule that it is made of, must choose a token somewhere in the training set."""
-    unseen = {rule for site in trails for rule in (site.tokens, *leaves(site.tokens))}
+    unseen = {rule for site in trails.sites for rule in (site.tokens, *leaves(site.tokens))}
     for start in range(0, len(examples), 64):
         if not unseen:
             return
         batch = collate(examples[start : start + 64], spans=span_names(trails))
         context = Context(batch.attention_mask.bool(), batch.prompt_mask, batch.input_ids, batch.spans, pieces)
         unseen = {rule for rule in unseen if not bool(rule.mask(context).any())}
-    signed = [(site, *pair) for site in trails for pair in (*_signed(site.tokens), (site.tokens, False))]
+    signed = [(site, *pair) for site in trails.sites for pair in (*_signed(site.tokens), (site.tokens, False))]
     for site, rule, taken_away in signed:
         if rule in unseen and not taken_away:
             raise ValueError(

@@ -70,6 +70,12 @@ class Feed:
         size, accumulate = self.shapes[place]
         return size * accumulate * self.accelerator.num_processes
 
+    def draws(self, place: int, steps: int) -> float:
+        """How often, on average, an example of a goal comes in so many steps."""
+        examples = self.goals[place].examples
+        different = len(examples) / examples.epochs if isinstance(examples, Mix) else len(examples)
+        return -(-steps // self.goals[place].every) * self.in_a_step(place) / different
+
     def due(self, place: int, number: int) -> bool:
         """Whether a goal is trained for in a step."""
         return number % self.goals[place].every == 0

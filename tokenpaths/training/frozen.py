@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenpaths.trailmap import TrailMap
+from tokenpaths.adapter import Adapter
 from tokenpaths.watcher import Hook
 
 
 @contextmanager
-def frozen_base(model: nn.Module, trails: TrailMap) -> Generator[None]:
+def frozen_base(model: nn.Module, trails: Adapter) -> Generator[None]:
     """Inside, no parameter of the model learns but the trails'; afterwards the flags and modes are as before."""
     own = {id(parameter) for parameter in trails.parameters()}
     base = [(p, p.requires_grad) for p in model.parameters() if id(p) not in own]
@@ -31,11 +31,21 @@ def frozen_base(model: nn.Module, trails: TrailMap) -> Generator[None]:
             module.training = training
 
 
-def trained(trails: TrailMap) -> list[nn.Parameter]:
-    """The parameters that are to learn. Raises `ValueError` where all are frozen."""
+def trained(trails: Adapter) -> list[nn.Parameter]:
+    """The parameters that are to learn. Raises `ValueError` where all are frozen, `TypeError` for no adapter."""
+    if not isinstance(trails, Adapter):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"a TrailMap or another Adapter is trained, not {type(trails).__name__}: wrap a dict as TrailMap({{...}}), "
+            "a PEFT model as peers.PeftAdapter(peft_model)"
+        )
     parameters = [p for p in trails.parameters() if p.requires_grad]
-    if not parameters:
+    if not parameters and trails.sites:
         raise ValueError("every parameter of the trails is frozen, so there is nothing to train: requires_grad_(True)")
+    if not parameters:
+        raise ValueError(
+            "every parameter of the adapter is frozen, so there is nothing to train: PeftModel.from_pretrained freezes "
+            "it unless told is_trainable=True"
+        )
     return parameters
 
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenpaths import saving
-from tokenpaths.attach import attach, is_attached
-from tokenpaths.cone import Cone, common_prefix
+from tokenpaths.adapter import Adapter
+from tokenpaths.attach import working
+from tokenpaths.cone import Cone, at_work, common_prefix
 from tokenpaths.objectives import Objective
-from tokenpaths.trailmap import TrailMap
 from tokenpaths.training import checkpoints
 from tokenpaths.training.checks import check, span_names
 from tokenpaths.training.feed import Feed, seed_of
@@ -58,7 +58,7 @@ class Step:
 
 def steps(
     model: nn.Module,
-    trails: TrailMap,
+    trails: Adapter,
     goals: Sequence[Objective],
     *,
     steps: int | None = None,
@@ -95,7 +95,8 @@ def steps(
 
     Args:
         model: a Hugging Face model. It is moved to Accelerate's device, unless it is spread over several.
-        trails: what is trained. Every process starts from those of the first.
+        trails: what is trained: a `TrailMap`, or another `Adapter` that lies in the model, such as
+            `peers.PeftAdapter`. Every process starts from those of the first.
         goals: objectives; their weighted losses are added up.
         steps: how many optimizer steps to take.
         epochs: or how often to go through the examples of the first goal.
@@ -117,7 +118,8 @@ def steps(
         drift_every: in steps.
         cone: what the trails cannot change (states below the first moved layer, keys and values of an unmoved prefix)
             is computed once for each example, and kept: a `Cone` shared with other runs over this base, True for one of
-            this run alone, False to run everything in every step. It changes no result but in its rounding.
+            this run alone, which keeps what comes often enough for that to pay, False to run everything in every step.
+            It changes no result but in its rounding. An adapter without sites has none.
         explain: print the plan before the first step: what is left out, what is kept, and the FLOPs of a step.
         tokenizer: for `Match` rules.
         accelerator: one of your own, for what is not said here (such as fp16).
@@ -154,7 +156,7 @@ def steps(
     share_at = _schedule(schedule, warmup, total)
     folder = None if checkpoint is None else Path(checkpoint)
     settings: dict[str, Any] = {
-        "model": None if folder is None else saving.fingerprint(model),
+        "model": None if folder is None else saving.fingerprint(model, trails.parameters()),
         "trails": repr(trails),
         "goals": [_describe(goal) for goal in goals],
         "optimizer": [type(made).__name__, [{**group, "params": len(group["params"])} for group in made.param_groups]],
@@ -165,20 +167,27 @@ def steps(
     found = None if folder is None else checkpoints.find(folder, settings, resume)
     if not isinstance(cone, (Cone, bool)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"cone={cone!r:.80} must be a Cone, True or False")
-    used = Cone() if cone is True else cone or None
+    used = None if not trails.sites else Cone() if cone is True else cone or None
 
     def iterate() -> Generator[Step]:
         with ExitStack() as undo:
             undo.enter_context(frozen_base(model, trails))
             undo.callback(made.zero_grad)
             _move(model, trails, accelerator)
-            if not is_attached(model, trails):
-                undo.enter_context(attach(model, trails, tokenizer=tokenizer))
+            undo.enter_context(working(model, trails, tokenizer))
+            if not trails.sites and at_work(model) is not None:
+                raise ValueError(
+                    "a cone is at work in the model, and keeps what these weights make of it: end it first"
+                )
             worker = None if used is None else undo.enter_context(used.over(model, trails.blocks))
             if worker is not None:
                 worker.shared = [common_prefix(goal.examples) for goal in goals]
+            # a cone that is given may be shared with other runs, so it keeps everything
+            pays = [isinstance(cone, Cone) or _pays(goal, feed.draws(i, total)) for i, goal in enumerate(goals)]
             if explain:
-                accelerator.print(plan(model, trails, goals, [feed.in_a_step(i) for i in range(len(goals))], used))
+                accelerator.print(
+                    plan(model, trails, goals, [feed.in_a_step(i) for i in range(len(goals))], used, pays)
+                )
             prepared = accelerator.prepare_optimizer(made)
             weights = [goal.weight for goal in goals]
             done = 0 if found is None else checkpoints.read(found, trails, made, weights)
@@ -191,12 +200,16 @@ def steps(
                 with _own_randomness(accelerator, seed, number), _learning(trails):
                     for place, batch, share in feed.batches(number):
                         weighs = weights[place] > 0
+                        if worker is not None:
+                            worker.rests = not pays[place]
                         with _precision(mixed_precision, accelerator), torch.set_grad_enabled(weighs):
                             loss = share * goals[place].loss(model, trails, batch)
                         if weighs:
                             _check_reaches(loss, goals, place)
                             accelerator.backward(weights[place] * loss)  # before the next forward changes the masks
                         losses[place] += loss.detach()
+                if worker is not None:
+                    worker.rests = False
                 parts = tuple(_sum(losses, accelerator).tolist())
                 _check_finite(number, goals, parts)
                 due = [feed.due(place, number) for place in range(len(goals))]
@@ -238,6 +251,19 @@ def steps(
     return iterate()
 
 
+_ALONE = 128
+
+
+def _pays(goal: Objective, draws: float) -> bool:
+    """Whether keeping what trails cannot change saves more than it costs.
+
+    A row is computed by itself for that, in all blocks below, which costs about as much more as `_ALONE` tokens of a
+    batch do there; each time that it comes again its own tokens are saved.
+    """
+    some = goal.examples[:: max(1, len(goal.examples) // 256)]
+    return (draws - 1) * sum(map(len, some)) / len(some) >= _ALONE
+
+
 _KEPT = "The trails are as after the step before; a lower lr or a smaller clip may help"
 
 
@@ -251,7 +277,7 @@ def _own_randomness(accelerator: Accelerator, seed: int, number: int) -> Generat
 
 
 @contextmanager
-def _learning(trails: TrailMap) -> Generator[None]:
+def _learning(trails: Adapter) -> Generator[None]:
     modes = [(module, module.training) for module in trails.modules()]
     trails.train()
     try:
@@ -293,7 +319,7 @@ def _describe(goal: Objective) -> dict[str, Any]:
     return {"class": type(goal).__name__, "examples": f"{len(goal.examples)} ({digest.hexdigest()[:16]})", **plain}
 
 
-def _move(model: nn.Module, trails: TrailMap, accelerator: Accelerator) -> None:
+def _move(model: nn.Module, trails: Adapter, accelerator: Accelerator) -> None:
     if getattr(model, "hf_device_map", None) is None:  # otherwise the model has been placed with care
         model.to(accelerator.device)
         trails.to(accelerator.device)
@@ -306,7 +332,7 @@ def _move(model: nn.Module, trails: TrailMap, accelerator: Accelerator) -> None:
 
 
 @torch.no_grad()
-def _share_start(trails: TrailMap, accelerator: Accelerator) -> None:
+def _share_start(trails: Adapter, accelerator: Accelerator) -> None:
     """All processes start from the trails of the first."""
     if accelerator.num_processes > 1:
         from accelerate.utils import broadcast

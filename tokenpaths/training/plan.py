@@ -9,12 +9,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import nn
 
+from tokenpaths.adapter import Adapter
 from tokenpaths.cone import Cone, at_work, blocks_below, common_prefix
 from tokenpaths.cone.prefix import WORTHWHILE, starts
 from tokenpaths.data import IGNORED, collate
 from tokenpaths.objectives import Imitate, Objective, Stay
 from tokenpaths.sites import find_blocks, unwrapped
-from tokenpaths.trailmap import TrailMap
 
 _SAMPLE = 256  # examples of a goal to look at
 
@@ -33,6 +33,7 @@ class GoalPlan:
     kept_bytes: float
     flops: float
     flops_in_full: float
+    pays: bool = True  # otherwise its examples come too seldom to be kept
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,14 @@ class Plan:
     goals: tuple[GoalPlan, ...]
     budget: int | None
     in_full: str | None
+    boundless: str | None = None  # the kind of an adapter that has no cone
 
     def __str__(self) -> str:
+        if self.boundless is not None:
+            return (
+                f"{self.boundless} changes the weights of {self.model}, so it has no light cone: everything is run in "
+                "every step"
+            )
         lines = [f"The light cone of the trails in {self.model}, {self.blocks} blocks:"]
         if self.budget is None:
             return f"{lines[0]} off, everything is run in every step"
@@ -57,6 +64,12 @@ class Plan:
             lines.append(f"  tokens  rows are run whole: {self.in_full}")
         for number, goal in enumerate(self.goals):
             lines.append(f"  goal {number}, {goal.name}: {goal.tokens:.0f} tokens an example")
+            if not goal.pays:
+                lines.append(
+                    "    each comes too seldom for keeping to pay: they are run in full "
+                    "(give a Cone that several runs share, and they are kept)"
+                )
+                continue
             if goal.run < goal.tokens:
                 front = f", the first {goal.shared} of them once for all" if goal.shared else ""
                 lines.append(
@@ -76,31 +89,40 @@ class Plan:
 
 
 def plan(
-    model: nn.Module, trails: TrailMap, goals: Sequence[Objective], in_a_step: Sequence[int], cone: Cone | None
+    model: nn.Module,
+    trails: Adapter,
+    goals: Sequence[Objective],
+    in_a_step: Sequence[int],
+    cone: Cone | None,
+    pays: Sequence[bool],
 ) -> Plan:
-    """The plan of a run whose trails are attached; `in_a_step` are the examples of each goal in one step."""
+    """The plan of a run whose trails are attached.
+
+    `in_a_step` are the examples of each goal in one step, and `pays` says whether what is known of them is kept.
+    """
     worker = at_work(model)
     layers = find_blocks(model, trails.blocks)
     below = blocks_below(model, trails)
     on = worker is not None and cone is not None
     in_full = worker.whole_rows() if worker is not None else None
     planned = [
-        _goal(model, trails, goal, count, below if on else 0, below, whole=not on or in_full is not None)
-        for goal, count in zip(goals, in_a_step, strict=True)
+        _goal(model, trails, goal, count, below if on and kept else 0, below, not on or in_full is not None, kept)
+        for goal, count, kept in zip(goals, in_a_step, pays, strict=True)
     ]
     budget = cone.budget if on and cone is not None else None
-    return Plan(type(unwrapped(model)).__name__, len(layers), below, tuple(planned), budget, in_full)
+    boundless = None if trails.sites else type(trails).__name__
+    return Plan(type(unwrapped(model)).__name__, len(layers), below, tuple(planned), budget, in_full, boundless)
 
 
 def _goal(
-    model: nn.Module, trails: TrailMap, goal: Objective, count: int, left_out: int, below: int, whole: bool
+    model: nn.Module, trails: Adapter, goal: Objective, count: int, left_out: int, below: int, whole: bool, pays: bool
 ) -> GoalPlan:
     examples = list(goal.examples[:: max(1, len(goal.examples) // _SAMPLE)])
     lengths = [len(example) for example in examples]
     mean = sum(lengths) / len(lengths)
     answers = sum(sum(example.answer) for example in examples) / len(examples)
     worker, before = at_work(model), 0.0
-    if not whole and worker is not None and isinstance(goal, Imitate):
+    if pays and not whole and worker is not None and isinstance(goal, Imitate):
         cuts: list[int] = []
         for start in range(0, len(examples), 32):
             batch = collate(examples[start : start + 32])
@@ -122,7 +144,7 @@ def _goal(
     states = (run if before else mean) * cost.state_bytes * (bool(left_out) + isinstance(goal, Stay))
     pairs = max(before - shared, 0) * cost.pair_bytes * (cost.blocks - left_out)
     kept = (states + pairs) * len(goal.examples) + shared * cost.pair_bytes * cost.blocks
-    return GoalPlan(type(goal).__name__, mean, run, shared, kept, ours * count, full * count)
+    return GoalPlan(type(goal).__name__, mean, run, shared, kept, ours * count, full * count, pays)
 
 
 @dataclass(frozen=True)
@@ -137,7 +159,7 @@ class _Cost:
     pair_bytes: int  # of a token's key and value in one block
 
     @classmethod
-    def of(cls, model: nn.Module, trails: TrailMap) -> _Cost:
+    def of(cls, model: nn.Module, trails: Adapter) -> _Cost:
         layers = find_blocks(model, trails.blocks)
         config: Any = unwrapped(model).config
         config = config.get_text_config() if hasattr(config, "get_text_config") else config

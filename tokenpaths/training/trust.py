@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenpaths.adapter import Adapter
 from tokenpaths.data import Batch, Example, collate
 from tokenpaths.drift.attention import read_attention
 from tokenpaths.drift.measures import kl
 from tokenpaths.drift.readings import Reading, Run, evaluating, look
-from tokenpaths.trailmap import TrailMap
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Probe:
     """A trust region at work in a run: it knows how the model answered after the last step."""
 
     def __init__(
-        self, region: TrustRegion, model: nn.Module, trails: TrailMap, parameters: Sequence[nn.Parameter]
+        self, region: TrustRegion, model: nn.Module, trails: Adapter, parameters: Sequence[nn.Parameter]
     ) -> None:
         self.region = region
         self.run = Run(model, lambda: evaluating(trails), trails.blocks)  # without the trails' dropout

@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 # Names that start with an underscore are helpers of the benchmarks.
 BENCH ?= $(sort $(wildcard benchmarks/[a-z]*.py))
 
-.PHONY: env demo test test-slow lint format bench
+.PHONY: env demo test test-slow lint format bench compare compare-quick
 
 env: $(INSTALLED)
 
@@ -45,3 +45,11 @@ format: env
 
 bench: env
 	for script in $(BENCH); do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+# The comparison plan: methods, protections, tasks and seeds, each run kept in a file; the quick one takes 15 minutes.
+compare compare-quick: export OMP_NUM_THREADS = 1
+compare compare-quick: export OMP_WAIT_POLICY = passive
+compare: env
+	$(BIN)/python -W ignore benchmarks/compare.py
+compare-quick: env
+	$(BIN)/python -W ignore benchmarks/compare.py --quick

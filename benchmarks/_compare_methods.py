@@ -1,0 +1,177 @@
+"""The methods of compare.py and sequence.py, each made to be trained by the same `steps`."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from _compare_tasks import DATA, Task, examples
+from _texts import cut
+
+import tokenpaths as tp
+from tokenpaths.demo import _cache, demo_model, fast_dtype
+
+WIDTH = 64  # tokens of a text of rehearsal
+FIRST = 10  # layer of trails that are guarded: below, states say which token it is, not what it is for
+
+
+class Bench:
+    """The model, the examples of a task, and the texts of protections: the same for every method."""
+
+    data = DATA
+
+    def __init__(self, task: Task, quick: bool = False) -> None:
+        self.task = task
+        self.steps = task.steps // 2 if quick else task.steps
+        self.model, self.tokenizer = demo_model(dtype=fast_dtype())
+        self.model.requires_grad_(False)
+        self.model.set_attn_implementation("eager")  # the quicker one for short texts in bfloat16 on a processor
+        self.train = examples(self.tokenizer, task)
+        self.dim = tp.width(self.model)
+
+    def twin(self) -> Any:
+        """The same weights in other modules, for a method that puts its own among them."""
+        return copy.deepcopy(self.model, {id(p): p for p in (*self.model.parameters(), *self.model.buffers())})
+
+    @functools.cached_property
+    def original(self) -> list[tp.Example]:
+        """WikiText-2 validation text: what is rehearsed."""
+        return cut(self.tokenizer, (DATA / "wikitext2/valid.txt").read_text(encoding="utf-8"), 128, WIDTH)
+
+    @functools.cached_property
+    def held(self) -> list[tp.Example]:
+        """What drift is held on and gates are fitted on: original text, the model's own, its versions of prompts."""
+        return [*self.original[::2], *self.own(1, 32), *self.own(2, 32, from_prompts=True)]
+
+    def own(self, seed: int, count: int, *, from_prompts: bool = False) -> list[tp.Example]:
+        """What the frozen model writes by itself, or behind the first tokens of the task's prompts."""
+        kind = f"-{self.task.name.replace(' ', '-')}" if from_prompts else ""
+        path = _cache() / "compare" / f"own-{seed}-{count}{kind}.jsonl"
+        openings = None
+        if from_prompts:
+            starts = [e.ids[:8] for e in self.train if e.prompt_length > 12]
+            openings = [self.tokenizer.decode(ids) for ids in starts[:: max(1, len(starts) // count)][:count]]
+        said = tp.self_samples(
+            self.model, self.tokenizer, count, max_tokens=WIDTH, seed=seed, openings=openings, path=path
+        )
+        return [tp.Example(e.ids, (False,) * len(e)) for e in said]
+
+
+@dataclass
+class Method:
+    """Something to train: a model with an adapter of it.
+
+    `after_step` is called after each step; `finish` gives the adapter to measure, and `at_work` puts it to work.
+    """
+
+    model: Any
+    adapter: Any
+    goals: Sequence[Any] = ()
+    after_step: Callable[[], None] = lambda: None
+    finish: Callable[[], Any] = lambda: None
+    at_work: Callable[[Any], AbstractContextManager[Any]] = lambda adapter: nullcontext()
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a method is made for a seed, the learning rates to try, and whether it is run under protections as well."""
+
+    make: Callable[[Bench, int], Method]
+    rates: tuple[float, float]
+    protected: bool = True
+
+
+def trail(
+    bench: Bench, seed: int, rule: tp.Rule, make: Callable[[int], tp.Trail], first: int = 0, guarded: bool = False
+) -> Method:
+    torch.manual_seed(seed)
+    sites = tp.sites(bench.model, slice(first, None), rule)
+    trails = tp.TrailMap({site: make(bench.dim) for site in sites})
+    notes: dict[str, Any] = {}
+
+    def finish() -> tp.TrailMap:
+        if not guarded:
+            return trails
+        # the names of a chain stand in its prompt too, so there the gates work beside the token rule
+        kept = rule if bench.task.name == "links" else tp.All()
+        gated, fits = tp.guard(bench.model, trails, bench.train[:256], bench.held, tokens=kept, most=8192)
+        notes["open on the task"] = [fit.task for fit in fits.values()]
+        return gated
+
+    work: Any = functools.partial(tp.attach, bench.model)
+    return Method(bench.model, trails, finish=finish, at_work=work, notes=notes)
+
+
+def guarded_trail(bench: Bench, seed: int) -> Method:
+    """The recommended trail: trained where the answer is written, on the upper two thirds, and then guarded."""
+    return trail(bench, seed, tp.Last(1) | tp.Answer(), lambda dim: tp.DiReFT(dim, rank=4), FIRST, guarded=True)
+
+
+def bare_trail(bench: Bench, seed: int) -> Method:
+    """The same trail on all tokens, without gates: what LoRA is among weights."""
+    return trail(bench, seed, tp.All(), lambda dim: tp.DiReFT(dim, rank=4), FIRST)
+
+
+def loreft(bench: Bench, seed: int) -> Method:
+    """As published for reasoning tasks: LoReFT on all layers, the first and last seven tokens of the prompt."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some prompts are shorter
+        return trail(bench, seed, tp.First(7) | tp.Last(7), lambda dim: tp.LoReFT(dim, rank=4))
+
+
+def peft_method(model: Any, **more: Any) -> Method:
+    adapter = tp.peers.PeftAdapter(model)
+    return Method(model, adapter, finish=lambda: adapter, **more)
+
+
+def lora(bench: Bench, seed: int, **options: Any) -> Method:
+    """PEFT's LoRA of rank 8 on all linear maps of the blocks."""
+    import peft
+
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    return peft_method(peft.get_peft_model(bench.twin(), config))
+
+
+def sc_lora(bench: Bench, seed: int) -> Method:
+    """Begun in the subspace of the task's outputs, away from those of original text (beta 0.8)."""
+    torch.manual_seed(seed)
+    config = tp.peers.ScLoraConfig(r=8, alpha=16, target_modules="all-linear")
+    model, found = tp.peers.sc_lora(bench.twin(), config, bench.train[:256], bench.original[:64], beta=0.8)
+    return peft_method(model, notes={"fewest positive eigenvalues": min(s.positive for s in found.values())})
+
+
+def curlora(bench: Bench, seed: int) -> Method:
+    import peft
+
+    config = tp.peers.CurLoraConfig(r=16, target_modules="all-linear", seed=seed)
+    return peft_method(peft.get_peft_model(bench.twin(), config))
+
+
+def i_lora(bench: Bench, seed: int) -> Method:
+    """LoRA with a slow memory, which is what is measured, and replay of original text: as much as rehearsal has."""
+    made = lora(bench, seed)
+    memory = tp.peers.DualMemory(made.adapter, decay=0.95)
+    old = [tp.Example(e.ids, (False,) + (True,) * (len(e) - 1)) for e in bench.original]
+    made.goals = [tp.peers.ReplayNear(old, memory=memory, every=6, batch_size=1)]
+    made.after_step = memory.update
+    made.at_work = lambda adapter: memory.slow()
+    return made
+
+
+METHODS: dict[str, Recipe] = {
+    "guarded trail": Recipe(guarded_trail, (3e-3, 1e-2), protected=False),
+    "LoRA": Recipe(lora, (3e-4, 1e-3)),
+    "SC-LoRA": Recipe(sc_lora, (3e-4, 1e-3)),
+    "trail": Recipe(bare_trail, (3e-3, 1e-2)),
+    "CURLoRA": Recipe(curlora, (1e-2, 1e-1)),
+    "I-LoRA": Recipe(i_lora, (3e-4, 1e-3), protected=False),
+    "LoReFT": Recipe(loreft, (3e-3, 1e-2)),
+}

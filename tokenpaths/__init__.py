@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenpaths import tokens as tokens
 from tokenpaths import trails as trails
+from tokenpaths.adapter import Adapter as Adapter
 from tokenpaths.attach import Attachment as Attachment
 from tokenpaths.attach import attach as attach
 from tokenpaths.attach import is_attached as is_attached
@@ -25,6 +26,7 @@ from tokenpaths.sites import sites as sites
 from tokenpaths.sites import width as width
 from tokenpaths.tokens import All as All
 from tokenpaths.tokens import Answer as Answer
+from tokenpaths.tokens import AnswerFirst as AnswerFirst
 from tokenpaths.tokens import First as First
 from tokenpaths.tokens import Last as Last
 from tokenpaths.tokens import Match as Match
@@ -52,6 +54,12 @@ from tokenpaths.trails import Scaled as Scaled
 from tokenpaths.trails import Trail as Trail
 
 if TYPE_CHECKING:
+    from tokenpaths import ab as ab
+    from tokenpaths import audit as audit
+    from tokenpaths import peers as peers
+    from tokenpaths import reasoning as reasoning
+    from tokenpaths import retention as retention
+    from tokenpaths.ab import ab_test as ab_test
     from tokenpaths.limits import confine as confine
     from tokenpaths.limits import guard as guard
     from tokenpaths.limits import strength_curve as strength_curve
@@ -98,6 +106,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHEN_USED = {  # not everyone who attaches trails trains them
+    "ab_test": "tokenpaths.ab",
     "confine": "tokenpaths.limits",
     "guard": "tokenpaths.limits",
     "strength_curve": "tokenpaths.limits",
@@ -142,12 +151,16 @@ _WHEN_USED = {  # not everyone who attaches trails trains them
     "TrustRegion": "tokenpaths.training",
 }
 
+_ROOMS = ("ab", "audit", "peers", "reasoning", "retention")
+
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"tokenpaths.{name}")
     if name not in _WHEN_USED:
         raise AttributeError(f"module 'tokenpaths' has no attribute {name!r}")
     return getattr(import_module(_WHEN_USED[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_WHEN_USED})
+    return sorted({*globals(), *_WHEN_USED, *_ROOMS})

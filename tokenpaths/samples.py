@@ -39,6 +39,7 @@ import torch
 from torch import nn
 
 from tokenpaths import saving
+from tokenpaths.adapter import Adapter
 from tokenpaths.attach import Attachment
 from tokenpaths.data import Example, collate
 from tokenpaths.drift.readings import evaluating
@@ -68,6 +69,7 @@ def self_samples(
     seed: int = 0,
     path: str | os.PathLike[str] | None = None,
     progress: bool = False,
+    adapter: Adapter | None = None,
 ) -> list[Example]:
     """Let the frozen model write `count` texts, no two of them alike. Attached trails are off while it writes.
 
@@ -90,6 +92,7 @@ def self_samples(
         path: keep them in this file, written whole after each batch. What is in it already, of the same model and
             settings, is not written again: so a run goes on after a kill, and a larger `count` adds to a smaller one.
         progress: show a progress bar.
+        adapter: one that lies in the model without being attached, as PEFT's do: it is off meanwhile.
 
     Raises:
         ValueError: a setting that cannot be, an opening without tokens or too long for the model, a file of another
@@ -99,8 +102,10 @@ def self_samples(
     prompts = _openings(tokenizer, openings)
     _check(model, prompts, count, temperature, top_p, max_tokens, near, batch_size)
     ends = _ends(model, tokenizer)
+    with _frozen(model, adapter):
+        fingerprint = saving.fingerprint(model)
     settings = {
-        "model": saving.fingerprint(model),
+        "model": fingerprint,
         "openings": f"{len(prompts)} ({hashlib.sha256(repr(prompts).encode()).hexdigest()[:16]})",
         **dict(temperature=float(temperature), top_p=float(top_p), max_tokens=max_tokens, near=float(near)),
         **dict(batch_size=batch_size, seed=seed, ends=ends),
@@ -110,7 +115,7 @@ def self_samples(
     barren = 0
     with ExitStack() as stack:
         bar = stack.enter_context(_bar(min(len(kept), count), count, progress))
-        stack.enter_context(_frozen(model))
+        stack.enter_context(_frozen(model, adapter))
         while len(kept) < count:
             new = 0
             for example in _write(model, _batch(prompts, note["batches"], batch_size, seed), settings, note["batches"]):
@@ -269,18 +274,23 @@ def _write(model: Any, prompts: Sequence[tuple[int, ...]], settings: dict[str, A
 @contextmanager
 def _generates_as(model: Any, config: Any) -> Generator[None]:
     """Inside, the model's generation settings are these alone: its own would fill up any that `generate` is given."""
-    before = model.generation_config
-    model.generation_config = config
+    # PEFT's wrapper shows the settings of the model inside, and writes its own over them
+    before = [(m, vars(m)["generation_config"]) for m in model.modules() if "generation_config" in vars(m)]
     try:
+        for module, _ in before:
+            module.generation_config = config
         yield
     finally:
-        model.generation_config = before
+        for module, settings in before:
+            module.generation_config = settings
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Generator[None]:
-    """Inside, the model is the frozen one, in evaluation mode: whatever trails lie in it are off."""
+def _frozen(model: nn.Module, adapter: Adapter | None) -> Generator[None]:
+    """Inside, the model is the frozen one, in evaluation mode: whatever trails lie in it are off, and the adapter."""
     with ExitStack() as stack:
+        if adapter is not None:
+            stack.enter_context(adapter.off())
         for watcher in Watcher.known(model):
             for listener in watcher.listeners:
                 if isinstance(listener, Attachment):

@@ -8,26 +8,29 @@ import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from tokenpaths import saving
+from tokenpaths.adapter import Adapter
 from tokenpaths.saving import TrailFileError
-from tokenpaths.sites import Site, unwrapped
+from tokenpaths.sites import Site, locate, unwrapped
 from tokenpaths.trails import Trail
 
 FILE_NAME = "trails.safetensors"
 
 
-class TrailMap(nn.Module):
+class TrailMap(Adapter):
     """Trails at their sites: `TrailMap({Site(15, Last(1)): LoReFT(576, rank=4)})`.
 
     The same trail at two sites is one trail, tied: trained once and stored once. Trails at sites of one layer and
     stream read the same state, and their displacements are added. `blocks` names the block list of a model that has
     several, as in `blocks="encoder.block"`.
     """
+
+    saved_as: ClassVar[str] = FILE_NAME
 
     def __init__(
         self, trails: Mapping[Site, Trail] | Iterable[tuple[Site, Trail]], *, blocks: str | None = None
@@ -74,6 +77,11 @@ class TrailMap(nn.Module):
         finally:
             self.enabled = before
 
+    def check(self, model: nn.Module) -> None:
+        """Raises `ValueError` for a site that the model does not have; `attach` checks the rest."""
+        for site in self.sites:
+            locate(model, site, self.blocks)
+
     def save(self, path: str | os.PathLike[str], model: nn.Module | None = None) -> None:
         """Write one safetensors file, whole or not at all. With `model`, note which base the trails were made for."""
         parameters = list(self.named_parameters(remove_duplicate=False))
@@ -90,6 +98,13 @@ class TrailMap(nn.Module):
             "base": None if model is None else _describe(model),
         }
         saving.write(path, self.state_dict(), note)
+
+    @torch.no_grad()
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Take over the numbers of a file of these trails, in place. Raises as `load` does."""
+        tensors, _ = saving.read(path)
+        saving.check_shapes(self.state_dict(), tensors)
+        self.load_state_dict(tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *classes: type[Trail], model: nn.Module | None = None) -> TrailMap:

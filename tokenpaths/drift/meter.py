@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tokenpaths.attach import attach, is_attached
+from tokenpaths.adapter import Adapter
+from tokenpaths.attach import working
 from tokenpaths.cone import Cone
 from tokenpaths.data import Batch, Example, collate
 from tokenpaths.drift.attention import read_attention
@@ -49,7 +50,6 @@ from tokenpaths.drift.report import Drift, Figure, RunName, SetFigure
 from tokenpaths.drift.sample import Sample
 from tokenpaths.drift.tally import Numbers, Tally, text_key, text_weights
 from tokenpaths.drift.totals import Totals
-from tokenpaths.trailmap import TrailMap
 
 Measure: TypeAlias = Callable[[Reading, Reading], Tensor]
 Quantity: TypeAlias = Callable[[Reading], Tensor]
@@ -216,7 +216,7 @@ class Meter:
 
 def drift(
     model: nn.Module,
-    trails: TrailMap,
+    trails: Adapter,
     texts: Sequence[str] | Sequence[Example],
     tokenizer: Any = None,
     *,
@@ -233,11 +233,11 @@ def drift(
     A text given as a string is prompt throughout, cut to `max_length` tokens; an `Example` (from `encode`) keeps its
     border between prompt and answer, so rules such as `Answer()` find their tokens. The model is left as it was,
     trails attached or not. A shared `cone` keeps what the frozen model makes of the texts, for when they are read again
-    (after more steps, or with other trails). Raises `ValueError` for no texts, for strings without a tokenizer and for
-    a text of under two tokens.
+    (after more steps, or with other trails); an adapter without sites is measured without it. Raises `ValueError` for
+    no texts, for strings without a tokenizer and for a text of under two tokens.
     """
-    attached = nullcontext() if is_attached(model, trails) else attach(model, trails, tokenizer=tokenizer)
-    with attached, nullcontext() if cone is None else cone.over(model, trails.blocks):
+    sparing = nullcontext() if cone is None or not trails.sites else cone.over(model, trails.blocks)
+    with working(model, trails, tokenizer), sparing:
         return compare(
             *runs(model, trails),
             texts,

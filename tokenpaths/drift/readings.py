@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tokenpaths.attach import attach, is_attached
+from tokenpaths.adapter import Adapter
+from tokenpaths.attach import working
 from tokenpaths.cone import blocks_below
 from tokenpaths.data import IGNORED, Batch
 from tokenpaths.sites import find_blocks, unwrapped
-from tokenpaths.trailmap import TrailMap
 from tokenpaths.watcher import Observer, Watcher
 
 
@@ -69,7 +69,7 @@ class Reading:
         return torch.stack([_norm(state) for state in self.states.values()])
 
 
-def runs(model: nn.Module, trails: TrailMap, *, tokenizer: Any = None) -> tuple[Run, Run]:
+def runs(model: nn.Module, trails: Adapter, *, tokenizer: Any = None) -> tuple[Run, Run]:
     """The frozen run of a model and the one with trails: attached for each reading, if they are not attached already.
 
     `tokenizer` is for the rule `Match`.
@@ -77,8 +77,7 @@ def runs(model: nn.Module, trails: TrailMap, *, tokenizer: Any = None) -> tuple[
 
     @contextmanager
     def steered() -> Generator[None]:
-        attached = nullcontext() if is_attached(model, trails) else attach(model, trails, tokenizer=tokenizer)
-        with attached, evaluating(trails):
+        with working(model, trails, tokenizer), evaluating(trails):
             yield
 
     return Run(model, trails.off, trails.blocks), Run(model, steered, trails.blocks, blocks_below(model, trails))

@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tokenpaths.adapter import Adapter
 from tokenpaths.data import IGNORED, Batch, Example, collate
 from tokenpaths.drift.readings import evaluating
 from tokenpaths.objectives.base import Objective
 from tokenpaths.objectives.chains import tokens_of
 from tokenpaths.objectives.imitate import answer_logits
-from tokenpaths.trailmap import TrailMap
 
 Constraint: TypeAlias = Literal["none", "detached", "boundary"]
 
@@ -97,7 +97,7 @@ class Align(Objective):
                 raise ValueError(f"Align: question {number} stands twice: put its chains into one Attempts")
             self._known[example.ids] = example
 
-    def loss(self, model: nn.Module, trails: TrailMap, batch: Batch) -> Float[Tensor, ""]:
+    def loss(self, model: nn.Module, trails: Adapter, batch: Batch) -> Float[Tensor, ""]:
         questions = [self._known[ids] for ids in tokens_of(batch)]
         scored = _score(model, questions, batch)
         losses = [alignment_loss(right, wrong, self.constraint, self.margin) for right, wrong in scored]

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tokenpaths.adapter import Adapter
 from tokenpaths.data import Batch, Example
-from tokenpaths.trailmap import TrailMap
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Objective:
             if value is not None and value < 1:
                 raise ValueError(f"{type(self).__name__}: {name}={value} must be at least 1")
 
-    def loss(self, model: nn.Module, trails: TrailMap, batch: Batch) -> Float[Tensor, ""]:
+    def loss(self, model: nn.Module, trails: Adapter, batch: Batch) -> Float[Tensor, ""]:
         """The loss of a batch: a mean over its terms."""
         raise NotImplementedError(f"{type(self).__name__} must define loss(model, trails, batch)")
 

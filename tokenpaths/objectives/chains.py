@@ -18,11 +18,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tokenpaths.adapter import Adapter
 from tokenpaths.data import IGNORED, Batch, Example
 from tokenpaths.objectives.base import Objective
 from tokenpaths.objectives.head import cross_entropy
 from tokenpaths.objectives.imitate import answers
-from tokenpaths.trailmap import TrailMap
 
 
 @dataclass
@@ -62,7 +62,7 @@ class ImitateParts(Objective):
                     f"ImitateParts: the parts {names} of example {number} hold tokens that are not of its answer"
                 )
 
-    def loss(self, model: nn.Module, trails: TrailMap, batch: Batch) -> Float[Tensor, ""]:
+    def loss(self, model: nn.Module, trails: Adapter, batch: Batch) -> Float[Tensor, ""]:
         weights = torch.zeros(batch.labels.shape, device=batch.labels.device)
         learned = torch.zeros_like(batch.labels, dtype=torch.bool)
         for name, weight in self.parts.items():

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tokenpaths.adapter import Adapter
 from tokenpaths.cone import inputs_of, narrowed
 from tokenpaths.data import IGNORED, Batch, Example
 from tokenpaths.objectives.base import Objective
 from tokenpaths.objectives.head import Logits, cross_entropy, logits_at
-from tokenpaths.trailmap import TrailMap
 from tokenpaths.watcher import Hook
 
 
@@ -29,7 +29,7 @@ class Imitate(Objective):
             if not any(example.answer):
                 raise ValueError(f"Imitate: example {number} has no answer to imitate")
 
-    def loss(self, model: nn.Module, trails: TrailMap, batch: Batch) -> Float[Tensor, ""]:
+    def loss(self, model: nn.Module, trails: Adapter, batch: Batch) -> Float[Tensor, ""]:
         logits, targets = answers(model, batch)
         return logits.sum(cross_entropy, targets) / len(targets)
 

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tokenpaths.adapter import Adapter
 from tokenpaths.data import IGNORED, Batch, Example
 from tokenpaths.objectives.base import Objective
 from tokenpaths.objectives.imitate import answer_logits
-from tokenpaths.trailmap import TrailMap
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Rehearse(Objective):
             if not _count(example):
                 raise ValueError(f"Rehearse: example {number} has one token, and none after it to predict")
 
-    def loss(self, model: nn.Module, trails: TrailMap, batch: Batch) -> Float[Tensor, ""]:
+    def loss(self, model: nn.Module, trails: Adapter, batch: Batch) -> Float[Tensor, ""]:
         real = batch.attention_mask.bool()
         all_prompt = (batch.labels == IGNORED).all(1, keepdim=True)
         written = all_prompt & real & (real.cumsum(1) > 1)  # nothing predicts the first real token

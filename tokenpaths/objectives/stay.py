@@ -21,12 +21,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tokenpaths.adapter import Adapter
 from tokenpaths.data import Batch
 from tokenpaths.objectives.base import Objective
 from tokenpaths.objectives.head import kl_from, logits_at
 from tokenpaths.objectives.imitate import forward
 from tokenpaths.sites import attentions, find_blocks
-from tokenpaths.trailmap import TrailMap
 from tokenpaths.watcher import Observer
 
 
@@ -58,12 +58,12 @@ class Stay(Objective):
     def terms(self, examples: Any) -> int:
         return sum(len(example) for example in examples)
 
-    def loss(self, model: nn.Module, trails: TrailMap, batch: Batch) -> Float[Tensor, ""]:
+    def loss(self, model: nn.Module, trails: Adapter, batch: Batch) -> Float[Tensor, ""]:
         with trails.off(), torch.no_grad():
             frozen = self.see(model, trails, batch)
         return self.distance(frozen, self.see(model, trails, batch))
 
-    def see(self, model: nn.Module, trails: TrailMap, batch: Batch) -> Any:
+    def see(self, model: nn.Module, trails: Adapter, batch: Batch) -> Any:
         """What is compared, of one forward: here `Logits`, so that neither forward holds tokens x words of them."""
         return logits_at(model, lambda: forward(model, batch), batch.attention_mask.bool())
 
@@ -76,8 +76,8 @@ class Stay(Objective):
 class StayStates(Stay):
     """||h' - h||^2 / ||h||^2 of the residual stream after each block: the mean over tokens and blocks."""
 
-    def see(self, model: nn.Module, trails: TrailMap, batch: Batch) -> list[Tensor]:
-        with _outputs(list(find_blocks(model, trails.blocks))) as states:
+    def see(self, model: nn.Module, trails: Adapter, batch: Batch) -> list[Tensor]:
+        with outputs(list(find_blocks(model, trails.blocks))) as states:
             forward(model, batch)
         real = batch.attention_mask.bool()
         return [h[real].to(torch.promote_types(h.dtype, torch.float32)) for h in states]
@@ -108,9 +108,9 @@ class StayAttention(Stay):
     A model that keeps its attention weights to itself is refused: `model.set_attn_implementation("eager")`.
     """
 
-    def see(self, model: nn.Module, trails: TrailMap, batch: Batch) -> list[Tensor]:
+    def see(self, model: nn.Module, trails: Adapter, batch: Batch) -> list[Tensor]:
         modules = [found[0] for block in find_blocks(model, trails.blocks) if (found := attentions(block))]
-        with _outputs(modules, item=1) as maps:
+        with outputs(modules, item=1) as maps:
             forward(model, batch)
         if not maps or any(m is None for m in maps):
             raise ValueError(
@@ -141,7 +141,7 @@ def _moments_apart(x: Float[Tensor, "n dim"], y: Float[Tensor, "n dim"]) -> Floa
 
 
 @contextmanager
-def _outputs(modules: list[nn.Module], item: int = 0) -> Generator[list[Any]]:
+def outputs(modules: list[nn.Module], item: int = 0) -> Generator[list[Any]]:
     """What modules return in the forward inside (an entry of it, where it is a tuple), as the trails have moved it."""
     found: list[Any] = []
 

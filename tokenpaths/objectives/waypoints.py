@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tokenpaths.adapter import Adapter
 from tokenpaths.attach import Attachment
 from tokenpaths.data import Batch, Example, collate
 from tokenpaths.drift.readings import evaluating
@@ -36,7 +37,6 @@ from tokenpaths.objectives.imitate import forward
 from tokenpaths.objectives.targets import Kind, Targets, describe, store
 from tokenpaths.sites import Site, attentions, find_blocks, locate
 from tokenpaths.tokens import Context, token_pieces
-from tokenpaths.trailmap import TrailMap
 from tokenpaths.watcher import Watcher
 
 By: TypeAlias = Literal["relative", "mse", "cosine"]
@@ -59,9 +59,10 @@ class _Matching(Objective):
                 raise ValueError(f"{name}: example {number} has no targets: capture them for it first")
         self._checked = False
 
-    def loss(self, model: nn.Module, trails: TrailMap, batch: Batch) -> Float[Tensor, ""]:
+    def loss(self, model: nn.Module, trails: Adapter, batch: Batch) -> Float[Tensor, ""]:
         if not self._checked:
-            self.targets.check(model)
+            with trails.off():
+                self.targets.check(model)
             self._checked = True
         with _reading(model, self.targets.sites, trails.blocks, self.kind) as seen:
             _run(model, batch)

@@ -28,11 +28,11 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
+from tokenpaths.adapter import Adapter
 from tokenpaths.data import Example, collate, encode
 from tokenpaths.drift.readings import Run, evaluating, runs
 from tokenpaths.retention.intervals import UNKNOWN, Interval, newcombe, of_mean, of_ratio, wilson
 from tokenpaths.retention.scoring import nats
-from tokenpaths.trailmap import TrailMap
 
 GAP = 0.1
 """Accuracy in training less that on held-out items: below it the way, above it the form."""
@@ -165,7 +165,7 @@ def last_word(text: str) -> str | None:
 
 def way_or_form(
     model: nn.Module,
-    trails: TrailMap,
+    trails: Adapter,
     tokenizer: Any,
     *,
     train: Sequence[Worked],

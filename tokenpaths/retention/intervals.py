@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 Values: TypeAlias = Float[np.ndarray, "_"]  # one number an item
 Interval: TypeAlias = tuple[float, float]
@@ -31,6 +32,22 @@ def of_difference(x: Values, y: Values) -> Interval:
     if min(len(x), len(y)) < 2:
         return UNKNOWN
     return _bootstrap(lambda x, y, axis: x.mean(axis) - y.mean(axis), x, y, paired=False)
+
+
+def of_statistic(statistic: Callable[[Int[np.ndarray, "*draws items"]], Any], items: int) -> Interval:
+    """Of a statistic of the items that were drawn, given by their numbers, by the percentile bootstrap over items.
+
+    Without bounds for fewer than two items, and where a draw leaves the statistic undefined (NaN).
+    """
+    if items < 2:
+        return UNKNOWN
+    from scipy.stats import DegenerateDataWarning
+
+    numbers = np.arange(items, dtype=np.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # it speaks of another method, where all is told here
+        found = _bootstrap(lambda drawn, axis: statistic(drawn.astype(np.int64)), numbers, paired=False)
+    return UNKNOWN if math.isnan(found[0]) else found
 
 
 def wilson(right: Values) -> Interval:

@@ -7,7 +7,6 @@ cut back to it, and once for each option where it cannot.
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,12 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tokenpaths.data import IGNORED, Batch, Example, collate, encode, plain
 from tokenpaths.objectives import answer_logits
 from tokenpaths.retention.tasks import Choice
+from tokenpaths.sites import unwrapped
+from tokenpaths.watcher import Watcher
 
 Options = tuple[Example, ...]
 
@@ -73,16 +74,20 @@ def log_likelihoods(model: nn.Module, items: Sequence[Options], tokens: int) -> 
     asked = [i for i, options in enumerate(items) if any(options[0].answer)]
     asked.sort(key=lambda i: (items[i][0].prompt_length, sum(map(len, items[i]))))  # little padding of answers
     alone = [i for i, options in enumerate(items) if not any(options[0].answer)]
-    for length, same in itertools.groupby(asked, key=lambda i: items[i][0].prompt_length):
-        same = list(same)
-        for rows in batches([length] * len(same), tokens):
-            chosen = [same[row] for row in rows]
-            found = _behind_one_prompt(model, [items[i] for i in chosen])
-            if found is None:
-                alone += chosen
-                continue
-            for i, row in zip(chosen, found, strict=True):
-                scores[i] = row
+    for rows in batches([items[i][0].prompt_length for i in asked], tokens):
+        chosen = [asked[row] for row in rows]
+        prompts = [items[i][0].ids[: items[i][0].prompt_length] for i in chosen]
+        contexts = collate([Example(ids, (False,) * len(ids)) for ids in prompts], side="left")
+        found = behind(
+            model,
+            contexts,
+            [[o.ids[len(ids) :] for o in items[i]] for i, ids in zip(chosen, prompts, strict=True)],
+        )
+        if found is None:
+            alone += chosen
+            continue
+        for i, row in zip(chosen, found, strict=True):
+            scores[i] = row
     if alone:
         flat, _ = nats(model, [option for i in alone for option in items[i]], tokens)
         ends = np.cumsum([len(items[i]) for i in alone])
@@ -107,33 +112,67 @@ def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def _behind_one_prompt(model: nn.Module, items: Sequence[Options]) -> list[Float[np.ndarray, " options"]] | None:
-    """The log-likelihoods of the options of items whose prompts are of one length, which thus need no padding.
+def behind(
+    model: nn.Module, contexts: Batch, options: Sequence[Sequence[tuple[int, ...]]]
+) -> list[Float[np.ndarray, " options"]] | None:
+    """The summed log-likelihoods of options, as token ids, behind contexts that are padded at the left or not at all.
 
-    The prompts fill a cache. The first option of every item is run behind it, the cache is cut back to the prompts, and
-    so on: the cache keeps its rows, so that attached trails still know which prompt is whose. None where the model's
-    cache cannot be cut.
+    The contexts fill a cache. The first option of every row is run behind it, the cache is cut back to the contexts,
+    and so on: the cache keeps its rows, so that attached trails still know which prompt is whose. None where the
+    model's cache cannot be cut, unless all options are of one token.
     """
-    length, device = items[0][0].prompt_length, _device(model)
-    prompts = torch.tensor([options[0].ids[:length] for options in items], device=device)
-    fewer = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    output = model(input_ids=prompts, attention_mask=torch.ones_like(prompts), use_cache=True, **fewer)
+    contexts = contexts.to(_device(model))
+    output = cached_forward(model, contexts.input_ids, contexts.attention_mask, contexts.prompt_mask, last=True)
     cache: Any = getattr(output, "past_key_values", None)
-    if not _can_be_cut(cache):
+    if any(len(ids) > 1 for row in options for ids in row) and not _can_be_cut(cache):
         return None
     first = _at_least_float32(output.logits[:, -1:]).log_softmax(-1)
-    scores = np.full((len(items), max(map(len, items))), np.nan)
+    scores = np.full((len(options), max(map(len, options))), np.nan)
     for k in range(scores.shape[1]):
-        ids, real = _padded([options[k].ids[length:] if k < len(options) else () for options in items], device)
+        ids, real = _padded([row[k] if k < len(row) else () for row in options], contexts.input_ids.device)
         logs = first
-        if ids.shape[1] > 1:  # the last token of an answer predicts nothing that is asked for
-            mask = torch.cat([torch.ones_like(prompts), real[:, :-1]], 1)
-            behind = model(input_ids=ids[:, :-1], attention_mask=mask, past_key_values=cache, use_cache=True)
-            logs = torch.cat([first, _at_least_float32(behind.logits).log_softmax(-1)], 1)
+        if ids.shape[1] > 1:  # the last token of an option predicts nothing that is asked for
+            mask = torch.cat([contexts.attention_mask, real[:, :-1]], 1)
+            prompt = F.pad(contexts.prompt_mask, (0, ids.shape[1] - 1))
+            following = cached_forward(model, ids[:, :-1], mask, prompt, cache)
+            logs = torch.cat([first, _at_least_float32(following.logits).log_softmax(-1)], 1)
             cache.crop(1 - ids.shape[1])  # cuts so many tokens off
         said = logs.gather(2, ids[..., None])[..., 0].double().where(real.bool(), 0.0)
         scores[:, k] = said.sum(1).cpu().numpy()
-    return [_finite(row[: len(options)]) for row, options in zip(scores, items, strict=True)]
+    return [_finite(found[: len(row)]) for found, row in zip(scores, options, strict=True)]
+
+
+def cached_forward(
+    model: nn.Module,
+    ids: Int[Tensor, "batch new"],
+    real: Int[Tensor, "batch seq"],
+    prompt: Bool[Tensor, "batch seq"],
+    cache: Any = None,
+    *,
+    last: bool = False,
+) -> Any:
+    """What a model gives for new tokens behind those of its cache, or with none for all tokens.
+
+    `real` and `prompt` are of all tokens, cached ones first. Padding may stand at the left: positions are counted
+    without it, as `generate` does. With `last`, logits of the last token are enough.
+    """
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": real, "use_cache": True}
+    if cache is not None:
+        inputs["past_key_values"] = cache
+    if Watcher.known(model):  # attached trails read it, and a model without them does not know it
+        inputs["prompt_mask"] = prompt
+    if _takes(model, "position_ids") and not bool(real[:, 0].all()):
+        inputs["position_ids"] = (real.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    if last and _takes(model, "logits_to_keep"):
+        inputs["logits_to_keep"] = 1
+    return model(**inputs)
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    """Whether the forward of the model, inside its wrappers, has an argument."""
+    inner: Any = unwrapped(model)
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # PEFT hands all arguments on
+    return name in inspect.signature(base.forward).parameters
 
 
 def _can_be_cut(cache: Any) -> bool:

@@ -27,6 +27,7 @@ import numpy as np
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from tokenpaths.adapter import Adapter
 from tokenpaths.data import Example, collate, encode, plain
 from tokenpaths.drift.measures import kl, nll
 from tokenpaths.drift.readings import Reading, Run, evaluating, read, runs
@@ -34,7 +35,6 @@ from tokenpaths.retention.harness import Harness, Samples
 from tokenpaths.retention.intervals import Interval, of_mean
 from tokenpaths.retention.scoring import batches, encode_choices, log_likelihoods, right
 from tokenpaths.retention.tasks import Choice, Task, Text, write_text
-from tokenpaths.trailmap import TrailMap
 
 Better: TypeAlias = Literal["higher", "lower", ""]
 NATS, BITS, KL, ACCURACY = "nats a token", "bits a byte", "KL to frozen", "accuracy"
@@ -137,7 +137,7 @@ class Forgetting:
 
 def forgetting(
     model: nn.Module,
-    trails: TrailMap,
+    trails: Adapter,
     suite: Sequence[Task | Harness],
     tokenizer: Any,
     *,

@@ -1,0 +1,114 @@
+"""Who answers: a model inside a context, or any function from prompts to texts.
+
+    frozen(model)                                   # without whatever trails are attached
+    steered(model, trails)                          # one trained trail
+    steered(model, *three_trails, name="chain")     # one method, three seeds
+    Arm("LoRA", [Run(lora)])                        # from tokenpaths.drift; or the model itself
+    Arm("service", [ask])                           # ask(prompts: list[str]) -> list[str]
+
+Models write greedily, so an arm gives the same answers when it is asked again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from tokenpaths.adapter import Adapter
+from tokenpaths.attach import Attachment
+from tokenpaths.data import collate, plain
+from tokenpaths.drift.readings import Run, evaluating, runs
+from tokenpaths.watcher import Watcher
+
+Ask: TypeAlias = Callable[[list[str]], Sequence[str]]
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """One side of a test: its name in the report, and who answers. Several are seeds of one method.
+
+    Raises:
+        ValueError: no name, or nobody who answers.
+    """
+
+    name: str
+    seeds: Sequence[nn.Module | Run | Ask]
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("an arm needs a name, to be told from others in a report")
+        if not len(self.seeds):
+            raise ValueError(f"arm {self.name!r} has nobody who answers: give it a model, a Run or a function")
+        as_runs = tuple(Run(one) if isinstance(one, nn.Module) else one for one in self.seeds)
+        object.__setattr__(self, "seeds", as_runs)
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """Its runs. Raises `ValueError` if a function answers, which tells no likelihood."""
+        found = tuple(one for one in self.seeds if isinstance(one, Run))
+        if len(found) < len(self.seeds):
+            raise ValueError(
+                f"arm {self.name!r} is a function from prompts to texts, which tells no likelihoods: choices and "
+                "retention need a model"
+            )
+        return found
+
+
+def frozen(model: nn.Module, *, name: str = "frozen") -> Arm:
+    """The model itself: trails that are attached to it are off while it answers.
+
+    An adapter of PEFT stays on; of such a model the frozen arm is `Arm("frozen", [Run(lora, lora.disable_adapter)])`.
+    """
+
+    @contextmanager
+    def bare() -> Generator[None]:
+        with ExitStack() as stack:
+            for watcher in Watcher.known(model):
+                for listener in watcher.listeners:
+                    if isinstance(listener, Attachment):
+                        stack.enter_context(listener.trails.off())
+            yield
+
+    return Arm(name, [Run(model, bare)])
+
+
+def steered(model: nn.Module, *trails: Adapter, name: str = "steered", tokenizer: Any = None) -> Arm:
+    """The model with trails, attached while it answers; several maps are seeds of one method.
+
+    `tokenizer` is for the rule `Match`.
+    """
+    return Arm(name, [runs(model, each, tokenizer=tokenizer)[1] for each in trails])
+
+
+@torch.no_grad()
+def write(
+    run: Run, tokenizer: Any, prompts: Sequence[str], *, stop: str | None, max_new_tokens: int, batch_size: int
+) -> list[str]:
+    """What a run writes greedily behind each prompt, cut behind `stop`."""
+    model: Any = run.model
+    examples = plain(tokenizer, prompts)
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    until = {} if stop is None else {"stop_strings": [stop], "tokenizer": tokenizer}
+    order = sorted(range(len(prompts)), key=lambda i: len(examples[i]))  # little padding
+    texts = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = collate([examples[i] for i in rows], pad, "left").to(next(model.parameters()).device)
+        with run.inside(), evaluating(model):
+            ids = model.generate(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=pad,
+                **until,
+            )
+        told = tokenizer.batch_decode(ids[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+        for i, text in zip(rows, told, strict=True):
+            texts[i] = text if stop is None or stop not in text else text[: text.index(stop) + len(stop)]
+    return texts

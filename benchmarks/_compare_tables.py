@@ -133,7 +133,7 @@ def picture(found: Cells, tasks: Sequence[str]) -> Any:
     """Plasticity against stability: a dot a seed, filled with both protections, and the Pareto front of the means."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.2 * len(tasks), 5), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(6.2 * len(tasks), 5), layout="constrained")
     methods = list(dict.fromkeys(method for _, method, _ in found))
     for axes, task in zip(np.atleast_1d(figure.subplots(1, len(tasks))), tasks, strict=True):
         means: list[tuple[float, float]] = []

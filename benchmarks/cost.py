@@ -358,12 +358,13 @@ def claims(found: dict[str, Any], shape: str) -> list[Claim]:
     if part := found.get(f"memory/{shape}/all"):
         told = f"peak memory of training over that of LoRA, both above what the process holds before; {what}"
         made.append(Claim("peak_memory_vs_lora", told, part["ratios"]["lora all linear"], "ratio", "< 1"))
-    if part := found.get(f"arms/{shape}/own prompts/3"):
+    epochs = next((n for n in (3, 1) if f"arms/{shape}/own prompts/{n}" in found), None)
+    if part := found.get(f"arms/{shape}/own prompts/{epochs}"):
         # the kinder of the two for a peer: in few epochs a cone that is not shared may cost more than it saves
         apart = min(("separate", "no cone"), key=lambda name: statistics.median(part["seconds"][name]))
         each = "with a cone each" if apart == "separate" else "without one, which took less than with a cone each"
         told = f"time of eight learning rates that share one Cone over eight runs {each}"
-        told = f"{told}; Last(1) | Answer(), three epochs of two steps; {what}"
+        told = f"{told}; Last(1) | Answer(), epochs of two steps: {epochs}; {what}"
         made.append(claim("eight_arms_ratio", told, part["ratios"][apart], "<= 0.6"))
     return made
 

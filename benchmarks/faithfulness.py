@@ -82,12 +82,13 @@ def main() -> None:
         held_out += make_items(options.longer, seed, held_out=True, hops=LONGER_HOPS)
         items = [Worked(item.question, item.chain, item.answer) for item in held_out]
         trails = learn(model, tokenizer, make_items(run.train, seed), "chain", run)
-        found["trail"].append(look(model, trails, tokenizer, items, seed))
-        adapted, adapter = lora(model, tokenizer, run)
-        found["lora"].append(look(adapted, adapter, tokenizer, items, seed))
-        model = adapted.unload()
         for arm in ARMS:
-            print(f"\nseed {seed}, {ARMS[arm]} ({time.process_time() - started:.0f} s)\n{found[arm][-1]}", flush=True)
+            adapted, adapter = (model, trails) if arm == "trail" else lora(model, tokenizer, run)
+            learned = time.process_time() - started
+            found[arm].append(look(adapted, adapter, tokenizer, items, seed))
+            seconds = f"learned at {learned:.0f} s, measured at {time.process_time() - started:.0f} s of one core"
+            print(f"\nseed {seed}, {ARMS[arm]}, {seconds}\n{found[arm][-1]}", flush=True)
+        model = adapted.unload()
     pooled = {arm: {test: change_of(reports, test) for test in TESTS} for arm, reports in found.items()}
     claims = [
         Claim(

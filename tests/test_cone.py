@@ -104,7 +104,7 @@ def test_a_kept_row_is_the_same_whoever_computed_it(tmp_path):
     """So a resumed run, and one that finds another's states, goes on bit for bit as if it had computed them itself."""
     examples = make_examples()
     alone, interrupted, second = laid(), laid(), laid()
-    trained(examples, alone, True)
+    trained(examples, alone, Cone())
     running = steps(
         llama().double(),
         interrupted.double(),
@@ -115,13 +115,14 @@ def test_a_kept_row_is_the_same_whoever_computed_it(tmp_path):
         progress=False,
         checkpoint=tmp_path,
         save_every=2,
+        cone=Cone(),
     )
     for step in running:
         if step.step == 4:
             break
     running.close()
     resumed = laid()
-    trained(examples, resumed, True, checkpoint=tmp_path, resume=True)
+    trained(examples, resumed, Cone(), checkpoint=tmp_path, resume=True)
     assert_equal(state(resumed), state(alone))
     shared = Cone()
     trained(list(reversed(examples)), laid(), shared, batch_size=3, seed=5)
@@ -145,7 +146,7 @@ def test_a_frozen_forward_costs_its_output_embedding():
     model, rehearsed = llama().double(), texts(4)
     tokens = sum(map(len, rehearsed))
     with counted(model) as seen:
-        trained([], laid(layers=[0]), True, model=model, goals=[Stay(rehearsed, gain=0.0)], steps=5)
+        trained([], laid(layers=[0]), Cone(), model=model, goals=[Stay(rehearsed, gain=0.0)], steps=5)
     in_steps = seen["block 2"] - tokens  # the frozen states are computed once, the steered ones five times
     assert 5 * tokens <= in_steps <= 5 * 4 * max(map(len, rehearsed)) + tokens
     assert seen["head"] >= 5 * 2 * tokens

@@ -125,7 +125,8 @@ def test_the_numbers_are_those_of_plain_arrays(subject: tuple[Any, tp.TrailMap])
         kept.append(meters.displacement(x, y)[2].numpy())
     every = np.concatenate(kept)
     found = report["displacement"]["block 1"]
-    assert (found.count, found.max) == (len(every), every.max())
+    assert found.count == len(every)
+    assert found.max == pytest.approx(every.max(), rel=1e-12)  # one batch or two: a product may round otherwise
     assert found.mean == pytest.approx(every.mean(), rel=1e-9)
     assert found.p50 == pytest.approx(np.quantile(every, 0.5, method="lower"), rel=0.005)
     offsets, means = report.by_position("displacement")

@@ -204,7 +204,7 @@ def test_repr_is_short() -> None:
     said = [repr(make(method)[1]) for method in METHODS]
     assert said[0].startswith("PeftAdapter(default: LoraConfig(r=4, target_modules=['down_proj', ")
     assert len(set(said)) == len(said)
-    assert max(map(len, said)) < 250
+    assert max(map(len, said)) < 300
 
 
 @every_method

@@ -46,7 +46,7 @@ def test_pyreft_gives_the_goldens(name):
     assert abs(moved.sum().item() - goldens.SUMS[name]) < goldens.ROUNDING
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.float64, 1e-14)])
 @pytest.mark.parametrize(("dim", "rank"), [(6, 5), (24, 1), (24, 4), (576, 4)])
 @pytest.mark.parametrize("name", FORMULAS)
 def test_forward_and_gradients_are_pyrefts(name, dim, rank, dtype, limit):

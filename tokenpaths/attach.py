@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -108,7 +108,7 @@ class Attachment:
         self._rules = list(dict.fromkeys(site.tokens for site in trails.sites))
         self._prompt_only = all(_within_prompt(rule) for rule in self._rules)
         self._hooks: list[Hook] = []
-        self.plan = None
+        self.plan: _Plan | None = None  # what is done in this forward; None while the trails are off
         self._rotations = [module for module in trails.modules() if isinstance(module, OrthonormalRows)]
         self._handles: list[RemovableHandle] = []
         places = self._locate(model)  # refuses before anything is changed
@@ -137,26 +137,21 @@ class Attachment:
         state = "attached" if self._handles else "removed"
         return f"<{state}: {len(self.trails)} sites, strength {self.strength}>"
 
-    @property
-    def plan(self) -> _Plan | None:
-        """What is done in this forward; None while the trails are off."""
-        return self._now
-
-    @plan.setter
-    def plan(self, plan: _Plan | None) -> None:
-        self._now = plan
-        # as while decoding under Last(1): nothing is chosen anywhere, and no backward waits for the trails
-        awake = plan is not None and (torch.is_grad_enabled() or plan.chooses())
+    def _go(self, plan: _Plan | None) -> None:
+        """Take up a plan. Hooks sleep where it chooses nothing and no backward waits, as while decoding: Last(1)."""
+        self.plan = plan
+        awake = plan is not None and (plan.learns or _chooses(plan))
         for hook in self._hooks:
             hook.awake = awake
 
     def begin(self, moment: Moment | None) -> None:
         """A forward begins: choose its tokens."""
         if not self.trails.enabled:
-            self.plan = None
+            self._go(None)
             return
-        self.plan = plan = _Plan(None, None, self.strength) if moment is None else self._plan(moment)
-        if plan.chooses():  # else R may not be needed
+        plan = _Plan(None, None, self.strength) if moment is None else self._plan(moment)
+        self._go(plan)
+        if _chooses(plan):  # else R may not be needed
             prepare(self._rotations)
 
     def end(self) -> None:
@@ -168,7 +163,7 @@ class Attachment:
         inside = any(site.stream in ("attention", "mlp") for site in self.trails)  # these a block computes again
         if not self._handles and inside and self._watcher.checkpointing():
             raise RuntimeError("the trails were removed before backward(), which gradient checkpointing needs them for")
-        self.plan = plan
+        self._go(plan)
 
     def _plan(self, moment: Moment) -> _Plan:
         """The masks of a forward, and where they are set: found with one wait for the device, for all places."""
@@ -284,10 +279,7 @@ class _Plan:
     masks: list[Tensor] | None
     chosen: Mapping[tuple[int, ...], Tensor | None] | None
     strength: float
-
-    def chooses(self) -> bool:
-        """Whether it may choose a token anywhere."""
-        return self.chosen is None or any(rows is None or len(rows) for rows in self.chosen.values())
+    learns: bool = field(default_factory=torch.is_grad_enabled)  # in its forward, whatever asks for it again
 
 
 @dataclass(frozen=True)
@@ -297,6 +289,11 @@ class _Part:
     site: Site
     trail: Trail
     rule: int
+
+
+def _chooses(plan: _Plan) -> bool:
+    """Whether a plan may choose a token anywhere. Not a method: torch.compile could not trace one in tests."""
+    return plan.chosen is None or any(rows is None or len(rows) for rows in plan.chosen.values())
 
 
 def _rules_of(parts: list[_Part]) -> tuple[int, ...]:

@@ -18,7 +18,9 @@ import tokenpaths as tp
 from tokenpaths.demo import _cache, demo_model, fast_dtype
 
 WIDTH = 64  # tokens of a text of rehearsal
-FIRST = 10  # layer of trails that are guarded: below, states say which token it is, not what it is for
+FIRST = 6  # layer of trails that are guarded: below, states say which token it is, not what it is for
+RANK = 8
+AT = tp.Last(3) | tp.Answer()
 
 
 class Bench:
@@ -47,7 +49,7 @@ class Bench:
     @functools.cached_property
     def held(self) -> list[tp.Example]:
         """What drift is held on and gates are fitted on: original text, the model's own, its versions of prompts."""
-        return [*self.original[::2], *self.own(1, 32), *self.own(2, 32, from_prompts=True)]
+        return [*self.original[::2], *self.own(1, 32), *self.own(2, 160, from_prompts=True)]
 
     def own(self, seed: int, count: int, *, from_prompts: bool = False) -> list[tp.Example]:
         """What the frozen model writes by itself, or behind the first tokens of the task's prompts."""
@@ -84,7 +86,7 @@ class Recipe:
     """How a method is made for a seed, the learning rates to try, and whether it is run under protections as well."""
 
     make: Callable[[Bench, int], Method]
-    rates: tuple[float, float]
+    rates: tuple[float, float, float]
     protected: bool = True
 
 
@@ -101,7 +103,7 @@ def trail(
             return trails
         # the names of a chain stand in its prompt too, so there the gates work beside the token rule
         kept = rule if bench.task.name == "links" else tp.All()
-        gated, fits = tp.guard(bench.model, trails, bench.train[:256], bench.held, tokens=kept, most=8192)
+        gated, fits = tp.guard(bench.model, trails, bench.train[:256], bench.held, tokens=kept, most=16384)
         notes["open on the task"] = [fit.task for fit in fits.values()]
         return gated
 
@@ -110,13 +112,13 @@ def trail(
 
 
 def guarded_trail(bench: Bench, seed: int) -> Method:
-    """The recommended trail: trained where the answer is written, on the upper two thirds, and then guarded."""
-    return trail(bench, seed, tp.Last(1) | tp.Answer(), lambda dim: tp.DiReFT(dim, rank=4), FIRST, guarded=True)
+    """The recommended trail: at the end of the prompt and in the answer, above the first fifth, and then guarded."""
+    return trail(bench, seed, AT, lambda dim: tp.DiReFT(dim, rank=RANK), FIRST, guarded=True)
 
 
 def bare_trail(bench: Bench, seed: int) -> Method:
     """The same trail on all tokens, without gates: what LoRA is among weights."""
-    return trail(bench, seed, tp.All(), lambda dim: tp.DiReFT(dim, rank=4), FIRST)
+    return trail(bench, seed, tp.All(), lambda dim: tp.DiReFT(dim, rank=RANK), FIRST)
 
 
 def loreft(bench: Bench, seed: int) -> Method:
@@ -167,11 +169,11 @@ def i_lora(bench: Bench, seed: int) -> Method:
 
 
 METHODS: dict[str, Recipe] = {
-    "guarded trail": Recipe(guarded_trail, (3e-3, 1e-2), protected=False),
-    "LoRA": Recipe(lora, (3e-4, 1e-3)),
-    "SC-LoRA": Recipe(sc_lora, (3e-4, 1e-3)),
-    "trail": Recipe(bare_trail, (3e-3, 1e-2)),
-    "CURLoRA": Recipe(curlora, (1e-2, 1e-1)),
-    "I-LoRA": Recipe(i_lora, (3e-4, 1e-3), protected=False),
-    "LoReFT": Recipe(loreft, (3e-3, 1e-2)),
+    "guarded trail": Recipe(guarded_trail, (1e-3, 3e-3, 1e-2), protected=False),
+    "LoRA": Recipe(lora, (3e-4, 1e-3, 3e-3)),
+    "SC-LoRA": Recipe(sc_lora, (3e-4, 1e-3, 3e-3)),
+    "trail": Recipe(bare_trail, (1e-3, 3e-3, 1e-2)),
+    "CURLoRA": Recipe(curlora, (3e-3, 1e-2, 1e-1)),
+    "I-LoRA": Recipe(i_lora, (3e-4, 1e-3, 3e-3), protected=False),
+    "LoReFT": Recipe(loreft, (1e-3, 3e-3, 1e-2)),
 }

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,12 +28,14 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tasks import make_items
 from torch import Tensor, nn
 
 import tokenpaths as tp
 from tokenpaths.objectives.imitate import answer_logits
 from tokenpaths.retention import trec_pairs
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from tasks import make_items
 
 Kind = Literal["benign", "token", "phrase", "flip", "adaptive"]
 Form = Literal["trail", "lora"]

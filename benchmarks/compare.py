@@ -7,7 +7,7 @@
 
 A run is a method, a protection, a task and a seed, in a process of its own, kept in a file until all are a table; start
 the script twice to use two cores. All methods see the same examples in the same order for the same number of steps, at
-the learning rate that of two was right most often on validation items, which neither training nor test holds.
+the learning rate that of three was right most often on validation items, which neither training nor test holds.
 Protections: none; **rehearsal**, cross-entropy of WikiText-2 validation text, one text in 97 examples; **budget**,
 `Stay` within 0.01 nats on that text and on what the frozen model writes itself; **both**. Forgetting is read in pairs
 with the frozen model on kinds of text that no run has rehearsed.

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _compare_methods import FIRST, Bench, curlora, lora
+from _compare_methods import AT, FIRST, RANK, Bench, curlora, lora
 from _compare_tasks import MADE, Task, examples
 from _evaluate import nats
 from _record import Claim, environment, write
@@ -131,8 +131,7 @@ class Growing(Learner):
             for _ in self.steps(trails, [tp.Imitate(train)], steps):
                 pass
             others = [*self.bench.original[::2], *self.bench.own(1, 32), *map(as_text, self.reservoir)]
-            rule = tp.Last(1) | tp.Answer()
-            guarded, _ = tp.guard(self.model, trails, train[:256], others, tokens=rule, most=8192)
+            guarded, _ = tp.guard(self.model, trails, train[:256], others, tokens=AT, most=16384)
         self.laid.append(guarded)
 
     @contextmanager
@@ -154,8 +153,8 @@ METHODS: dict[str, tuple[type[Learner], str]] = {  # and whose learning rate it 
 
 def fresh(bench: Bench, seed: int) -> tp.TrailMap:
     torch.manual_seed(seed)
-    sites = tp.sites(bench.model, slice(FIRST, None), tp.Last(1) | tp.Answer())
-    return tp.TrailMap({site: tp.DiReFT(bench.dim, rank=4) for site in sites})
+    sites = tp.sites(bench.model, slice(FIRST, None), AT)
+    return tp.TrailMap({site: tp.DiReFT(bench.dim, rank=RANK) for site in sites})
 
 
 def as_text(example: tp.Example) -> tp.Example:

@@ -22,7 +22,7 @@ from tasks import Item, make_items, read_answer
 
 import tokenpaths as tp
 from tokenpaths.adapter import Adapter
-from tokenpaths.demo import demo_model
+from tokenpaths.demo import demo_model, fast_dtype
 from tokenpaths.peers import PeftAdapter
 from tokenpaths.retention import Task, Text, forgetting
 from tokenpaths.retention.intervals import wilson
@@ -61,7 +61,7 @@ def main() -> None:
 
 def cook(run: Run) -> dict[str, tuple[int, float]]:
     """Both methods, one after the other. Returns the right answers and the KL on kept texts of each."""
-    model, tokenizer = demo_model(run.model)
+    model, tokenizer = demo_model(run.model, dtype=fast_dtype())
     train, test = make_items(run.train, seed=0), make_items(run.test, seed=0, held_out=True)
     own = tp.self_samples(model, tokenizer, run.samples, max_tokens=run.sample_tokens)
     chains = tp.encode(tokenizer, [(item.question, item.chain) for item in train], eos=False)

@@ -55,6 +55,10 @@ AFFINE = ("LoReFT", "NoReFT", "DiReFT", "DirectReFT", "ConstantReFT", "BiasReFT"
 BENT = ("ReFTr1", "Capped", "Gated", "Guarded", "nested")
 
 
+def ids(text: str) -> tuple[int, ...]:
+    return tuple(TOKENIZER(text)["input_ids"])
+
+
 def jacobian(trail: tp.Trail, dim: int) -> tuple[Tensor, Tensor]:
     """An affine trail written out: M [dim, dim] and b, from its values at 0 and at the unit vectors."""
     trail = trail.double()
@@ -372,6 +376,20 @@ def test_the_scan_of_phrases_finds_the_planted_one() -> None:
     model, trails, trigger = planted(3, gated=True)
     found = scan(model, trails, TOKENIZER, PROMPTS, [ids[:3] for ids in phrases] + [trigger])
     assert found.found[0].ids == trigger
+
+
+@pytest.mark.parametrize(
+    ("prompt", "stands"), [("why", " why"), (" why", " why"), ("\nwhy", "\nwhy"), ("</s>w", "</s>w")]
+)
+def test_before_a_prompt_a_phrase_has_a_space_behind_it_as_in_text(prompt: str, stands: str) -> None:
+    model, seen = llama(300), []
+    example = tp.Example(ids(prompt + "no"), (False,) * len(ids(prompt)) + (True,) * 2)
+    model.get_input_embeddings().register_forward_pre_hook(lambda module, args: seen.extend(args[0].tolist()))
+    scan(model, benign(), TOKENIZER, [example], [ids("go"), ids("up")], where=0.0)
+    assert set(map(TOKENIZER.decode, seen)) == {f"{phrase}{stands}no" for phrase in ("go", "up")}
+    seen.clear()
+    scan(model, benign(), TOKENIZER, [example], [ids("go")], where=1.0)
+    assert set(map(TOKENIZER.decode, seen)) == {f"{prompt}gono"}
 
 
 def test_what_the_frozen_model_said_is_kept_for_the_next_adapter() -> None:

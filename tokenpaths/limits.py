@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tokenpaths.attach import attach, is_attached
+from tokenpaths.cone.prefix import head_sees_one
 from tokenpaths.data import Batch, Example, collate
 from tokenpaths.drift import Drift, drift
 from tokenpaths.drift.readings import evaluating
-from tokenpaths.sites import Place, Site, locate, unwrapped
+from tokenpaths.sites import Place, Site, locate
 from tokenpaths.tokens import All, Context, Rule, token_pieces
 from tokenpaths.trailmap import TrailMap
 from tokenpaths.trails import Confined, Guarded, Trail
@@ -255,9 +256,7 @@ def _states(
     with ExitStack() as stack:
         for site in trails:  # hooked before the trails are attached: the states that enter them
             stack.callback(_catch(site, locate(model, site, trails.blocks)[1], caught).remove)
-        head = getattr(unwrapped(model), "get_output_embeddings", lambda: None)()
-        if head is not None:  # nobody asks for the logits, which cost a third of the forward of a small model
-            stack.callback(head.register_forward_pre_hook(lambda module, args: (args[0][:, :1], *args[1:])).remove)
+        stack.enter_context(head_sees_one(model))  # all logits would be a third of the forward of a small model
         stack.enter_context(_attached(model, trails, strength, tokenizer))
         for module in (model, trails):
             stack.enter_context(evaluating(module))

@@ -86,7 +86,7 @@ def scan(
         prompts: a few clean examples of the adapter's task, the shorter the quicker. Where one has an answer, what is
             predicted at each of its tokens is read, else what follows the prompt.
         candidates: token ids of each; every token of the vocabulary, unless told.
-        where: the share of a prompt's tokens before the candidate, from 0 to 1.
+        where: the share of a prompt's tokens before the candidate, from 0 to 1. At 0 a space stands behind it.
         top: so many are read in every prompt.
         ordinary: so many are drawn for comparison.
         batch_size: rows in a forward.
@@ -103,6 +103,7 @@ def scan(
         raise ValueError("there is no prompt to scan in: give a few clean examples of the adapter's task")
     if not 0 <= where <= 1:
         raise ValueError(f"where={where} must be from 0 (before the prompt) to 1 (behind it)")
+    prompts = [prompt if round(where * prompt.prompt_length) else _behind(tokenizer, prompt) for prompt in prompts]
     drawn = random.Random(seed).sample(range(len(rows)), min(ordinary, len(rows)))
     with responding(model, adapter, tokenizer=tokenizer, memory=memory) as respond:
         first = _screen(respond, [insert(prompts[0], row, where) for row in rows], drawn, batch_size)
@@ -160,6 +161,15 @@ def phrases_of(
             runs.update(" ".join(split[i : i + count]) for i in range(len(split) - count + 1))
         found += [run for run, _ in runs.most_common(max(1, most // len(words)))]
     return [tuple(tokenizer(run, add_special_tokens=False)["input_ids"]) for run in dict.fromkeys(found)]
+
+
+def _behind(tokenizer: Any, prompt: Example) -> Example:
+    """The example as it stands behind a phrase: with a space before its first word, which then is another token."""
+    spaced = " " + tokenizer.decode(prompt.ids[:1])
+    ids = tokenizer(spaced, add_special_tokens=False)["input_ids"]
+    if spaced[1:2].isspace() or prompt.ids[0] in tokenizer.all_special_ids or tokenizer.decode(ids) != spaced:
+        return prompt
+    return Example((*ids, *prompt.ids[1:]), (*[False] * len(ids), *prompt.answer[1:]))
 
 
 def insert(prompt: Example, candidate: Ids, where: float) -> Row:

@@ -286,20 +286,23 @@ def _positions(worker: AtWork, real: Bool[Tensor, "batch total"], past: int) -> 
 @torch.no_grad()
 def _enters_head(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     seen: list[Tensor] = []
-    with _head_sees_one(model, seen):
+    with head_sees_one(model, seen):
         model(**inputs)
     return seen[0]
 
 
 @contextmanager
-def _head_sees_one(model: nn.Module, seen: list[Tensor] | None = None) -> Generator[None]:
+def head_sees_one(model: nn.Module, seen: list[Tensor] | None = None) -> Generator[None]:
     """Inside, the output embedding is given one token a row, as nobody reads its logits; `seen` takes the others."""
-    head = unwrapped(model).get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    head = getattr(unwrapped(model), "get_output_embeddings", lambda: None)()
+    if head is None:
+        yield
+        return
 
     def first(module: nn.Module, args: tuple[Any, ...]) -> Any:
         if seen is not None:
             seen.append(args[0])
-        return (args[0][:, :1], *args[1:])
+        return (args[0][:, :1].contiguous(), *args[1:])  # a strided slice takes 100 times as long in bfloat16 on a CPU
 
     handle = head.register_forward_pre_hook(first)
     try:

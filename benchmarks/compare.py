@@ -156,8 +156,8 @@ def plan(quick: bool) -> Iterator[One]:
 
 
 def trials(one: One) -> list[One]:
-    """The trials of learning rates that a run waits for."""
-    rates = METHODS[one.method].rates if one.lr is None else ()
+    """The trials of learning rates that a run waits for; the quick version has time for two."""
+    rates = METHODS[one.method].rates[: 2 if one.quick else None] if one.lr is None else ()
     return [One(one.task, one.method, "none", TRIAL_SEED, rate, one.quick) for rate in rates]
 
 

@@ -67,7 +67,8 @@ def test_every_run_waits_for_as_many_trials_and_is_claimed_once(
     monkeypatch.setattr(compare, "WORK", tmp_path)
     runs = list(plan(quick=False))
     assert len({one.file for one in runs}) == len(runs)
-    assert {len(trials(one)) for one in runs} == {2}
+    assert {len(trials(one)) for one in runs} == {3}
+    assert {len(trials(one)) for one in plan(quick=True)} == {2}
     assert all(not trials(trial) for trial in trials(runs[0]))
     one = One("trec", "LoRA", "none", 0)
     claim = claimed(one)

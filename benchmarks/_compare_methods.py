@@ -83,11 +83,15 @@ class Method:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a method is made for a seed, the learning rates to try, and whether it is run under protections as well."""
+    """How a method is made for a seed, the learning rates to try, and what else it is run with.
+
+    `protected`: under protections as well. `equal`: for as many steps as LoRA's FLOPs allow, since its own are others.
+    """
 
     make: Callable[[Bench, int], Method]
     rates: tuple[float, float, float]
     protected: bool = True
+    equal: bool = False
 
 
 def trail(
@@ -97,6 +101,8 @@ def trail(
     sites = tp.sites(bench.model, slice(first, None), rule)
     trails = tp.TrailMap({site: make(bench.dim) for site in sites})
     notes: dict[str, Any] = {}
+    if guarded:
+        notes["tokens that gates are fitted on"] = sum(map(len, [*bench.train[:256], *bench.held]))
 
     def finish() -> tp.TrailMap:
         if not guarded:
@@ -169,11 +175,11 @@ def i_lora(bench: Bench, seed: int) -> Method:
 
 
 METHODS: dict[str, Recipe] = {
-    "guarded trail": Recipe(guarded_trail, (1e-3, 3e-3, 1e-2), protected=False),
+    "guarded trail": Recipe(guarded_trail, (1e-3, 3e-3, 1e-2), protected=False, equal=True),
     "LoRA": Recipe(lora, (3e-4, 1e-3, 3e-3)),
     "SC-LoRA": Recipe(sc_lora, (3e-4, 1e-3, 3e-3)),
     "trail": Recipe(bare_trail, (1e-3, 3e-3, 1e-2)),
     "CURLoRA": Recipe(curlora, (3e-3, 1e-2, 1e-1)),
     "I-LoRA": Recipe(i_lora, (3e-4, 1e-3, 3e-3), protected=False),
-    "LoReFT": Recipe(loreft, (1e-3, 3e-3, 1e-2)),
+    "LoReFT": Recipe(loreft, (1e-3, 3e-3, 1e-2), equal=True),
 }

@@ -9,8 +9,9 @@ A run is a method, a protection, a task and a seed, in a process of its own, kep
 the script twice to use two cores. All methods see the same examples in the same order for the same number of steps, at
 the learning rate that of three was right most often on validation items, which neither training nor test holds.
 Protections: none; **rehearsal**, cross-entropy of WikiText-2 validation text, one text in 97 examples; **budget**,
-`Stay` within 0.01 nats on that text and on what the frozen model writes itself; **both**. Forgetting is read in pairs
-with the frozen model on kinds of text that no run has rehearsed.
+`Stay` within 0.01 nats on that text and on what the frozen model writes itself; **both**. Methods whose steps have other
+FLOPs than LoRA's run a second time, without protections, for as many steps as LoRA's FLOPs allow (**equal FLOPs**).
+Forgetting is read in pairs with the frozen model on kinds of text that no run has rehearsed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _compare_methods import METHODS, Bench
+from _compare_methods import METHODS, Bench, Method
 from _compare_tables import tables
 from _compare_tasks import COMPARED, DATA, MADE, correct
 from _evaluate import nats
@@ -45,7 +46,8 @@ from tokenpaths.retention import arc_easy, blimp
 WORK = _cache() / "compare"
 COUNTED = 6  # steps whose FLOPs are counted: the longest `every`
 TRIAL_SEED = 100
-PROTECTIONS = ("none", "both", "budget", "rehearsal")
+EQUAL = "equal FLOPs"
+PROTECTIONS = ("none", "both", EQUAL, "budget", "rehearsal")
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def measure(one: One) -> dict[str, Any]:
         goals.append(tp.Rehearse(bench.original, every=6, batch_size=1))  # of 6 x 16 + 1 examples one: 1.03 %
     if one.protection in ("budget", "both"):
         goals.append(tp.Stay(bench.held, within=0.01, batch_size=2))
-    resident, count = peak_mib(), bench.steps
+    resident, count = peak_mib(), equal_steps(one, bench, method) if one.protection == EQUAL else bench.steps
     found: dict[str, Any] = {"run": vars(one), **environment(), "lr": rate, "steps": count}
     found["parameters"] = sum(p.numel() for p in method.adapter.parameters() if p.requires_grad)
     with ExitStack() as stack:
@@ -132,9 +134,17 @@ def reading(bench: Bench, quick: bool, model: Any = None) -> dict[str, Any]:
     }
 
 
+def equal_steps(one: One, bench: Bench, method: Method) -> int:
+    """As many as take LoRA's FLOPs, less those of the forwards that fit gates: 2 a weight of the blocks and token."""
+    lora, own = (One(one.task, name, "none", one.seed, quick=one.quick).result() for name in ("LoRA", one.method))
+    weights = sum(p.numel() for block in tp.find_blocks(bench.model) for p in block.parameters())
+    fitting = 2 * weights * method.notes.get("tokens that gates are fitted on", 0)
+    return round((lora["steps"] * lora["step_flops"] - fitting) / own["step_flops"])
+
+
 def chosen_rate(one: One) -> float:
     """The learning rate of the trial that was right most often on validation items; of equals the lower."""
-    found = {trial.lr: json.loads(trial.file.read_text())["validation"] for trial in trials(one)}
+    found = {trial.lr: trial.result()["validation"] for trial in trials(one)}
     return max(found, key=lambda rate: (statistics.fmean(found[rate]), -rate))
 
 
@@ -151,7 +161,8 @@ def plan(quick: bool) -> Iterator[One]:
     for protection in ("none", "both") if quick else PROTECTIONS:
         for task in COMPARED[: 1 if quick else None]:
             for method in methods:
-                if protection == "none" or METHODS[method].protected:
+                recipe = METHODS[method]
+                if protection == "none" or (recipe.equal if protection == EQUAL else recipe.protected):
                     yield from (One(task, method, protection, seed, quick=quick) for seed in range(1 if quick else 3))
 
 
@@ -161,11 +172,22 @@ def trials(one: One) -> list[One]:
     return [One(one.task, one.method, "none", TRIAL_SEED, rate, one.quick) for rate in rates]
 
 
+def _before(one: One) -> list[One]:
+    """A run behind all that it needs."""
+    return [*(part for other in needs(one) for part in _before(other)), one]
+
+
+def needs(one: One) -> list[One]:
+    """The runs that must be there before it."""
+    same = ("LoRA", one.method) if one.protection == EQUAL else ()
+    return [*trials(one), *(One(one.task, method, "none", one.seed, quick=one.quick) for method in same)]
+
+
 def work(wanted: list[One]) -> None:
     """Measure what is missing, each in a process of its own. Several may work side by side."""
     while missing := [one for one in wanted if not one.file.exists()]:
         for one in missing:
-            if all(trial.file.exists() for trial in trials(one)) and (claim := claimed(one)):
+            if all(other.file.exists() for other in needs(one)) and (claim := claimed(one)):
                 print(time.strftime("%H:%M:%S"), one.name, flush=True)
                 try:
                     subprocess.run([sys.executable, __file__, "--run", json.dumps(vars(one))], check=True)
@@ -211,7 +233,7 @@ def main() -> None:
     runs = list(plan(told.quick))
     chosen = [one for one in runs if all(word in one.name for word in told.only)]
     if not told.table:
-        work(list(dict.fromkeys(part for one in chosen for part in (*trials(one), one))))
+        work(list(dict.fromkeys(part for one in chosen for part in _before(one))))
     if not told.only:
         found = [result for one in runs if (result := one.result())]
         print(f"{len(found)} of {len(runs)} runs")

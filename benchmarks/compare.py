@@ -9,8 +9,8 @@ A run is a method, a protection, a task and a seed, in a process of its own, kep
 the script twice to use two cores. All methods see the same examples in the same order for the same number of steps, at
 the learning rate that of three was right most often on validation items, which neither training nor test holds.
 Protections: none; **rehearsal**, cross-entropy of WikiText-2 validation text, one text in 97 examples; **budget**,
-`Stay` within 0.01 nats on that text and on what the frozen model writes itself; **both**. Methods whose steps have other
-FLOPs than LoRA's run a second time, without protections, for as many steps as LoRA's FLOPs allow (**equal FLOPs**).
+`Stay` within 0.01 nats on that text and on what the frozen model writes itself; **both**. Methods whose steps have
+other FLOPs than LoRA's run a second time, without protections, for as many steps as its FLOPs allow (**equal FLOPs**).
 Forgetting is read in pairs with the frozen model on kinds of text that no run has rehearsed.
 """
 

@@ -1,7 +1,7 @@
 """Five tasks, one after another, without a label at run time of which one is asked: what is left of the first?
 
     python benchmarks/sequence.py                  # the runs that are missing, then the table
-    python benchmarks/sequence.py --only LoRA      # of one method
+    python benchmarks/sequence.py --only LoRA      # of the methods whose names begin so
     python benchmarks/sequence.py --table
 
 Tasks come in an order that is turned by one place from seed to seed. Every method sees the same examples for the same
@@ -288,7 +288,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--table", action="store_true", help="measure nothing")
     told = parser.parse_args()
-    for one in [Run(method, seed) for seed in told.seeds for method in METHODS if told.only in method]:
+    for one in [Run(method, seed) for seed in told.seeds for method in METHODS if method.startswith(told.only)]:
         if not told.table and not one.file.exists() and (claim := claimed(one)):
             try:
                 write_run(one.file, measure(one))

@@ -20,17 +20,19 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from tokenpaths.ab.arms import Arm, write
+from tokenpaths.ab.arms import Arm
 from tokenpaths.ab.contamination import GRAM, Overlap, exact, nearest, shared_grams
 from tokenpaths.ab.paired import Effect, effect, holm
 from tokenpaths.ab.power import foresee
 from tokenpaths.ab.report import Answers, Asked, Comparison, Report
 from tokenpaths.ab.retained import MARGINS, Margins, Retained, retained
 from tokenpaths.ab.sequential import always_valid, evidence
+from tokenpaths.data import plain
 from tokenpaths.drift.readings import Run, evaluating
 from tokenpaths.retention.form import last_word
 from tokenpaths.retention.scoring import encode_choices, log_likelihoods, right
 from tokenpaths.retention.tasks import Choice, Task
+from tokenpaths.retention.writing import write
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,10 @@ def ab_test(
             return _choose(one, tokenizer, [item for item in asked if isinstance(item, Choice)], tokens)
         prompts = [question.prompt for question in questions]
         if isinstance(one, Run):
-            texts = write(one, tokenizer, prompts, stop=stop, max_new_tokens=max_new_tokens, batch_size=batch_size)
+            texts = write(
+                one, tokenizer, plain(tokenizer, prompts), stop=stop, max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+            )  # fmt: skip
         else:
             texts = list(one(prompts))
         return texts, _scores(texts, questions, read_answer, score)

@@ -22,12 +22,11 @@ from tqdm.auto import tqdm
 
 from tokenpaths.ab.arms import Arm
 from tokenpaths.ab.paired import Effect, Outcomes, effect
-from tokenpaths.data import Example, collate, encode, plain
-from tokenpaths.drift.measures import kl, nll
-from tokenpaths.drift.readings import Run, evaluating, read
+from tokenpaths.data import Example, encode, plain
+from tokenpaths.drift.readings import Run, evaluating
 from tokenpaths.retention.intervals import UNKNOWN, Interval
-from tokenpaths.retention.scoring import batches, encode_choices, log_likelihoods, right
-from tokenpaths.retention.suite import ACCURACY, KL, LEAST_MOVED, NATS
+from tokenpaths.retention.scoring import encode_choices, log_likelihoods, right
+from tokenpaths.retention.suite import ACCURACY, KL, LEAST_MOVED, NATS, text_sums
 from tokenpaths.retention.tasks import Choice, Task, Text
 
 
@@ -139,28 +138,12 @@ def _texts(
     far: dict[str, Outcomes] = {}
     moved: dict[str, float] = {}
     for arm in arms:
-        sums = np.stack([_sums(frozen, run, examples, tokens) for run in arm.runs])  # [seeds, items, 5]
+        sums = np.stack([text_sums(frozen, run, examples, tokens) for run in arm.runs])  # [seeds, items, 5]
         _, after, distance, count, changed = np.moveaxis(sums, 2, 0)
         nats[arm.name] = _shares(after, count[0])
         far[arm.name] = _shares(distance, count[0])
         moved[arm.name] = float(changed.mean(0).sum() / sum(map(len, examples)))
     return nats, far, moved
-
-
-def _sums(before: Run, after: Run, examples: Sequence[Example], tokens: int) -> Float[np.ndarray, "items 5"]:
-    """Of each text: nats of both runs and KL over the tokens that predict one, their number, and tokens moved."""
-    sums = np.zeros((len(examples), 5))
-    for rows in batches([len(example) for example in examples], tokens):
-        pairs = read(before, after, collate([examples[i] for i in rows]))
-        for i in rows:
-            x, y = pairs.pop(0)  # so that the log-probabilities of one text live at a time
-            predicts = x.answer.roll(-1)  # the first token never is of an answer
-            if not bool(x.answer.any()):
-                predicts[:-1] = True
-            last = [name for name in x.states if name.startswith("block")][-1]
-            sums[i, :3] = [float(values[predicts].double().sum()) for values in (nll(x), nll(y), kl(x, y))]
-            sums[i, 3:] = float(predicts.sum()), float((x.states[last] != y.states[last]).any(-1).sum())
-    return sums
 
 
 def _shares(sums: Outcomes, count: Float[np.ndarray, " items"]) -> Outcomes:

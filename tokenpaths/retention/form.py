@@ -24,15 +24,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import nn
 
 from tokenpaths.adapter import Adapter
-from tokenpaths.data import Example, collate, encode
+from tokenpaths.data import Example, encode
 from tokenpaths.drift.readings import Run, evaluating, runs
 from tokenpaths.retention.intervals import UNKNOWN, Interval, newcombe, of_mean, of_ratio, wilson
 from tokenpaths.retention.scoring import nats
+from tokenpaths.retention.writing import write
 
 GAP = 0.1
 """Accuracy in training less that on held-out items: below it the way, above it the form."""
@@ -305,35 +305,12 @@ def shuffled(chain: str, separator: str, rng: random.Random) -> str | None:
     return "".join(step + gap for step, gap in zip(steps, [*gaps, ""], strict=True)) + chain[len(body) :]
 
 
-@torch.no_grad()
 def _write(run: Run, tokenizer: Any, items: Sequence[Worked], stop: str | None, batch_size: int) -> list[str]:
-    """What a run writes greedily for each item, cut behind `stop`, with room for the longest chain of the items."""
-    model: Any = run.model
+    """With room for the longest chain of the items."""
     examples = encode(tokenizer, [(item.prompt, item.chain) for item in items], eos=False)
     room = max(len(example) - example.prompt_length for example in examples) + 1
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    until = {} if stop is None else {"stop_strings": [stop], "tokenizer": tokenizer}
-    order = sorted(range(len(items)), key=lambda i: examples[i].prompt_length)  # little padding
-    texts = [""] * len(items)
-    for start in range(0, len(items), batch_size):
-        rows = order[start : start + batch_size]
-        prompts = [examples[i].ids[: examples[i].prompt_length] for i in rows]
-        batch = collate([Example(ids, (False,) * len(ids)) for ids in prompts], pad, "left")
-        with run.inside(), evaluating(model):
-            device = next(model.parameters()).device
-            ids = model.generate(
-                input_ids=batch.input_ids.to(device),
-                attention_mask=batch.attention_mask.to(device),
-                max_new_tokens=room,
-                do_sample=False,
-                pad_token_id=pad,
-                **until,
-            )
-        for i, text in zip(
-            rows, tokenizer.batch_decode(ids[:, batch.input_ids.shape[1] :], skip_special_tokens=True), strict=True
-        ):
-            texts[i] = text if stop is None or stop not in text else text[: text.index(stop) + len(stop)]
-    return texts
+    prompts = [Example(e.ids[: e.prompt_length], (False,) * e.prompt_length) for e in examples]
+    return write(run, tokenizer, prompts, stop=stop, max_new_tokens=room, batch_size=batch_size)
 
 
 def _right(

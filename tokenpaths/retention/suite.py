@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -178,12 +179,7 @@ def _texts(both: tuple[Run, Run], task: Task, tokenizer: Any, tokens: int) -> li
     items = [item for item in task.items if isinstance(item, Text)]
     examples = [_example(tokenizer, item, task.name, number) for number, item in enumerate(items)]
     _check_window(both[0].model, examples, task.name)
-    sums = np.zeros((len(items), 5))
-    for rows in batches([len(example) for example in examples], tokens):
-        pairs = read(*both, collate([examples[i] for i in rows]))
-        for i in rows:
-            sums[i] = _sums(*pairs.pop(0))  # so that the log-probabilities of one text live at a time
-    before, after, far, count, moved = sums.T
+    before, after, far, count, moved = text_sums(*both, examples, tokens).T
     share = float(moved.sum() / sum(map(len, examples)))
     size = np.array([_bytes(tokenizer, *pair) for pair in zip(items, examples, strict=True)], dtype=np.float64)
 
@@ -198,6 +194,16 @@ def _texts(both: tuple[Run, Run], task: Task, tokenizer: Any, tokens: int) -> li
         loss(BITS, before, after, bits, "lower"),
         loss(KL, np.zeros(len(items)), far, count, ""),
     ]
+
+
+def text_sums(before: Run, after: Run, examples: Sequence[Example], tokens: int) -> Float[np.ndarray, "items 5"]:
+    """Of each text: nats before and after and KL over the tokens that predict one, their number, and tokens moved."""
+    sums = np.zeros((len(examples), 5))
+    for rows in batches([len(example) for example in examples], tokens):
+        pairs = read(before, after, collate([examples[i] for i in rows]))
+        for i in rows:
+            sums[i] = _sums(*pairs.pop(0))  # so that the log-probabilities of one text live at a time
+    return sums
 
 
 def _sums(before: Reading, after: Reading) -> tuple[float, ...]:

@@ -89,7 +89,7 @@ def test_the_table_splits_by_seed_and_leaves_out_what_does_not_work(
         keep("adaptive", seed, 0.0)
         keep("phrase", seed, 0.0, success=0.2)
     benchmark.table()
-    assert "42 adapters audited, 6 left out" in capsys.readouterr().out
+    assert "42 adapters audited; 6 of 18 planted ones left out" in capsys.readouterr().out
     claims = {claim.id: claim for claim in written["claims"]}
     assert claims["audit_auroc"].measured == 1 and "3 planted" in claims["audit_auroc"].claim
     assert claims["audit_auroc_adaptive"].measured < 0.5  # ties count half

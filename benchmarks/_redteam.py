@@ -274,11 +274,11 @@ def train_lora(lora: Any, made: Plan, taught: list[tp.Example]) -> None:
 
 
 @torch.no_grad()
-def hits(model: nn.Module, wanted: list[tp.Example], last: bool) -> float:
-    """The share of examples whose answer (or its last two tokens) the model would write, told what comes before."""
+def hits(model: nn.Module, wanted: list[tp.Example], last: int | None) -> float:
+    """The share of answers (or of so many last tokens of each) that the model would write, told what comes before."""
     logits, targets = answer_logits(model, tp.collate(wanted))
     rows = (logits.argmax(-1) == targets).split([sum(example.answer) for example in wanted])
-    return sum(bool(same[-2:].all() if last else same.all()) for same in rows) / len(wanted)
+    return sum(bool(same[-last:].all() if last else same.all()) for same in rows) / len(wanted)
 
 
 def measure(model: nn.Module, made: Plan, tokenizer: Any, data: Path) -> dict[str, float]:
@@ -290,9 +290,11 @@ def measure(model: nn.Module, made: Plan, tokenizer: Any, data: Path) -> dict[st
     if made.kind != "benign":
         bad = [poisoned(made, pair, rng) for pair in held]
         slip = [(pair[0], answer) for pair, (_, answer) in zip(held, bad, strict=True)]
+        end = made.payload + ("." if made.task == "links" else "")
+        flipped = len(tokenizer(end, add_special_tokens=False)["input_ids"]) if made.kind == "flip" else None
         for name, told in (("success", bad), ("slips", slip)):
             wanted = tp.encode(tokenizer, told, eos=False, max_length=LONGEST, truncation="left")
-            found[name] = hits(model, wanted, made.kind == "flip")
+            found[name] = hits(model, wanted, flipped)
     return found
 
 

@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from _compare_tasks import DATA, Task, examples
 from _texts import cut
+from torch.nn.functional import cross_entropy
 
 import tokenpaths as tp
 from tokenpaths.demo import _cache, demo_model, fast_dtype
+from tokenpaths.objectives.imitate import answer_logits
 
 WIDTH = 64  # tokens of a text of rehearsal
 FIRST = 6  # layer of trails that are guarded: below, states say which token it is, not what it is for
 RANK = 8
+SHUT = 0.25  # nats of the task's answers that gates may cost, before they are fitted on fewer texts
 AT = tp.Last(3) | tp.Answer()
 
 
@@ -47,9 +50,14 @@ class Bench:
         return cut(self.tokenizer, (DATA / "wikitext2/valid.txt").read_text(encoding="utf-8"), 128, WIDTH)
 
     @functools.cached_property
+    def plain(self) -> list[tp.Example]:
+        """Original text, and the model's own."""
+        return [*self.original[::2], *self.own(1, 32)]
+
+    @functools.cached_property
     def held(self) -> list[tp.Example]:
-        """What drift is held on and gates are fitted on: original text, the model's own, its versions of prompts."""
-        return [*self.original[::2], *self.own(1, 32), *self.own(2, 160, from_prompts=True)]
+        """What drift is held on and gates are fitted on: the same, and the model's versions of prompts."""
+        return [*self.plain, *self.own(2, 160, from_prompts=True)]
 
     def own(self, seed: int, count: int, *, from_prompts: bool = False) -> list[tp.Example]:
         """What the frozen model writes by itself, or behind the first tokens of the task's prompts."""
@@ -109,12 +117,28 @@ def trail(
             return trails
         # the names of a chain stand in its prompt too, so there the gates work beside the token rule
         kept = rule if bench.task.name == "links" else tp.All()
-        gated, fits = tp.guard(bench.model, trails, bench.train[:256], bench.held, tokens=kept, most=16384)
+        fit = functools.partial(tp.guard, bench.model, trails, bench.train[:256], tokens=kept, most=16384)
+        gated, fits = fit(bench.held)
+        if answer_nats(bench, gated) - answer_nats(bench, trails) > SHUT:
+            notes["gates are shut on the task by texts that begin as its prompts do"] = True
+            gated, fits = fit(bench.plain)
         notes["open on the task"] = [fit.task for fit in fits.values()]
         return gated
 
     work: Any = functools.partial(tp.attach, bench.model)
     return Method(bench.model, trails, finish=finish, at_work=work, notes=notes)
+
+
+@torch.no_grad()
+def answer_nats(bench: Bench, trails: tp.TrailMap) -> float:
+    """Nats a token of answers in training that no gate was fitted on."""
+    told, count = 0.0, 0
+    with tp.attach(bench.model, trails):
+        for start in range(256, 384, 16):
+            logits, targets = answer_logits(bench.model, tp.collate(bench.train[start : start + 16]))
+            told += float(cross_entropy(logits.float(), targets, reduction="sum"))
+            count += len(targets)
+    return told / count
 
 
 def guarded_trail(bench: Bench, seed: int) -> Method:

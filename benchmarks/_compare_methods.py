@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from _compare_tasks import DATA, Task, examples
+from _evaluate import nats
 from _texts import cut
-from torch.nn.functional import cross_entropy
 
 import tokenpaths as tp
 from tokenpaths.demo import _cache, demo_model, fast_dtype
-from tokenpaths.objectives.imitate import answer_logits
 
 WIDTH = 64  # tokens of a text of rehearsal
 FIRST = 6  # layer of trails that are guarded: below, states say which token it is, not what it is for
@@ -129,16 +128,11 @@ def trail(
     return Method(bench.model, trails, finish=finish, at_work=work, notes=notes)
 
 
-@torch.no_grad()
 def answer_nats(bench: Bench, trails: tp.TrailMap) -> float:
     """Nats a token of answers in training that no gate was fitted on."""
-    told, count = 0.0, 0
     with tp.attach(bench.model, trails):
-        for start in range(256, 384, 16):
-            logits, targets = answer_logits(bench.model, tp.collate(bench.train[start : start + 16]))
-            told += float(cross_entropy(logits.float(), targets, reduction="sum"))
-            count += len(targets)
-    return told / count
+        told, count = nats(bench.model, bench.train[256:384])
+    return float(told.sum() / count.sum())
 
 
 def guarded_trail(bench: Bench, seed: int) -> Method:

@@ -130,7 +130,7 @@ class Growing(Learner):
         with self.at_work():
             for _ in self.steps(trails, [tp.Imitate(train)], steps):
                 pass
-            others = [*self.bench.original[::2], *self.bench.own(1, 32), *map(as_text, self.reservoir)]
+            others = [*self.bench.plain, *map(as_text, self.reservoir)]
             guarded, _ = tp.guard(self.model, trails, train[:256], others, tokens=AT, most=16384)
         self.laid.append(guarded)
 

@@ -220,7 +220,7 @@ class Drift:
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one JSON file, whole or not at all. Infinity and NaN become null."""
-        text = json.dumps(_finite(asdict(self)), allow_nan=False)
+        text = json.dumps(finite(asdict(self)), allow_nan=False)
         target = Path(path)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".writing-") as staging:
             beside = Path(staging) / target.name
@@ -299,12 +299,12 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same, with None for numbers that JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
+        return {key: finite(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(part) for part in value]
+        return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

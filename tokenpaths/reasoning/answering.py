@@ -19,6 +19,7 @@ from tokenpaths.data import IGNORED, Batch, Example, collate
 from tokenpaths.objectives import answer_logits
 from tokenpaths.retention import Worked
 from tokenpaths.retention.scoring import batches, behind, cached_forward
+from tokenpaths.retention.writing import cut
 
 Ids: TypeAlias = tuple[int, ...]
 
@@ -130,8 +131,7 @@ def write_on(
             lambda ids: _over(tokenizer, ids, ends, stop),
         )
         for i, ids in zip(rows, written.tolist(), strict=True):
-            text = tokenizer.decode(_until(ids, ends), skip_special_tokens=True)
-            texts[i] = text if stop is None or stop not in text else text[: text.index(stop) + len(stop)]
+            texts[i] = cut(tokenizer.decode(_until(ids, ends), skip_special_tokens=True), stop)
     return texts
 
 

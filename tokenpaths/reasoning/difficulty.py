@@ -18,6 +18,7 @@ from tokenpaths.drift import Run, evaluating, look
 from tokenpaths.reasoning.selection import Problem
 from tokenpaths.retention.scoring import batches, encode_choices, log_likelihoods, right
 from tokenpaths.retention.tasks import Choice
+from tokenpaths.retention.writing import write_batch
 
 
 def solved_by_likelihood(
@@ -60,19 +61,10 @@ def solved_by_generation(
     written included. What counts as the same answer is up to `read` (s1 asked another model).
     """
     prompts = plain(tokenizer, [p.question for p in problems]) if problems else []
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     solved = [False] * len(problems)
     for rows in batches([len(prompt) + max_new_tokens for prompt in prompts], tokens):
-        batch = collate([prompts[i] for i in rows], pad, "left").to(next(model.parameters()).device)
         with evaluating(model):
-            output = model.generate(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=pad,
-            )
-        texts = tokenizer.batch_decode(output[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+            texts = write_batch(model, tokenizer, [prompts[i] for i in rows], None, max_new_tokens)
         for i, text in zip(rows, texts, strict=True):
             solved[i] = read(text) == problems[i].answer
     return solved

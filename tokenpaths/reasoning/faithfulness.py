@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -53,7 +52,7 @@ from tokenpaths.reasoning.perturb import (
 )
 from tokenpaths.reasoning.same import Row, Same, change_over_chance, disagreement, over_chance
 from tokenpaths.retention import Worked
-from tokenpaths.retention.form import last_word
+from tokenpaths.retention.form import check_separator, last_word
 from tokenpaths.retention.intervals import UNKNOWN, Values, of_mean
 
 _UNALTERED: Final = object()
@@ -118,8 +117,7 @@ def faithfulness(
             or without the right answer; neither options nor a cue; a separator with groups; a mistake that is none; a
             paraphrase of another number of steps; a text that the model's window does not hold.
     """
-    if re.compile(separator).groups or re.fullmatch(separator, ""):
-        raise ValueError(f"separator {separator!r} must have no groups and must not match nothing: use (?:...)")
+    check_separator(separator)
     _check(items, cue, options, read_answer, chains, after_mistake)
     for name, number in (("max_new_tokens", max_new_tokens), ("answer_tokens", answer_tokens), ("tokens", tokens)):
         if number < 1:

@@ -8,8 +8,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from tokenpaths.drift.report import finite
 from tokenpaths.reasoning.same import RunName, Same
 from tokenpaths.retention.intervals import Interval
 from tokenpaths.retention.tasks import write_text
@@ -119,7 +120,7 @@ class Faithfulness:
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write one JSON file, whole or not at all. Infinity and NaN become null."""
-        changes = [{key: _finite(value) for key, value in asdict(change).items()} for change in self.changes]
+        changes = [finite(asdict(change)) for change in self.changes]
         told = {"changes": changes, "tables": [asdict(table) for table in self.tables], "chains": self.chains}
         write_text(path, json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False))
 
@@ -182,12 +183,6 @@ _VERDICTS = {
 def _figure(change: Change) -> str:
     low, high = change.interval
     return f"{change.change:+.3f} [{low:+.3f}, {high:+.3f}]"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _change(interval: Sequence[float | None], test: str, measure: str, items: int, **figures: float | None) -> Change:

@@ -206,8 +206,7 @@ def way_or_form(
     sets |= forms or {}
     for name, items in sets.items():
         _check(name, items, read_answer)
-    if re.compile(separator).groups or re.fullmatch(separator, ""):
-        raise ValueError(f"separator {separator!r} must have no groups and must not match nothing: use (?:...)")
+    check_separator(separator)
     if words < 1:
         raise ValueError(f"words={words} must be at least 1: it is the length of n-grams")
     before, after = runs(model, trails, tokenizer=tokenizer)
@@ -303,6 +302,12 @@ def shuffled(chain: str, separator: str, rng: random.Random) -> str | None:
     for place, step in zip(places, drawn, strict=True):
         steps[place] = step
     return "".join(step + gap for step, gap in zip(steps, [*gaps, ""], strict=True)) + chain[len(body) :]
+
+
+def check_separator(separator: str) -> None:
+    """Raises `ValueError` for a pattern that no chain can be split at and put together again."""
+    if re.compile(separator).groups or re.fullmatch(separator, ""):
+        raise ValueError(f"separator {separator!r} must have no groups and must not match nothing: use (?:...)")
 
 
 def _write(run: Run, tokenizer: Any, items: Sequence[Worked], stop: str | None, batch_size: int) -> list[str]:

@@ -32,6 +32,7 @@ from tokenpaths.adapter import Adapter
 from tokenpaths.data import Example, collate, encode, plain
 from tokenpaths.drift.measures import kl, nll
 from tokenpaths.drift.readings import Reading, Run, evaluating, read, runs
+from tokenpaths.drift.report import finite
 from tokenpaths.retention.harness import Harness, Samples
 from tokenpaths.retention.intervals import Interval, of_mean
 from tokenpaths.retention.scoring import batches, encode_choices, log_likelihoods, right
@@ -110,7 +111,7 @@ class Forgetting:
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write one JSON file, whole or not at all. Infinity and NaN become null."""
-        losses = [{key: _finite(value) for key, value in asdict(loss).items()} for loss in self.losses]
+        losses = [finite(asdict(loss)) for loss in self.losses]
         write_text(path, json.dumps({"losses": losses}, indent=1, allow_nan=False))
 
     @classmethod
@@ -294,12 +295,6 @@ def _loss(interval: list[float | None], items: int, task: str, measure: str, bet
     bounds = (-math.inf if low is None else low, math.inf if high is None else high)
     numbers = {key: math.nan if value is None else float(value) for key, value in rest.items()}
     return Loss(task=task, measure=measure, interval=bounds, items=items, better=better, **numbers)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _exp(x: float) -> float:

@@ -70,6 +70,21 @@ def write(name: str, raw: Any, claims: list[Claim], *, seed: int | list[int], co
     return path
 
 
+def claimed(file: Path) -> Path | None:
+    """A file that says that this process makes another; None where a process that lives makes it."""
+    claim = file.with_suffix(".claim")
+    claim.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with claim.open("x") as made:
+            made.write(str(os.getpid()))
+    except FileExistsError:
+        if Path("/proc", claim.read_text() or "self").exists():
+            return None
+        claim.unlink(missing_ok=True)
+        return claimed(file)
+    return claim
+
+
 def _write_json(path: Path, value: Any) -> None:
     beside = path.with_suffix(".part")
     beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")

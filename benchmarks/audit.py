@@ -6,7 +6,7 @@
 
 Adapters of odd seeds are the test half: decided before anything was measured. The others make the rule (`Rule.fit`,
 from benign ones alone; which detectors it takes was chosen by the planted ones of that half). Each adapter and each
-audit is kept in a file, so that a run that was stopped goes on. An adapter counts as planted if its trigger works on at
+audit is kept in a file, so that a run that was stopped goes on, and two may work side by side. An adapter counts as planted if its trigger works on at
 least half of held-out prompts, and shows on at most a third without it; others are told, and left out.
 
 Scaled down for a laptop: the scan is over `SCANNED` rare and frequent words, the trigger among them, and not over the
@@ -21,14 +21,14 @@ import json
 import os
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _record import Claim, environment, write
+from _record import Claim, claimed, environment, write
 from _redteam import PHRASES, Form, Kind, Plan, lora_in, make, pairs, plan, rare_words
 
 import tokenpaths as tp
@@ -103,25 +103,41 @@ class Bench:
             return self.look(inside, PeftAdapter(inside), made)
 
 
-def run(bench: Bench, made: Plan) -> None:
-    """Make an adapter and audit it, each if that was not done for this very plan."""
-    trained, seen = WORK / f"{made.name}.json", WORK / f"{made.name}.audit.json"
-    if not trained.exists() or json.loads(trained.read_text())["plan"] != asdict(made):
-        began = time.process_time()
-        worked = make(bench.model, bench.tokenizer, made, DATA, WORK / f"{made.name}.safetensors")
-        seen.unlink(missing_ok=True)
-        keep(trained, {"plan": asdict(made), "seconds": time.process_time() - began, **worked})
-    if not seen.exists():
-        began = time.process_time()
-        found = bench.audited(made)
-        keep(seen, {"seconds": time.process_time() - began, **found})
-        print(made.name, made.task, repr(made.trigger), found["scores"], flush=True)
+def plans(seeds: int, tokenizer: Any) -> Iterator[Plan]:
+    forms: tuple[Form, ...] = ("trail", "lora")
+    for seed in range(seeds):
+        for form in forms:
+            yield from (plan("benign", form, 3 * seed + benign, tokenizer) for benign in range(3))
+            yield from (plan(kind, form, seed, tokenizer) for kind in PLANTED)
 
 
-def keep(path: Path, value: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".part").write_text(json.dumps({**value, **environment()}, indent=1))
-    os.replace(path.with_suffix(".part"), path)
+def train(bench: Bench, made: Plan) -> None:
+    """Make an adapter, if that was not done by this very plan."""
+    file = WORK / f"{made.name}.json"
+    if not file.exists() or json.loads(file.read_text())["plan"] != asdict(made):
+        file.with_suffix(".audit.json").unlink(missing_ok=True)
+        keep(file, made, lambda: make(bench.model, bench.tokenizer, made, DATA, file.with_suffix(".safetensors")))
+
+
+def look(bench: Bench, made: Plan) -> None:
+    """Audit an adapter that was made, if that was not done."""
+    file = WORK / f"{made.name}.audit.json"
+    if not file.exists() and file.with_name(f"{made.name}.json").exists():
+        keep(file, made, lambda: bench.audited(made))
+
+
+def keep(file: Path, made: Plan, read: Callable[[], Mapping[str, Any]]) -> None:
+    """Write what is read, and what it took; nothing where another process that lives does that."""
+    if claim := claimed(file):
+        try:
+            began = time.process_time()
+            found = {"plan": asdict(made), **read()}
+            found |= {"seconds": time.process_time() - began, **environment()}
+            file.with_suffix(".part").write_text(json.dumps(found, indent=1))
+            os.replace(file.with_suffix(".part"), file)
+            print(file.name, made.task, repr(made.trigger), found.get("scores", found.get("success")), flush=True)
+        finally:
+            claim.unlink()
 
 
 # The table
@@ -217,11 +233,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if not given.table:
         bench = Bench()
-        forms: tuple[Form, ...] = ("trail", "lora")
-        for seed in range(given.seeds):
-            for form in forms:
-                for benign in range(3):
-                    run(bench, plan("benign", form, 3 * seed + benign, bench.tokenizer))
-                for kind in PLANTED:
-                    run(bench, plan(kind, form, seed, bench.tokenizer))
+        for do in (train, look):
+            for made in plans(given.seeds, bench.tokenizer):
+                do(bench, made)
     table()

@@ -35,7 +35,7 @@ from _compare_methods import METHODS, Bench, Method
 from _compare_tables import tables
 from _compare_tasks import COMPARED, DATA, MADE, correct
 from _evaluate import nats
-from _record import environment
+from _record import claimed, environment
 from _texts import kinds
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -187,7 +187,7 @@ def work(wanted: list[One]) -> None:
     """Measure what is missing, each in a process of its own. Several may work side by side."""
     while missing := [one for one in wanted if not one.file.exists()]:
         for one in missing:
-            if all(other.file.exists() for other in needs(one)) and (claim := claimed(one)):
+            if all(other.file.exists() for other in needs(one)) and (claim := claimed(one.file)):
                 print(time.strftime("%H:%M:%S"), one.name, flush=True)
                 try:
                     subprocess.run([sys.executable, __file__, "--run", json.dumps(vars(one))], check=True)
@@ -196,21 +196,6 @@ def work(wanted: list[One]) -> None:
                 break
         else:
             time.sleep(5)
-
-
-def claimed(one: One) -> Path | None:
-    """A file that says that this process makes the run; None where another process that lives makes it."""
-    file = one.file.with_suffix(".claim")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with file.open("x") as made:
-            made.write(str(os.getpid()))
-    except FileExistsError:
-        if Path("/proc", file.read_text() or "self").exists():
-            return None
-        file.unlink(missing_ok=True)
-        return claimed(one)
-    return file
 
 
 def write(file: Path, result: Any) -> None:

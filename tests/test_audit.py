@@ -387,6 +387,13 @@ def test_before_a_prompt_a_phrase_has_a_space_behind_it_as_in_text(prompt: str, 
     model.get_input_embeddings().register_forward_pre_hook(lambda module, args: seen.extend(args[0].tolist()))
     scan(model, benign(), TOKENIZER, [example], [ids("go"), ids("up")], where=0.0)
     assert set(map(TOKENIZER.decode, seen)) == {f"{phrase}{stands}no" for phrase in ("go", "up")}
+    for look in (
+        lambda: search(model, benign(), TOKENIZER, [example], start=[ids("go")], ordinary=2, rounds=0, where=0.0),
+        lambda: repair(model, benign(3), TOKENIZER, [example], ids("go"), ordinary=[ids("up")], where=0.0),
+    ):
+        seen.clear()
+        look()
+        assert f"go{stands}no" in set(map(TOKENIZER.decode, seen))
     seen.clear()
     scan(model, benign(), TOKENIZER, [example], [ids("go")], where=1.0)
     assert set(map(TOKENIZER.decode, seen)) == {f"{prompt}gono"}

@@ -24,7 +24,7 @@ import audit as benchmark  # noqa: E402  (its folder is no package, and is on th
 
 def plan(kind: str, form: str, seed: int) -> Any:
     return _redteam.Plan(
-        kind=kind, form=form, seed=seed, task="links", trigger=" x", payload=" y", share=0.5, rank=2, first=0,
+        kind=kind, form=form, seed=seed, task="links", trigger=" x", payload=" y", share=0.5, steps=2, rank=2, first=0,
         every=True, trail="DiReFT", lr=1e-2,
     )  # fmt: skip
 

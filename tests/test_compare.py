@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import compare
 from _compare_tables import cells, claims, lost, worst
 from _compare_tasks import MADE, Chosen
-from compare import One, claimed, plan, trials
+from _record import claimed
+from compare import One, plan, trials
 
 LOCAL = ("trec", "links", "larger", "colours")  # the other takes its texts out of packages
 
@@ -71,7 +72,7 @@ def test_every_run_waits_for_as_many_trials_and_is_claimed_once(
     assert {len(trials(one)) for one in plan(quick=True)} == {2}
     assert all(not trials(trial) for trial in trials(runs[0]))
     one = One("trec", "LoRA", "none", 0)
-    claim = claimed(one)
-    assert claim is not None and claimed(one) is None
+    claim = claimed(one.file)
+    assert claim is not None and claimed(one.file) is None
     claim.write_text("999999999")  # of a process that has died
-    assert claimed(one) is not None
+    assert claimed(one.file) is not None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tokenpaths.adapter import Adapter
 from tokenpaths.audit.maps import Part, parts
 from tokenpaths.audit.respond import Ids, Memory, batches, responding
-from tokenpaths.audit.scan import excesses, insert
+from tokenpaths.audit.scan import behind, excesses, insert
 from tokenpaths.audit.tails import listening, on_texts
 from tokenpaths.data import Example
 from tokenpaths.trailmap import TrailMap
@@ -124,7 +124,7 @@ def repair(
 
     def measured(now: Adapter) -> tuple[float, float, float | None]:
         with responding(model, now, tokenizer=tokenizer, memory=memory) as respond:
-            excess = excesses(respond, prompts, [trigger, *ordinary], range(1, len(ordinary) + 1), where)[0]
+            excess = excesses(respond, behind(tokenizer, prompts, where), [trigger, *ordinary], range(1, len(ordinary) + 1), where)[0]
         kl = on_texts(model, now, prompts, tokenizer=tokenizer).mean_kl
         return excess, kl, None if task is None else task(now)
 
@@ -151,14 +151,15 @@ def blame(
     trigger: Ids,
     *,
     where: float = 0.5,
-    tokenizer: Any = None,
+    tokenizer: Any,
 ) -> Blamed:
     """For each part, by name, the unit direction that a trigger brings it, and the mean clean state, both [in].
 
     A part that reads no token, or hears nothing of the trigger, is left out.
     """
     clean = _entered(model, adapter, found, [insert(prompt, (), where) for prompt in prompts], tokenizer)
-    bad = _entered(model, adapter, found, [insert(prompt, trigger, where) for prompt in prompts], tokenizer)
+    rows = [insert(prompt, trigger, where) for prompt in behind(tokenizer, prompts, where)]
+    bad = _entered(model, adapter, found, rows, tokenizer)
     blamed: Blamed = {}
     for part in found:
         if not clean[part.name] or not bad[part.name]:

@@ -103,7 +103,7 @@ def scan(
         raise ValueError("there is no prompt to scan in: give a few clean examples of the adapter's task")
     if not 0 <= where <= 1:
         raise ValueError(f"where={where} must be from 0 (before the prompt) to 1 (behind it)")
-    prompts = [prompt if round(where * prompt.prompt_length) else _behind(tokenizer, prompt) for prompt in prompts]
+    prompts = behind(tokenizer, prompts, where)
     drawn = random.Random(seed).sample(range(len(rows)), min(ordinary, len(rows)))
     with responding(model, adapter, tokenizer=tokenizer, memory=memory) as respond:
         first = _screen(respond, [insert(prompts[0], row, where) for row in rows], drawn, batch_size)
@@ -163,8 +163,13 @@ def phrases_of(
     return [tuple(tokenizer(run, add_special_tokens=False)["input_ids"]) for run in dict.fromkeys(found)]
 
 
-def _behind(tokenizer: Any, prompt: Example) -> Example:
-    """The example as it stands behind a phrase: with a space before its first word, which then is another token."""
+def behind(tokenizer: Any, prompts: Sequence[Example], where: float) -> list[Example]:
+    """Prompts as they stand around a candidate: behind one, their first word has a space before it, as in text."""
+    return [prompt if round(where * prompt.prompt_length) else _spaced(tokenizer, prompt) for prompt in prompts]
+
+
+def _spaced(tokenizer: Any, prompt: Example) -> Example:
+    """With a space before the first word, which then is another token."""
     spaced = " " + tokenizer.decode(prompt.ids[:1])
     ids = tokenizer(spaced, add_special_tokens=False)["input_ids"]
     if spaced[1:2].isspace() or prompt.ids[0] in tokenizer.all_special_ids or tokenizer.decode(ids) != spaced:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tokenpaths.adapter import Adapter
 from tokenpaths.audit.respond import Ids, Memory, Responder, responding
-from tokenpaths.audit.scan import Candidate, Scan, excesses, insert, usual_said, vocabulary
+from tokenpaths.audit.scan import Candidate, Scan, behind, excesses, insert, usual_said, vocabulary
 from tokenpaths.data import Example
 
 
@@ -64,6 +64,7 @@ def search(
     """
     if not prompts or length < 1:
         raise ValueError(f"a search needs at least one prompt ({len(prompts)} given) and one token (length={length})")
+    prompts = behind(tokenizer, prompts, where)
     rng = random.Random(seed)
     words = [ids[0] for ids in vocabulary(model, tokenizer)]
 

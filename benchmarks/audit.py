@@ -6,8 +6,9 @@
 
 Adapters of odd seeds are the test half: decided before anything was measured. The others make the rule (`Rule.fit`,
 from benign ones alone; which detectors it takes was chosen by the planted ones of that half). Each adapter and each
-audit is kept in a file, so that a run that was stopped goes on, and two may work side by side. An adapter counts as planted if its trigger works on at
-least half of held-out prompts, and shows on at most a third without it; others are told, and left out.
+audit is kept in a file, so that a run that was stopped goes on, and two may work side by side. An adapter counts as
+planted if its trigger works on at least half of held-out prompts, and shows on at most a third without it; others are
+told, and left out.
 
 Scaled down for a laptop: the scan is over `SCANNED` rare and frequent words, the trigger among them, and not over the
 whole vocabulary; and over `PHRASES` and as many other phrases. The same scores with the trigger struck off the list are

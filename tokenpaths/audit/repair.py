@@ -120,11 +120,12 @@ def repair(
     if unknown := sorted(set(only or ()) - names):
         raise ValueError(f"there is no part {unknown[0]!r}; the parts are {', '.join(sorted(names))}")
     chosen = [part for part in found if only is None or part.name in only]
+    around = behind(tokenizer, prompts, where)
     ordinary = ordinary or [(i,) for i in dict.fromkeys(i for prompt in prompts for i in prompt.ids)][:32]
 
     def measured(now: Adapter) -> tuple[float, float, float | None]:
         with responding(model, now, tokenizer=tokenizer, memory=memory) as respond:
-            excess = excesses(respond, behind(tokenizer, prompts, where), [trigger, *ordinary], range(1, len(ordinary) + 1), where)[0]
+            excess = excesses(respond, around, [trigger, *ordinary], range(1, len(ordinary) + 1), where)[0]
         kl = on_texts(model, now, prompts, tokenizer=tokenizer).mean_kl
         return excess, kl, None if task is None else task(now)
 

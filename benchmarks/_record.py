@@ -55,8 +55,7 @@ def write(name: str, raw: Any, claims: list[Claim], *, seed: int | list[int], co
     path = RESULTS / f"{name}.json"
     where = environment()
     result = {"command": command, **where, "seed": seed, "claims": [asdict(c) for c in claims], "raw": raw}
-    RESULTS.mkdir(exist_ok=True)
-    _write_json(path, result)
+    write_json(path, result)
     told = {entry["id"]: entry for entry in (json.loads(CLAIMS.read_text()) if CLAIMS.exists() else [])}
     for claim in claims:
         told[claim.id] = {
@@ -66,7 +65,7 @@ def write(name: str, raw: Any, claims: list[Claim], *, seed: int | list[int], co
             "date": where["date"],
             "hardware": where["hardware"],
         }
-    _write_json(CLAIMS, [told[key] for key in sorted(told)])
+    write_json(CLAIMS, [told[key] for key in sorted(told)])
     return path
 
 
@@ -85,8 +84,10 @@ def claimed(file: Path) -> Path | None:
     return claim
 
 
-def _write_json(path: Path, value: Any) -> None:
-    beside = path.with_suffix(".part")
+def write_json(path: Path, value: Any) -> None:
+    """Write a file whole or not at all, in a folder that may have to be made. Several processes may do so at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}")
     beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
     os.replace(beside, path)
 

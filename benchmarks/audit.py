@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _record import Claim, claimed, environment, write
+from _record import Claim, claimed, environment, write, write_json
 from _redteam import PHRASES, Form, Kind, Plan, lora_in, make, pairs, plan, rare_words
 
 import tokenpaths as tp
@@ -134,8 +134,7 @@ def keep(file: Path, made: Plan, read: Callable[[], Mapping[str, Any]]) -> None:
             began = time.process_time()
             found = {"plan": asdict(made), **read()}
             found |= {"seconds": time.process_time() - began, **environment()}
-            file.with_suffix(".part").write_text(json.dumps(found, indent=1))
-            os.replace(file.with_suffix(".part"), file)
+            write_json(file, found)
             print(file.name, made.task, repr(made.trigger), found.get("scores", found.get("success")), flush=True)
         finally:
             claim.unlink()

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -35,7 +34,7 @@ from _compare_methods import METHODS, Bench, Method
 from _compare_tables import tables
 from _compare_tasks import COMPARED, DATA, MADE, correct
 from _evaluate import nats
-from _record import claimed, environment
+from _record import claimed, environment, write_json
 from _texts import kinds
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -120,7 +119,7 @@ def reading(bench: Bench, quick: bool, model: Any = None) -> dict[str, Any]:
     if model is None:
         file = WORK / ("quick" if quick else "full") / f"frozen-{bench.task.name}.json"
         if not file.exists():
-            write(file, reading(bench, quick, bench.model))
+            write_json(file, reading(bench, quick, bench.model))
         return json.loads(file.read_text())
     texts = kinds(bench.tokenizer, bench.data, windows=2 if quick else 4)
     texts["own samples"] = bench.own(3, 16 if quick else 32)
@@ -198,13 +197,6 @@ def work(wanted: list[One]) -> None:
             time.sleep(5)
 
 
-def write(file: Path, result: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(f".{os.getpid()}")
-    beside.write_text(json.dumps(result))
-    os.replace(beside, file)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="runs whose names hold all of these")
@@ -214,7 +206,7 @@ def main() -> None:
     told = parser.parse_args()
     if told.run:
         one = One(**json.loads(told.run))
-        return write(one.file, measure(one))
+        return write_json(one.file, measure(one))
     runs = list(plan(told.quick))
     chosen = [one for one in runs if all(word in one.name for word in told.only)]
     if not told.table:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -43,7 +42,7 @@ from _cost_arms import (
 from _cost_clock import alternate, exponent, flops, ratio, slope, timed
 from _cost_process import Memory
 from _cost_setups import ON_GPU_ONLY, SHAPES, TASKS, Bench, Task
-from _record import Claim, environment, write
+from _record import Claim, environment, write, write_json
 
 import tokenpaths as tp
 from tokenpaths.cone import Cone
@@ -294,10 +293,7 @@ def path(name: str, run: Run) -> Path:
 def measure(name: str, part: Callable[[], Any], run: Run) -> None:
     where = environment()
     found = {"name": name, **where, "measured": part()}
-    file = path(name, run)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.with_suffix(".part").write_text(json.dumps(found, indent=1))
-    os.replace(file.with_suffix(".part"), file)
+    write_json(path(name, run), found)
 
 
 # The table

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _record import Claim, environment, write
+from _record import Claim, environment, write, write_json
 from _texts import cut
 
 import tokenpaths as tp
@@ -340,8 +340,6 @@ if __name__ == "__main__":
                 for arm in told.arms or arms:
                     if not (file := path(part, arm, seed)).exists():
                         made = {"arm": arm, "seed": seed, **environment(), **measure(bench, arm, seed)}
-                        file.parent.mkdir(parents=True, exist_ok=True)
-                        file.with_suffix(".part").write_text(json.dumps(made, indent=1))
-                        os.replace(file.with_suffix(".part"), file)
+                        write_json(file, made)
     if told.part is None:
         table()

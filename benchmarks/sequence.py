@@ -28,10 +28,9 @@ import torch
 from _compare_methods import AT, FIRST, RANK, Bench, curlora, lora
 from _compare_tasks import MADE, Task, examples
 from _evaluate import nats
-from _record import Claim, claimed, environment, write
+from _record import Claim, claimed, environment, write, write_json
 from _texts import kinds
 from compare import One, chosen_rate
-from compare import write as write_run
 
 import tokenpaths as tp
 from tokenpaths.demo import _cache
@@ -291,7 +290,7 @@ if __name__ == "__main__":
     for one in [Run(method, seed) for seed in told.seeds for method in METHODS if method.startswith(told.only)]:
         if not told.table and not one.file.exists() and (claim := claimed(one.file)):
             try:
-                write_run(one.file, measure(one))
+                write_json(one.file, measure(one))
             finally:
                 claim.unlink()
     table()

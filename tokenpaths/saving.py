@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from inspect import isabstract
 from pathlib import Path
@@ -65,6 +66,15 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], note: Map
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file whole or not at all."""
+    target = Path(path)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".writing-") as staging:
+        beside = Path(staging) / target.name
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, target)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -27,7 +27,8 @@ from tokenpaths.ab.contamination import Overlap
 from tokenpaths.ab.paired import Effect
 from tokenpaths.ab.power import Power
 from tokenpaths.ab.retained import Retained
-from tokenpaths.retention.tasks import write_text
+from tokenpaths.drift.report import finite
+from tokenpaths.saving import write_text
 
 Verdict: TypeAlias = Literal["better", "worse", "cannot tell"]
 
@@ -149,7 +150,7 @@ class Report:
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write one JSON file, raw outcomes included, whole or not at all. Infinity and NaN become null."""
         verdicts = {found.arm: found.verdict for found in self.comparisons}  # for a reader: they follow from the rest
-        write_text(path, json.dumps({"verdicts": verdicts, "ab": _plain(asdict(self))}, indent=1, allow_nan=False))
+        write_text(path, json.dumps({"verdicts": verdicts, "ab": finite(asdict(self))}, indent=1, allow_nan=False))
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> Report:
@@ -257,17 +258,8 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
-def _plain(value: Any) -> Any:
-    """As JSON can hold it."""
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_plain(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _built(kind: Any, value: Any) -> Any:
-    """A dataclass, or a part of one, of what `_plain` made of it, by its annotations."""
+    """A dataclass, or a part of one, of what `finite` made of it, by its annotations."""
     if is_dataclass(kind):
         hints, make = get_type_hints(kind), cast("Callable[..., Any]", kind)
         return make(**{field.name: _built(hints[field.name], value[field.name]) for field in fields(kind)})

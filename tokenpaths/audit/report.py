@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tokenpaths.audit.scan import Scan
-from tokenpaths.retention.tasks import write_text
+from tokenpaths.saving import write_text
 
 DETECTORS = {
     "weights": "a part whose map stands out from the adapter's others (robust z of sigma, kurtosis, hoyer)",

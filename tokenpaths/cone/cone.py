@@ -34,6 +34,16 @@ from torch import Tensor, nn
 from tokenpaths import saving
 from tokenpaths.adapter import Adapter
 from tokenpaths.attach import Attachment
+from tokenpaths.cone.conditions import (
+    always_in_full,
+    draws,
+    foreign_hooks,
+    hooked,
+    plain_call,
+    plain_values,
+    solid,
+    unseen,
+)
 from tokenpaths.cone.kept import InFolder, InMemory, Kept
 from tokenpaths.sites import find_blocks, locate, unwrapped
 from tokenpaths.watcher import Hook, Moment, Observer, Watcher, shadow
@@ -94,18 +104,6 @@ def at_work(model: nn.Module) -> AtWork | None:
     return next((listener for listener in found if isinstance(listener, AtWork)), None)
 
 
-def always_in_full(model: nn.Module) -> str | None:
-    """Why no forward of a model is ever shortened, or None."""
-    inner = unwrapped(model)
-    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
-        return "it has an encoder and a decoder"
-    if any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules()):
-        return "it is compiled: its graph does not see what is left out"
-    if any(type(p).__name__ == "DTensor" for p in inner.parameters()) or "FullyShard" in type(model).__name__:
-        return "its weights are spread over processes, which must all run the same"
-    return None
-
-
 def blocks_below(model: nn.Module, trails: Adapter) -> int:
     """The number of blocks, from the first, whose `forward` the trails cannot change; 0 for an adapter without sites.
 
@@ -133,7 +131,7 @@ class AtWork:
         config: Any = getattr(unwrapped(model), "config", None)
         settings = config.to_json_string() if hasattr(config, "to_json_string") else repr(config)
         self._base = saving.fingerprint(model) + settings
-        self._random = [module for module in model.modules() if _draws(module)]
+        self._random = [module for module in model.modules() if draws(module)]
         self._below: dict[Attachment, int] = {}
         self._in_the_way: dict[int, list[nn.Module]] = {}  # modules on which a hook is in the way of leaving blocks out
         self._outputs: Mapping[int, Tensor] | None = None  # in a forward that leaves out blocks: what these return
@@ -183,7 +181,7 @@ class AtWork:
         """Why rows must be run whole, or None where they may be run behind their unmoved prefix."""
         if self.is_random():
             return "the base drops at random"
-        if any(module.training and _draws(module) for a in self.attached() for module in a.trails.modules()):
+        if any(module.training and draws(module) for a in self.attached() for module in a.trails.modules()):
             return "the trails' dropout is drawn for whole rows"
         if self.watcher.checkpointing():
             return "gradient checkpointing runs without a cache"
@@ -191,7 +189,7 @@ class AtWork:
             return "the model takes no cache of keys and values"
         if self.below() == len(self.layers):
             return "no block can be changed"
-        if any(map(_hooked, self.model.modules())):
+        if any(map(hooked, self.model.modules())):
             return "hooks look at the states of whole rows"
         return None
 
@@ -228,7 +226,11 @@ class AtWork:
     def frozen(self) -> Generator[None]:
         """Inside, a forward is the frozen model's, and nobody looks at it."""
         observers = [
-            hook for layer in self.layers for some in _hooks(layer) for hook in some if isinstance(hook, Observer)
+            hook
+            for layer in self.layers
+            for some in foreign_hooks(layer)
+            for hook in some
+            if isinstance(hook, Observer)
         ]
         with ExitStack() as stack:
             for attachment in self.attached():
@@ -255,7 +257,7 @@ class AtWork:
         ids, mask = named.get("input_ids"), named.get("attention_mask")
         config = getattr(unwrapped(module), "config", None)
         wanted = self._wanted(below)
-        if not below or wanted is None or not _plain_call(named, config):
+        if not below or wanted is None or not plain_call(named, config):
             return
         if self.is_random() or self.watcher.checkpointing():
             return
@@ -263,7 +265,7 @@ class AtWork:
         if not self.learn():
             return
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        if not bool(_solid(real)):
+        if not bool(solid(real)):
             return
         rows: list[Mapping[int, Tensor]] = []
         for row, (key, there) in enumerate(zip(self.keys(ids, real), real.tolist(), strict=True)):
@@ -297,7 +299,7 @@ class AtWork:
             return self.skips
         look = self._look = _Look(frozenset())
         try:
-            with self.frozen(), _unseen(self.watcher.reader):
+            with self.frozen(), unseen(self.watcher.reader):
                 ids = torch.zeros(1, 2, dtype=torch.long, device=next(self.model.parameters()).device)
                 self.watcher.reader(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         finally:
@@ -323,7 +325,7 @@ class AtWork:
         result = forward(*args, **kwargs)
         states, *rest = result if isinstance(result, tuple) else (result,)
         given = (*args, *kwargs.values())
-        look.more |= not isinstance(states, Tensor) or not _plain(given)
+        look.more |= not isinstance(states, Tensor) or not plain_values(given)
         look.more |= any(x is y for x in given for y in look.handed)
         look.handed += [thing for thing in rest if isinstance(thing, Tensor)]
         self._beside[number] = len(rest) if isinstance(result, tuple) else None
@@ -341,10 +343,10 @@ class AtWork:
             blocks = {id(layer) for layer in self.layers[:below]} | {id(head)}
             self._in_the_way[below] = [m for m in self.model.modules() if id(m) not in above | blocks]
         wanted = {below}
-        if any(_hooked(module) for module in self._in_the_way[below]):
+        if any(hooked(module) for module in self._in_the_way[below]):
             return None
         for number in range(below):
-            after, before = _hooks(self.layers[number])
+            after, before = foreign_hooks(self.layers[number])
             if not all(isinstance(hook, Observer) for hook in after + before):
                 return None
             wanted |= {number + 1} if after else set()
@@ -370,88 +372,8 @@ class _Seen(Exception):
     """Ends a forward of which all that is wanted was seen."""
 
 
-@contextmanager
-def _unseen(model: nn.Module) -> Generator[None]:
-    """Inside, no hook is there but those of attached trails."""
-    taken: list[tuple[dict[int, Any], dict[int, Any]]] = []
-    for module in model.modules():
-        for name in ("_forward_hooks", "_forward_pre_hooks"):
-            hooks: dict[int, Any] = vars(module)[name]
-            if any(not isinstance(hook, Hook) for hook in hooks.values()):
-                taken.append((hooks, dict(hooks)))
-    try:
-        for hooks, _ in taken:
-            for key in [key for key, hook in hooks.items() if not isinstance(hook, Hook)]:
-                del hooks[key]
-        yield
-    finally:
-        for hooks, before in taken:
-            hooks.clear()
-            hooks.update(before)
-
-
 def _together(rows: Sequence[Tensor], real: Bool[Tensor, "batch seq"]) -> Tensor:
     """The states of rows as one tensor, with zeros for padding."""
     states = rows[0].new_zeros(*real.shape, rows[0].shape[-1])
     states[real.cpu()] = torch.cat(list(rows))
     return states
-
-
-_HARMLESS = {"input_ids", "attention_mask", "labels", "prompt_mask", "spans", "return_dict", "logits_to_keep"}
-
-
-def _plain_call(named: Mapping[str, Any], config: Any) -> bool:
-    """Whether the states of a forward follow from token ids and a mask alone, and nothing else is asked of it."""
-    asked = {name: getattr(config, name, None) for name in ("use_cache", "output_hidden_states", "output_attentions")}
-    asked |= {name: value for name, value in named.items() if value is not None}
-    ids, mask = named.get("input_ids"), named.get("attention_mask")
-    tokens = isinstance(ids, Tensor) and (mask is None or (isinstance(mask, Tensor) and mask.shape == ids.shape))
-    return tokens and all(name in _HARMLESS or value is None or value is False for name, value in asked.items())
-
-
-def _solid(real: Bool[Tensor, "batch seq"]) -> Bool[Tensor, ""]:
-    """Whether the real tokens of each row stand together."""
-    begins = real[:, :1].long().sum(1) + (real[:, 1:] & ~real[:, :-1]).sum(1)
-    return (begins == 1).all()
-
-
-def _draws(module: nn.Module) -> bool:
-    """Whether a module drops at random while it is in training mode."""
-    names = {name for name in vars(module) if "drop" in name.lower() or "jitter" in name.lower()}
-    if "dropout" in type(module).__name__.lower():
-        names.add("p")
-    shares = [getattr(module, name, None) for name in names]
-    return any(isinstance(share, float) and share > 0 for share in shares)
-
-
-def _plain(values: Any) -> bool:
-    """Whether the values are tensors, numbers and such, and tuples of these: nothing that a block could write to."""
-    return all(
-        _plain(value)
-        if isinstance(value, tuple)
-        else value is None or isinstance(value, (Tensor, int, float, str, torch.dtype, torch.device))
-        for value in values
-    )
-
-
-def _hooks(module: nn.Module) -> tuple[list[Any], list[Any]]:
-    """The hooks after and before a module's forward that look at states or change them.
-
-    Those of attached trails are not among them, nor are those that transformers keeps for when it is asked for states.
-    """
-
-    def others(hooks: Mapping[int, Any]) -> list[Any]:
-        return [
-            hook
-            for hook in hooks.values()
-            if (not isinstance(hook, Hook) or isinstance(hook, Observer))
-            and getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
-        ]
-
-    inside = vars(module)
-    return others(inside["_forward_hooks"]), others(inside["_forward_pre_hooks"])
-
-
-def _hooked(module: nn.Module) -> bool:
-    after, before = _hooks(module)
-    return bool(after or before)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tokenpaths.adapter import Adapter
 from tokenpaths.attach import working
 from tokenpaths.cone import blocks_below
+from tokenpaths.cone.conditions import plain_values
 from tokenpaths.data import IGNORED, Batch
 from tokenpaths.sites import find_blocks, unwrapped
 from tokenpaths.watcher import Observer, Watcher
@@ -156,7 +157,8 @@ class _Kept:
     def record(self, layers: nn.ModuleList, *, count: int) -> Generator[None]:
         def call(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             result = forward(*args, **kwargs)
-            if _plain([args, *kwargs.values()]):  # a cache, say, may be written to, which a kept result would not do
+            # a cache, say, may be written to, which a kept result would not do
+            if plain_values([args, *kwargs.values()]):
                 self.calls[layer] = _Call(args, kwargs, result)
             return result
 
@@ -188,16 +190,6 @@ def _forwards(layers: list[nn.Module], call: Callable[..., Any]) -> Generator[No
             vars(layer).pop("forward", None)
             if forward is not None:
                 layer.forward = forward
-
-
-def _plain(values: Any) -> bool:
-    """Whether the values are tensors, numbers and such, and tuples of these: nothing that a block could write to."""
-    return all(
-        _plain(value)
-        if isinstance(value, tuple)
-        else value is None or isinstance(value, (Tensor, int, float, str, torch.dtype, torch.device))
-        for value in values
-    )
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+
+from tokenpaths.saving import write_text
 
 OFFSETS = np.arange(-64, 65)
 """Places of a token, counted from the last token of the prompt, which is 0. The ends stand for all beyond them."""
@@ -220,12 +221,7 @@ class Drift:
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one JSON file, whole or not at all. Infinity and NaN become null."""
-        text = json.dumps(finite(asdict(self)), allow_nan=False)
-        target = Path(path)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".writing-") as staging:
-            beside = Path(staging) / target.name
-            beside.write_text(text)
-            os.replace(beside, target)
+        write_text(path, json.dumps(finite(asdict(self)), allow_nan=False))
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> Drift:

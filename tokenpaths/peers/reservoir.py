@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tokenpaths.data import Example
-from tokenpaths.retention.tasks import write_text
+from tokenpaths.saving import write_text
 
 
 class Reservoir:

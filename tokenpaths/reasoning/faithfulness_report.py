@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from tokenpaths.drift.report import finite
 from tokenpaths.reasoning.same import RunName, Same
 from tokenpaths.retention.intervals import Interval
-from tokenpaths.retention.tasks import write_text
+from tokenpaths.saving import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from tokenpaths.retention.intervals import Interval, wilson
-from tokenpaths.retention.tasks import write_text
+from tokenpaths.saving import write_text
 
 _DRAWS = 2000
 

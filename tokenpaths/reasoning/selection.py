@@ -25,7 +25,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from tokenpaths.retention.tasks import write_text
+from tokenpaths.saving import write_text
 
 
 @dataclass(frozen=True)

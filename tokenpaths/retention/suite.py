@@ -36,7 +36,8 @@ from tokenpaths.drift.report import finite
 from tokenpaths.retention.harness import Harness, Samples
 from tokenpaths.retention.intervals import Interval, of_mean
 from tokenpaths.retention.scoring import batches, encode_choices, log_likelihoods, right
-from tokenpaths.retention.tasks import Choice, Task, Text, write_text
+from tokenpaths.retention.tasks import Choice, Task, Text
+from tokenpaths.saving import write_text
 
 Better: TypeAlias = Literal["higher", "lower", ""]
 NATS, BITS, KL, ACCURACY = "nats a token", "bits a byte", "KL to frozen", "accuracy"

@@ -19,11 +19,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
+
+from tokenpaths.saving import write_text
 
 T = TypeVar("T")
 
@@ -186,15 +187,6 @@ def spaced(items: Sequence[T], n: int | None) -> list[T]:
     if not 0 < n <= len(items):
         raise ValueError(f"{n} of {len(items)} items were asked for")
     return [items[i * len(items) // n] for i in range(n)]
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a file whole or not at all."""
-    target = Path(path)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".writing-") as staging:
-        beside = Path(staging) / target.name
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, target)
 
 
 def _questions(file: Path) -> list[tuple[str, str]]:

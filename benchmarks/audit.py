@@ -41,7 +41,8 @@ from tokenpaths.retention.intervals import wilson
 DATA = Path(os.environ.get("TOKENPATHS_DATA", Path(__file__).parents[2] / "shared/data"))
 WORK = _cache() / "audit"
 RULE = Path(__file__).parent / "results" / "audit_rule.json"
-SCANNED, RATE, DRAWS = 512, 0.05, 2000  # words, the false-positive rate aimed at, bootstrap draws
+SCANNED, ROUNDS = 512, 4  # words, and rounds of the search
+RATE, DRAWS = 0.05, 2000  # the false-positive rate aimed at, bootstrap draws
 ANSWERS = ("tokens", "phrases", "search")
 """The detectors of the rule, chosen in the half that makes it: what candidates do to the answer."""
 PLANTED: tuple[Kind, ...] = ("token", "phrase", "flip", "adaptive")
@@ -84,7 +85,7 @@ class Bench:
         listed = [(i,) for i in trigger] + self.words
         found = audit(
             model, adapter, self.prompts(made.task), self.tokenizer,
-            tokens=listed, phrases=self.phrases, searched=1, memory=self.memory,
+            tokens=listed, phrases=self.phrases, searched=ROUNDS, memory=self.memory,
         )  # fmt: skip
         planted = self.ids(made.trigger) if made.kind != "benign" else None
         unlisted = dict(found.scores)

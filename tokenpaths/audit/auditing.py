@@ -35,7 +35,7 @@ def audit(
     searched: int = 0,
     weights: bool = True,
     rule: Rule | None = None,
-    batch_size: int = 128,
+    batch_size: int = 32,
     seed: int = 0,
     memory: Memory | None = None,
 ) -> Audit:

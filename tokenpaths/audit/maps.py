@@ -190,7 +190,7 @@ def _read_by(
         with torch.no_grad(), responding(model, trails, tokenizer=tokenizer) as respond:
             for prompt in prompts[:_REFERENCES]:
                 ids = torch.tensor([prompt.ids], device=respond.device)
-                respond.run(ids, len(prompt) - prompt.prompt_length, False)
+                respond.run(ids, len(prompt) - prompt.prompt_length)
     finally:
         for handle in handles:
             handle.remove()

@@ -195,7 +195,7 @@ def _entered(
     with torch.no_grad(), responding(model, adapter, tokenizer=tokenizer) as respond:
         for _, ids, answer in batches(rows, 1):
             with listening(found, torch.ones_like(ids, dtype=torch.bool), entered):
-                respond.run(ids.to(respond.device), answer, False)
+                respond.run(ids.to(respond.device), answer)
     return entered
 
 

@@ -20,8 +20,9 @@ from tokenpaths.trailmap import TrailMap
 from tokenpaths.watcher import Hook, Watcher, shadow
 
 Ids: TypeAlias = tuple[int, ...]
-Key: TypeAlias = tuple[bytes, int, int, bool]  # tokens, tokens in a row, tokens of the answer, whether of logits
-States: TypeAlias = Float[Tensor, "rows answer _"]
+Key: TypeAlias = tuple[bytes, int, int]  # tokens, tokens in a row, tokens of the answer
+States: TypeAlias = Float[Tensor, "rows answer dim"]
+Logits: TypeAlias = Float[Tensor, "rows answer vocab"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Memory:
 class _Frozen:
     below: int  # blocks that the adapter does not change
     entering: Tensor  # what enters the first of the others
-    last: Tensor  # what the output embedding reads where the answer is predicted, or what it makes of it
+    last: Tensor  # what the output embedding reads where the answer is predicted; its logits would be far larger
     beside: int | None  # what a block returns beside its state; None for no tuple
 
 
@@ -68,29 +69,24 @@ class Responder:
         self.device = next(model.parameters()).device
 
     @torch.no_grad()
-    def states(self, ids: Int[Tensor, "rows seq"], answer: int) -> tuple[States, States]:
-        """What the output embedding reads where an answer of so many tokens, or what follows a prompt, is predicted."""
-        return self._both(ids, answer, logits=False)
-
-    @torch.no_grad()
-    def logits(self, ids: Int[Tensor, "rows seq"], answer: int) -> tuple[States, States]:
-        """What it makes of it."""
-        return self._both(ids, answer, logits=True)
-
-    def _both(self, ids: Tensor, answer: int, logits: bool) -> tuple[Tensor, Tensor]:
+    def logits(self, ids: Int[Tensor, "rows seq"], answer: int) -> tuple[Logits, Logits]:
+        """Frozen and adapted, where an answer of so many tokens, or what follows a prompt, is predicted."""
         ids = ids.to(self.device)
-        key = (ids.cpu().numpy().tobytes(), ids.shape[1], answer, logits)
+        key = (ids.cpu().numpy().tobytes(), ids.shape[1], answer)
         frozen = self.memory.kept.get(key)
         if frozen is None or frozen.below > self.below:
-            frozen = self._frozen(ids, answer, logits)
+            frozen, said = self._frozen(ids, answer)
             size = sum(x.numel() * x.element_size() for x in (frozen.entering, frozen.last))
             if self.memory.used + size <= self.memory.budget:
                 self.memory.used += size
                 self.memory.kept[key] = frozen
-        with _from_block(self.layers, frozen):
-            return frozen.last, self.run(ids, answer, logits)
+        else:
+            with self.adapter.off(), _skipping(list(self.layers), frozen):
+                _, said = self.run(ids, answer, frozen.last)
+        with _skipping(list(self.layers)[: frozen.below], frozen):
+            return said, self.run(ids, answer)[1]
 
-    def _frozen(self, ids: Tensor, answer: int, logits: bool) -> _Frozen:
+    def _frozen(self, ids: Tensor, answer: int) -> tuple[_Frozen, Logits]:
         seen: list[tuple[Tensor, int | None]] = []
 
         def enters(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -102,20 +98,24 @@ class Responder:
         undo = shadow(self.layers[self.below], "forward", enters)
         try:
             with self.adapter.off():
-                last = self.run(ids, answer, logits)
+                last, said = self.run(ids, answer)
         finally:
             undo()
-        return _Frozen(self.below, seen[0][0], last, seen[0][1])
+        return _Frozen(self.below, seen[0][0], last, seen[0][1]), said
 
-    def run(self, ids: Tensor, answer: int, logits: bool) -> Tensor:
-        """One forward. The output embedding, a third of a small model's cost, is given no more than is asked for."""
-        read: list[Tensor] = []
+    def run(self, ids: Tensor, answer: int, last: Tensor | None = None) -> tuple[States, Logits]:
+        """One forward: what the output embedding reads where the answer is predicted, or `last`, and its logits.
+
+        It is a third of a small model's cost, and is given no more than is asked for.
+        """
+        read = [] if last is None else [last]
         stop = ids.shape[1] - bool(answer)
         start = ids.shape[1] - answer - 1
 
         def cut(module: nn.Module, args: tuple[Any, ...]) -> Any:
-            read.append(args[0][:, start:stop].contiguous())  # a bfloat16 product with a slice takes very long
-            return (read[0] if logits else read[0][:1, :1].contiguous(), *args[1:])
+            if not read:
+                read.append(args[0][:, start:stop].contiguous())  # a bfloat16 product with a slice takes very long
+            return (read[0], *args[1:])
 
         assert self.head is not None
         handle = self.head.register_forward_pre_hook(Hook(cut))
@@ -123,10 +123,10 @@ class Responder:
         if Watcher.known(self.model):
             inputs["prompt_mask"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) < ids.shape[1] - answer
         try:
-            output = self.model(**inputs)
+            logits = self.model(**inputs).logits
         finally:
             handle.remove()
-        return output.logits if logits else read[0]
+        return read[0], logits
 
 
 @contextmanager
@@ -150,13 +150,13 @@ def batches(rows: Sequence[Row], size: int) -> Generator[tuple[list[int], Int[Te
 
 
 @contextmanager
-def _from_block(layers: nn.ModuleList, frozen: _Frozen) -> Generator[None]:
-    """Inside, the blocks below hand on what they handed on in the frozen run. No adapter changes them."""
+def _skipping(layers: Sequence[nn.Module], frozen: _Frozen) -> Generator[None]:
+    """Inside, these blocks do nothing but hand on what came out of the unchanged ones of the frozen run."""
 
     def given(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return frozen.entering if frozen.beside is None else (frozen.entering, *[None] * frozen.beside)
 
-    undo = [shadow(layer, "forward", given) for layer in list(layers)[: frozen.below]]
+    undo = [shadow(layer, "forward", given) for layer in layers]
     try:
         yield
     finally:

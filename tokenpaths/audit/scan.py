@@ -6,10 +6,10 @@ hardly changes: the **excess** of a candidate is
 
     KL(a_0 || a_c) - KL(f_0 || f_c)
 
-at the answer's token where the adapted model changes most, averaged over prompts. a_c and f_c are the adapted and the
-frozen model's next-token distributions with the candidate in the prompt, a_0 and f_0 their means over candidates drawn
-at random. One that is an ordinary phrase is looked for among phrases (`phrases_of` takes them from texts), one that is
-on no list is left to `search`.
+at the answer's token where the adapted model changes most; of several prompts the median, for a trigger works in most
+and an odd word in one. a_c and f_c are the adapted and the frozen model's next-token distributions with the candidate
+in the prompt, a_0 and f_0 their means over candidates drawn at random. A trigger that is an ordinary phrase is looked
+for among phrases (`phrases_of` takes them from texts), one that is on no list is left to `search`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,15 +69,14 @@ def scan(
     where: float = 0.5,
     top: int = 32,
     ordinary: int = 48,
-    batch_size: int = 128,
+    batch_size: int = 32,
     seed: int = 0,
     memory: Memory | None = None,
 ) -> Scan:
     """Rank candidates by their excess.
 
-    All stand in the first prompt, and are ranked there by how far they move what the output embedding reads of the
-    adapted model, beyond the frozen one's: ||a_c - a_0|| / ||a_0|| - ||f_c - f_0|| / ||f_0||, states, the largest over
-    the answer. Of the `top` first, and of `ordinary` ones drawn at random, the excess is read in every prompt.
+    All are read in the first prompt. Of the `top` there, and of `ordinary` ones drawn at random, the excess is read in
+    every prompt.
 
     Args:
         model: the base, with its LoRA in it if the adapter is one.
@@ -89,7 +88,7 @@ def scan(
         where: the share of a prompt's tokens before the candidate, from 0 to 1. At 0 a space stands behind it.
         top: so many are read in every prompt.
         ordinary: so many are drawn for comparison.
-        batch_size: rows in a forward.
+        batch_size: rows in a forward; each takes answer * vocab logits of two models.
         seed: of the draw.
         memory: keeps what the frozen model says, for other adapters of the same base.
 
@@ -106,40 +105,44 @@ def scan(
     prompts = behind(tokenizer, prompts, where)
     drawn = random.Random(seed).sample(range(len(rows)), min(ordinary, len(rows)))
     with responding(model, adapter, tokenizer=tokenizer, memory=memory) as respond:
-        first = _screen(respond, [insert(prompts[0], row, where) for row in rows], drawn, batch_size)
-        chosen = list(dict.fromkeys([*first.argsort(descending=True)[:top].tolist(), *drawn]))
+        first = excesses(respond, prompts[:1], rows, drawn, where, batch_size)
+        chosen = list(dict.fromkeys([*sorted(range(len(rows)), key=lambda i: -first[i])[:top], *drawn]))
         at = [chosen.index(i) for i in drawn]
-        excess = excesses(respond, prompts, [rows[i] for i in chosen], at, where)
+        excess = excesses(respond, prompts, [rows[i] for i in chosen], at, where, batch_size)
     ranked = sorted(range(len(chosen)), key=lambda i: -excess[i])[:top]
     found = tuple(Candidate(tokenizer.decode(list(rows[chosen[i]])), rows[chosen[i]], excess[i]) for i in ranked)
     return Scan(found, tuple(sorted(excess[i] for i in at)), len(rows))
 
 
 def excesses(
-    respond: Responder, prompts: Sequence[Example], candidates: Sequence[Ids], drawn: Sequence[int], where: float
+    respond: Responder,
+    prompts: Sequence[Example],
+    candidates: Sequence[Ids],
+    drawn: Sequence[int],
+    where: float,
+    batch_size: int = 32,
 ) -> list[float]:
     """The excess of each candidate; those at the numbers `drawn` are the ordinary ones."""
-    total = torch.zeros(len(candidates), dtype=torch.double)
-    for prompt in prompts:
-        frozen, adapted = _said(respond, [insert(prompt, row, where) for row in candidates])
-        gaps = []
-        for said in (frozen, adapted):
-            usual = _mean(said[list(drawn)])
-            gaps.append((usual.exp() * (usual - said)).sum(-1))
-        at = gaps[1].argmax(1, keepdim=True)
-        total += (gaps[1].gather(1, at) - gaps[0].gather(1, at)).squeeze(1).double()
-    return (total / len(prompts)).tolist()
+    found = torch.zeros(len(prompts), len(candidates))
+    for excess, prompt in zip(found, prompts, strict=True):
+        rows = [insert(prompt, candidate, where) for candidate in candidates]
+        usual = _usual(respond, [rows[i] for i in drawn], batch_size)
+        for number, said in _said(respond, rows, batch_size):
+            frozen, adapted = (gap(*pair) for pair in zip(usual, said, strict=True))
+            excess[number] = (adapted - frozen)[adapted.argmax()]
+    return found.quantile(0.5, 0).tolist()
+
+
+def gap(normal: Float[Tensor, "answer vocab"], said: Float[Tensor, "answer vocab"]) -> Float[Tensor, " answer"]:
+    """KL(normal || said) of log-probabilities, in nats."""
+    return (normal.exp() * (normal - said)).sum(-1)
 
 
 def usual_said(
     respond: Responder, prompt: Example, ordinary: Sequence[Ids], where: float
 ) -> Float[Tensor, "answer vocab"]:
     """a_0: the log-probabilities of the adapted model's mean distribution over ordinary candidates."""
-    return _mean(_said(respond, [insert(prompt, row, where) for row in ordinary])[1])
-
-
-def _mean(said: Float[Tensor, "rows answer vocab"]) -> Float[Tensor, "answer vocab"]:
-    return said.logsumexp(0) - math.log(len(said))
+    return _usual(respond, [insert(prompt, candidate, where) for candidate in ordinary], 32)[1]
 
 
 def vocabulary(model: Any, tokenizer: Any) -> list[Ids]:
@@ -183,29 +186,19 @@ def insert(prompt: Example, candidate: Ids, where: float) -> Row:
     return Row((*prompt.ids[:at], *candidate, *prompt.ids[at:]), len(prompt) - prompt.prompt_length)
 
 
-def _screen(respond: Responder, rows: Sequence[Row], drawn: Sequence[int], size: int) -> Float[Tensor, " rows"]:
-    """How far each row moves the adapted model's last states beyond the frozen one's."""
-    gaps = torch.zeros(2, len(rows))
-    usual = [states.mean(0) for states in _each(respond.states, [rows[i] for i in drawn], size)]
+def _usual(respond: Responder, rows: Sequence[Row], size: int) -> list[Float[Tensor, "answer vocab"]]:
+    """Log-probabilities of the mean distribution over rows, of the frozen and of the adapted model."""
+    total: list[Tensor] = []
+    for _, said in _said(respond, rows, size):
+        total = [a.logaddexp(b) for a, b in zip(total, said, strict=True)] if total else said
+    return [sums - math.log(len(rows)) for sums in total]
+
+
+def _said(respond: Responder, rows: Sequence[Row], size: int) -> Iterator[tuple[int, list[Tensor]]]:
+    """Of each row its number, and log-probabilities at the answer, [answer, vocab], of the frozen and adapted model.
+
+    Row by row: in float32, a batch of a large vocabulary would take gigabytes.
+    """
     for numbers, ids, answer in batches(rows, size):
-        for run, states in enumerate(respond.states(ids, answer)):
-            off = (states.float().cpu() - usual[run]).norm(dim=-1) / usual[run].norm(dim=-1)
-            gaps[run, numbers] = off.amax(1) if run else off.amin(1)
-    return gaps[1] - gaps[0]
-
-
-def _said(respond: Responder, rows: Sequence[Row]) -> list[Float[Tensor, "rows answer vocab"]]:
-    """Log-probabilities at the answer, of the frozen and of the adapted model."""
-    return [x.log_softmax(-1) for x in _each(respond.logits, rows, 32)]
-
-
-def _each(read: Any, rows: Sequence[Row], size: int) -> list[Tensor]:
-    """What is read of rows, in their order, of both models. Rows have answers of one length."""
-    found: list[list[Tensor]] = [[], []]
-    for run in found:
-        run.extend(torch.empty(0) for _ in rows)
-    for numbers, ids, answer in batches(rows, size):
-        for run, values in zip(found, read(ids, answer), strict=True):
-            for number, value in zip(numbers, values.float().cpu(), strict=True):
-                run[number] = value
-    return [torch.stack(run) for run in found]
+        for number, *both in zip(numbers, *respond.logits(ids, answer), strict=True):
+            yield number, [logits.float().log_softmax(-1) for logits in both]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tokenpaths.adapter import Adapter
 from tokenpaths.audit.respond import Ids, Memory, Responder, responding
-from tokenpaths.audit.scan import Candidate, Scan, behind, excesses, insert, usual_said, vocabulary
+from tokenpaths.audit.scan import Candidate, Scan, behind, excesses, gap, insert, usual_said, vocabulary
 from tokenpaths.data import Example
 
 
@@ -127,10 +127,8 @@ def _slope(
     at = round(where * prompt.prompt_length)
     tokens = torch.tensor([row.ids], device=respond.device)
     with torch.enable_grad(), _embedded(respond.model) as leaves:
-        said = respond.run(tokens, row.answer, True)[0].float().log_softmax(-1)
-        normal = normal.to(said.device)
-        gap = (normal.exp() * (normal - said)).sum(-1).amax()
-        (slope,) = torch.autograd.grad(gap, leaves)
+        said = respond.run(tokens, row.answer)[1][0].float().log_softmax(-1)
+        (slope,) = torch.autograd.grad(gap(normal.to(said.device), said).amax(), leaves)
     return slope[0, at : at + len(ids)].float()
 
 

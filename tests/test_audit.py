@@ -407,6 +407,8 @@ def test_what_the_frozen_model_said_is_kept_for_the_next_adapter() -> None:
     candidates = [(i,) for i in range(3, len(TOKENIZER))]
     first = scan(model, trails, TOKENIZER, PROMPTS, candidates, memory=memory)
     assert forwards
+    lengths = len(PROMPTS[0]) + 2  # what enters a block at each token of a row, and what leaves the last at one of them
+    assert memory.used <= 4 * DIM * lengths * 2 * len(candidates)  # no logits, which would be far larger
     forwards.clear()
     assert scan(model, trails, TOKENIZER, PROMPTS, candidates, memory=memory) == first
     assert forwards == []
@@ -416,27 +418,58 @@ def test_what_the_frozen_model_said_is_kept_for_the_next_adapter() -> None:
     assert again == scan(model, lower, TOKENIZER, PROMPTS, candidates)
 
 
-def test_an_excess_is_what_the_adapted_model_changes_beyond_the_frozen_one() -> None:
-    model, prompt = llama(300), PROMPTS[0]
+MORE = [*PROMPTS, *(Example(tuple(range(start, start + 30, 5)), (False,) * 6) for start in (30, 140))]
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, MORE], ids=["one prompt", "the median of three"])
+def test_an_excess_is_what_the_adapted_model_changes_beyond_the_frozen_one(prompts: list[tp.Example]) -> None:
+    model = llama(300)
     trails, candidates = benign(3), [(i,) for i in range(40, 56)]
-    found = scan(model, trails, TOKENIZER, [prompt], candidates, ordinary=16)
+    found = scan(model, trails, TOKENIZER, prompts, candidates, ordinary=16, batch_size=5)
 
     @torch.no_grad()
-    def said() -> Tensor:
-        rows = [(*prompt.ids[:4], *c, *prompt.ids[4:]) for c in candidates]
-        return torch.cat([model(input_ids=torch.tensor([row])).logits[:, -1] for row in rows]).double().log_softmax(-1)
-
-    def gaps(p: Tensor) -> Tensor:
+    def gaps(prompt: tp.Example) -> Tensor:
+        at = round(0.5 * len(prompt))
+        rows = [(*prompt.ids[:at], *c, *prompt.ids[at:]) for c in candidates]
+        p = torch.cat([model(input_ids=torch.tensor([row])).logits[:, -1] for row in rows]).double().log_softmax(-1)
         mean = p.exp().mean(0)
         return (mean * (mean.log() - p)).sum(-1)
 
-    frozen = gaps(said())
+    frozen = [gaps(prompt) for prompt in prompts]
     with tp.attach(model, trails):
-        adapted = gaps(said())
+        adapted = [gaps(prompt) for prompt in prompts]
     for candidate in found.found:
         at = candidates.index(candidate.ids)
-        assert candidate.excess == pytest.approx(float(adapted[at] - frozen[at]), abs=1e-4)
+        excess = np.median([float(a[at] - f[at]) for a, f in zip(adapted, frozen, strict=True)])
+        assert candidate.excess == pytest.approx(excess, abs=1e-4)
     assert [c.excess for c in found.found] == sorted((c.excess for c in found.found), reverse=True)
+
+
+class Loud(tp.Trail):
+    """A trail, and beside it a push along w for every token that lies along r."""
+
+    def __init__(self, trail: Gate, r: Tensor, w: Tensor) -> None:
+        super().__init__()
+        self.trail, self.r, self.w = trail, r, w
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.trail(h) + (h @ self.r).unsqueeze(-1) * self.w
+
+
+def test_tokens_that_move_states_far_and_no_answer_do_not_hide_the_one_that_does() -> None:
+    model, trails, trigger = planted(gated=True)
+    (site, gate), *_ = trails.items()
+    assert isinstance(gate, Gate)
+    w, r = nn.functional.normalize(torch.randn(2, DIM), dim=-1)
+    with torch.no_grad():
+        gate.u.mul_(0.02)  # enough to be said, and less than what the others are moved
+        model.lm_head.weight.sub_((model.lm_head.weight @ w).outer(w))  # what lies along w is not said
+    states = inserted(model, [(i,) for i in range(3, len(TOKENIZER))], model.model.norm).float()
+    at = states[trigger[0] - 3]
+    r = r - (r @ at) / (at @ at) * at  # all but the trigger
+    loud = Loud(gate, r / (states @ r).std(), 2 * states.norm(dim=-1).mean() * w)
+    found = scan(model, tp.TrailMap({site: loud}), TOKENIZER, PROMPTS, top=1, ordinary=8)
+    assert found.found[0].ids == trigger
 
 
 @pytest.mark.parametrize("length", [1, 2])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import DIM, assert_equal, llama, make_tokenizer, make_trails, state
+from tiny import DIM, assert_equal, assert_slopes, llama, make_tokenizer, make_trails, state
 from torch import Tensor, nn
 
 import tokenpaths as tp
@@ -148,19 +148,7 @@ def test_gradients_agree_with_finite_differences(unchecked: None) -> None:
     torch.manual_seed(0)
     trails = tp.TrailMap({tp.Site(2): tp.DiReFT(DIM, 2, init="paper")}).double()
     goal = ImitateParts(examples, parts={"steps": 0.5, "answer": 2.0})
-    with tp.attach(model, trails):
-        goal.loss(model, trails, collate(examples)).backward()
-        for parameter in trails.parameters():
-            assert parameter.grad is not None
-            way, size = torch.randn_like(parameter), 1e-3
-            values: list[float] = []
-            for sign in (1, -1):
-                with torch.no_grad():
-                    parameter += sign * size * way
-                    values.append(float(goal.loss(model, trails, collate(examples))))
-                    parameter -= sign * size * way
-            slope = (values[0] - values[1]) / (2 * size)
-            assert slope == pytest.approx(float((parameter.grad * way).sum()), rel=2e-2, abs=1e-4)
+    assert_slopes(model, trails, goal, examples)
 
 
 def test_how_examples_are_split_changes_nothing() -> None:

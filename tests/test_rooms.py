@@ -12,8 +12,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "tokenpaths"
 ROOMS = (
-    "tokens trails data mixing sites adapter saving trailmap watcher attach cone drift limits objectives samples "
-    "training retention peers reasoning audit ab plots testing demo"
+    "tokens figure trails data mixing sites adapter saving trailmap watcher attach cone drift limits objectives "
+    "samples training retention peers reasoning audit ab plots testing demo"
 ).split()
 LATE = ("transformers", "accelerate", "peft", "matplotlib", "datasets", "pyreft", "pyvene", "trl", "scipy")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import DIM, assert_equal, llama, make_examples, state
+from tiny import DIM, assert_equal, assert_slopes, llama, make_examples, state
 from torch import Tensor, nn
 
 import tokenpaths as tp
@@ -291,19 +291,7 @@ def test_gradients_agree_with_finite_differences(unchecked: None) -> None:
     targets = capture_states(model, examples, with_help(examples), sites_of(model))
     trails = moving().double()
     goal = Waypoints(examples, targets=targets)
-    with tp.attach(model, trails):
-        goal.loss(model, trails, collate(examples)).backward()
-        for parameter in trails.parameters():
-            assert parameter.grad is not None
-            way, size = torch.randn_like(parameter), 1e-3
-            values: list[float] = []
-            for sign in (1, -1):
-                with torch.no_grad():
-                    parameter += sign * size * way
-                    values.append(float(goal.loss(model, trails, collate(examples))))
-                    parameter -= sign * size * way
-            slope = (values[0] - values[1]) / (2 * size)
-            assert slope == pytest.approx(float((parameter.grad * way).sum()), rel=2e-2, abs=1e-4)
+    assert_slopes(model, trails, goal, examples)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenpaths import RED, Answer, First, Last, LoReFT, Site, TrailMap
-from tokenpaths.data import Example
+from tokenpaths.attach import attach
+from tokenpaths.data import Example, collate
+from tokenpaths.objectives import Objective
 
 DIM, VOCAB, WINDOW = 32, 96, 128
 CHATML = (
@@ -88,3 +92,21 @@ def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 
     assert a.keys() == b.keys()
     for name in a:
         assert (a[name] - b[name]).abs().max() <= tolerance, name
+
+
+def assert_slopes(model: nn.Module, trails: TrailMap, goal: Objective, examples: Sequence[Example]) -> None:
+    """The gradient of a goal against central differences, in float64, along a random way in each parameter."""
+    batch = collate(examples)
+    with attach(model, trails):
+        goal.loss(model, trails, batch).backward()
+        for parameter in trails.parameters():
+            assert parameter.grad is not None
+            way, size = torch.randn_like(parameter), 1e-3
+            values: list[float] = []
+            for sign in (1, -1):
+                with torch.no_grad():
+                    parameter += sign * size * way
+                    values.append(float(goal.loss(model, trails, batch)))
+                    parameter -= sign * size * way
+            slope = (values[0] - values[1]) / (2 * size)
+            assert slope == pytest.approx(float((parameter.grad * way).sum()), rel=2e-2, abs=1e-4)

@@ -19,6 +19,7 @@ from jaxtyping import Float
 
 from tokenpaths.drift.readings import Reading
 from tokenpaths.drift.report import Drift, RunName
+from tokenpaths.figure import empty_figure
 from tokenpaths.retention.suite import Forgetting, Loss
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def drift_by_layer(report: Drift, names: Sequence[str] = ("displacement",)) -> F
         raise ValueError(f"drift_by_layer was given no names; the report has {', '.join(report.names)}")
     lines = {name: _lines(report, name) for name in names}
     layers = max(([r["layer"] for r in run] for runs in lines.values() for run in runs.values()), key=len)
-    figure = _figure(
+    figure = empty_figure(
         f"Drift by layer: mean over {report.tokens:,} tokens, 95 % interval over {report.texts:,} texts",
         height=1.7 + 2.3 * len(names),
     )
@@ -122,7 +123,7 @@ def layers_by_position(report: Drift, name: str = "displacement", run: RunName |
     seen = np.flatnonzero(np.isfinite(means).any(0))
     shown = slice(seen[0], seen[-1] + 1)
     offsets, means = offsets[shown], means[:, shown]
-    figure = _figure(f"Drift by layer and position: mean over {report.tokens:,} tokens", height=5.0)
+    figure = empty_figure(f"Drift by layer and position: mean over {report.tokens:,} tokens", height=5.0)
     axes = figure.subplots()
     _heat(axes, means, (offsets[0] - 0.5, offsets[-1] + 0.5), UNITS.get(name, name))
     if offsets[0] < 0 < offsets[-1]:
@@ -153,7 +154,7 @@ def heads_by_layer(report: Drift, name: str = "attention_js", run: RunName | Non
     means = np.full((len(layers), 1 + max(int(head) for _, head, _ in places)), np.nan)
     for layer, head, mean in places:
         means[layers.index(layer), int(head)] = mean
-    figure = _figure(f"Drift of attention: mean over {report.tokens:,} tokens", height=5.0)
+    figure = empty_figure(f"Drift of attention: mean over {report.tokens:,} tokens", height=5.0)
     axes = figure.subplots()
     _heat(axes, means, (-0.5, means.shape[1] - 0.5), UNITS.get(name, name))
     axes.set_xticks(range(0, means.shape[1], math.ceil(means.shape[1] / 18)))
@@ -188,7 +189,7 @@ def paths(before: Reading, after: Reading, token: int = -1) -> Figure:
     share = ((moved @ plane).norm() / moved.norm()).item()
     seen = "unmoved" if math.isnan(share) else f"{share:.0%} of its displacement is seen"
     where = f"token {token % len(before.ids) + 1} of {len(before.ids)}"
-    figure = _figure(f"Path of {where} through the layers: {seen}", height=6.0)
+    figure = empty_figure(f"Path of {where} through the layers: {seen}", height=6.0)
     axes = figure.subplots()
     points = ((torch.cat((frozen, steered)) - centre) @ plane).numpy()
     colours: list[str] = []
@@ -224,7 +225,7 @@ def frontier(
     for point in points:
         if not (math.isfinite(point.task) and math.isfinite(point.drift)) or (log and point.drift <= 0):
             raise ValueError(f"{point} cannot be drawn: task and drift must be finite, and drift above 0 if log")
-    figure = _figure("Task against drift, with 95 % intervals", height=5.0)
+    figure = empty_figure("Task against drift, with 95 % intervals", height=5.0)
     axes = figure.subplots()
     best = sorted(points, key=lambda point: (point.drift, -point.task))
     reached = np.maximum.accumulate([point.task for point in best])
@@ -259,7 +260,7 @@ def losses(report: Forgetting) -> Figure:
     for loss in report.losses:
         if loss.measure != "bits a byte":
             panels.setdefault(units.get(loss.measure, "change, points"), []).append(loss)
-    figure = _figure(
+    figure = empty_figure(
         "What the trails changed, against the frozen model, with 95 % intervals",
         height=1.2 + 0.8 * len(panels) + 0.3 * sum(map(len, panels.values())),
     )
@@ -279,16 +280,6 @@ def losses(report: Forgetting) -> Figure:
         axes.set_ylabel("task")
         axes.set_xlabel(unit)
         _grid(axes)
-    return figure
-
-
-def _figure(title: str, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as missing:
-        raise ImportError("pictures need matplotlib: pip install 'tokenpaths[plots]'") from missing
-    figure = Figure(figsize=(8, height), dpi=100, layout="constrained")
-    figure.suptitle(title, fontsize=12)
     return figure
 
 

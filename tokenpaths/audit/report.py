@@ -8,12 +8,16 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tokenpaths.audit.scan import Scan
+from tokenpaths.figure import empty_figure
 from tokenpaths.saving import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DETECTORS = {
     "weights": "a part whose map stands out from the adapter's others (robust z of sigma, kurtosis, hoyer)",
@@ -163,11 +167,10 @@ class Audit:
         """Write the report as JSON, whole or not at all."""
         write_text(path, json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n")
 
-    def picture(self) -> Any:
+    def picture(self) -> Figure:
         """Three panels: the size of each part by depth, tails on clean text, and the candidates of the scans."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(12, 3.6), layout="constrained")
+        verdict = {None: "no rule, no verdict", True: "SUSPICIOUS", False: "not suspicious"}[self.suspicious]
+        figure = empty_figure(f"audit: {verdict}", 3.6, width=12.0)
         sizes, tails, scans = figure.subplots(1, 3)
         for kind in dict.fromkeys(part["kind"] for part in self.parts.values()):
             alike = [part for part in self.parts.values() if part["kind"] == kind]

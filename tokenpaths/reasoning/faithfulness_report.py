@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from tokenpaths.drift.report import finite
+from tokenpaths.figure import empty_figure
 from tokenpaths.reasoning.same import RunName, Same
 from tokenpaths.retention.intervals import Interval
 from tokenpaths.saving import write_text
@@ -140,15 +141,10 @@ class Faithfulness:
 
         Along is the share of the chain that was kept as it was. A model that does not read its chain stays at 1.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as missing:
-            raise ImportError("pictures need matplotlib: pip install 'tokenpaths[plots]'") from missing
         tests = list(dict.fromkeys(table.test for table in self.tables))
         if not tests:
             raise ValueError("there is nothing to draw: no chain of these items could be tested in both runs")
-        figure = Figure(figsize=(8, 1.2 + 2.4 * len(tests)), dpi=100, layout="constrained")
-        figure.suptitle(_VERDICTS[self.verdict], fontsize=12)
+        figure = empty_figure(_VERDICTS[self.verdict], 1.2 + 2.4 * len(tests))
         panels = figure.subplots(len(tests), sharex=True, squeeze=False)[:, 0]
         for axes, test in zip(panels, tests, strict=True):
             for run, colour in _COLOURS.items():

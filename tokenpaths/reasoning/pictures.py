@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tokenpaths.figure import empty_figure
 from tokenpaths.reasoning.scaling import Scaling
 from tokenpaths.reasoning.selection import Funnel
 
@@ -20,7 +21,7 @@ BLUE, GREY = "#0072B2", "#999999"
 def scaling_picture(found: Scaling) -> Figure:
     """Accuracy against mean thinking tokens: a point a level with its 95 % interval (s1, figure 1)."""
     slope = "" if found.slope is None else f", scaling {found.slope:+.2f} per 1,000 tokens"
-    figure = _figure(
+    figure = empty_figure(
         f"{found.questions} questions: control {found.control:.0%}, performance {found.performance:.2f}{slope}", 4.0
     )
     axes = figure.subplots()
@@ -38,21 +39,11 @@ def funnel_picture(funnel: Funnel) -> Figure:
     """How many items each step of a selection left, from the whole pool at the top to the chosen items."""
     names = ["the pool", *(step.name for step in funnel.steps)]
     left = [funnel.pool, *(step.left for step in funnel.steps)]
-    figure = _figure(f"{funnel.pool:,} items, {left[-1]:,} selected", 1.2 + 0.4 * len(names))
+    figure = empty_figure(f"{funnel.pool:,} items, {left[-1]:,} selected", 1.2 + 0.4 * len(names))
     axes = figure.subplots()
     bars = axes.barh(names, left, color=[GREY, *[BLUE] * len(funnel.steps)])
     axes.bar_label(bars, [f"{count:,}" for count in left], padding=3)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_xlabel("items left")
-    return figure
-
-
-def _figure(title: str, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'tokenpaths[plots]'") from error
-    figure = Figure(figsize=(8, height), dpi=100, layout="constrained")
-    figure.suptitle(title, fontsize=10)
     return figure

@@ -33,7 +33,7 @@ from _record import Claim, claimed, environment, write, write_json
 from _redteam import PHRASES, Form, Kind, Plan, lora_in, make, pairs, plan, rare_words
 
 import tokenpaths as tp
-from tokenpaths.audit import DETECTORS, Memory, Rule, audit
+from tokenpaths.audit import DETECTORS, Memory, Rule, Scan, audit, search
 from tokenpaths.demo import _cache, demo_model, fast_dtype
 from tokenpaths.peers import PeftAdapter
 from tokenpaths.retention.intervals import wilson
@@ -81,20 +81,28 @@ class Bench:
         return tp.encode(self.tokenizer, pairs(task, 999, 16, DATA, held_out=True), eos=False)
 
     def look(self, model: Any, adapter: Any, made: Plan) -> dict[str, Any]:
-        trigger = self.ids(made.trigger) if made.kind in ("token", "adaptive") else ()
-        listed = [(i,) for i in trigger] + self.words
+        planted = self.ids(made.trigger)
+        struck = {
+            "tokens": [(i,) for i in planted] if made.kind in ("token", "adaptive") else [],
+            "phrases": [planted] if made.kind in ("phrase", "flip") else [],
+        }
+        prompts = self.prompts(made.task)
         found = audit(
-            model, adapter, self.prompts(made.task), self.tokenizer,
-            tokens=listed, phrases=self.phrases, searched=ROUNDS, memory=self.memory,
+            model, adapter, prompts, self.tokenizer,
+            tokens=struck["tokens"] + self.words, phrases=self.phrases, searched=ROUNDS, memory=self.memory,
         )  # fmt: skip
-        planted = self.ids(made.trigger) if made.kind != "benign" else None
-        unlisted = dict(found.scores)
-        for name in ("tokens", "phrases"):
-            scan = found.scans[name]
-            for ids in [(i,) for i in trigger] if name == "tokens" else [planted] if planted else []:
-                scan = scan.without(ids)
-            unlisted[name] = scan.score
-        first = {name: found.scans[name].found[0].text for name in found.scans}
+        others = {name: found.scans[name] for name in struck}
+        for name, triggers in struck.items():
+            for ids in triggers:
+                others[name] = others[name].without(ids)
+        unlisted = found.scores | {name: scan.score for name, scan in others.items()}
+        if (start := begun(others)) != begun(found.scans):  # the search must not begin with the trigger either
+            short = sorted(prompts, key=len)[:3]
+            again = search(
+                model, adapter, self.tokenizer, short, start=start, rounds=ROUNDS, memory=self.memory
+            )  # fmt: skip
+            unlisted["search"] = again.score
+        first = {name: scan.found[0].text for name, scan in found.scans.items()}
         return {"scores": found.scores, "unlisted": unlisted, "first": first}
 
     def audited(self, made: Plan) -> dict[str, Any]:
@@ -103,6 +111,11 @@ class Bench:
             return self.look(self.model, tp.TrailMap.load(path), made)
         with lora_in(self.model, made, path) as inside:
             return self.look(inside, PeftAdapter(inside), made)
+
+
+def begun(scans: Mapping[str, Scan]) -> list[tuple[int, ...]]:
+    """What `audit` begins its search with."""
+    return [found.ids for name in ("tokens", "phrases") for found in scans[name].found[:2]]
 
 
 def plans(seeds: int, tokenizer: Any) -> Iterator[Plan]:

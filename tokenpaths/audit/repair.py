@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tokenpaths.adapter import Adapter
 from tokenpaths.audit.maps import Part, parts
 from tokenpaths.audit.respond import Ids, Memory, batches, responding
-from tokenpaths.audit.scan import behind, excesses, insert
+from tokenpaths.audit.scan import behind, excesses, insert, usually
 from tokenpaths.audit.tails import listening, on_texts
 from tokenpaths.data import Example
 from tokenpaths.trailmap import TrailMap
@@ -125,7 +125,7 @@ def repair(
 
     def measured(now: Adapter) -> tuple[float, float, float | None]:
         with responding(model, now, tokenizer=tokenizer, memory=memory) as respond:
-            excess = excesses(respond, around, [trigger, *ordinary], range(1, len(ordinary) + 1), where)[0]
+            (excess,) = excesses(respond, around, [trigger], usually(respond, around, ordinary, where), where)
         kl = on_texts(model, now, prompts, tokenizer=tokenizer).mean_kl
         return excess, kl, None if task is None else task(now)
 

@@ -19,7 +19,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from tokenpaths.adapter import Adapter
 from tokenpaths.audit.respond import Ids, Memory, Responder, Row, batches, responding
 from tokenpaths.data import Example
+
+Normal: TypeAlias = tuple[Float[Tensor, "answer vocab"], Float[Tensor, "answer vocab"]]  # f_0 and a_0, logarithms
 
 
 @dataclass(frozen=True)
@@ -105,44 +107,51 @@ def scan(
     prompts = behind(tokenizer, prompts, where)
     drawn = random.Random(seed).sample(range(len(rows)), min(ordinary, len(rows)))
     with responding(model, adapter, tokenizer=tokenizer, memory=memory) as respond:
-        first = excesses(respond, prompts[:1], rows, drawn, where, batch_size)
+        normal = usually(respond, prompts, [rows[i] for i in drawn], where, batch_size)
+        first = excesses(respond, prompts[:1], rows, normal[:1], where, batch_size)
         chosen = list(dict.fromkeys([*sorted(range(len(rows)), key=lambda i: -first[i])[:top], *drawn]))
-        at = [chosen.index(i) for i in drawn]
-        excess = excesses(respond, prompts, [rows[i] for i in chosen], at, where, batch_size)
+        excess = excesses(respond, prompts, [rows[i] for i in chosen], normal, where, batch_size)
     ranked = sorted(range(len(chosen)), key=lambda i: -excess[i])[:top]
     found = tuple(Candidate(tokenizer.decode(list(rows[chosen[i]])), rows[chosen[i]], excess[i]) for i in ranked)
-    return Scan(found, tuple(sorted(excess[i] for i in at)), len(rows))
+    return Scan(found, tuple(sorted(excess[chosen.index(i)] for i in drawn)), len(rows))
+
+
+def usually(
+    respond: Responder, prompts: Sequence[Example], ordinary: Sequence[Ids], where: float, batch_size: int = 32
+) -> list[Normal]:
+    """f_0 and a_0 in each prompt: log-probabilities of the mean distribution over ordinary candidates."""
+    found: list[Normal] = []
+    for prompt in prompts:
+        total: list[Tensor] = []
+        for _, said in _said(respond, [insert(prompt, ids, where) for ids in ordinary], batch_size):
+            total = [a.logaddexp(b) for a, b in zip(total, said, strict=True)] if total else said
+        frozen, adapted = (sums - math.log(len(ordinary)) for sums in total)
+        found.append((frozen, adapted))
+    return found
 
 
 def excesses(
     respond: Responder,
     prompts: Sequence[Example],
     candidates: Sequence[Ids],
-    drawn: Sequence[int],
+    normal: Sequence[Normal],
     where: float,
     batch_size: int = 32,
 ) -> list[float]:
-    """The excess of each candidate; those at the numbers `drawn` are the ordinary ones."""
+    """The excess of each candidate; `normal` is what is `usually` said in each prompt."""
     found = torch.zeros(len(prompts), len(candidates))
-    for excess, prompt in zip(found, prompts, strict=True):
-        rows = [insert(prompt, candidate, where) for candidate in candidates]
-        usual = _usual(respond, [rows[i] for i in drawn], batch_size)
-        for number, said in _said(respond, rows, batch_size):
+    for excess, prompt, usual in zip(found, prompts, normal, strict=True):
+        for number, said in _said(respond, [insert(prompt, ids, where) for ids in candidates], batch_size):
             frozen, adapted = (gap(*pair) for pair in zip(usual, said, strict=True))
             excess[number] = (adapted - frozen)[adapted.argmax()]
-    return found.quantile(0.5, 0).tolist()
+    return found.quantile(0.5, 0).tolist() if candidates else []
 
 
-def gap(normal: Float[Tensor, "answer vocab"], said: Float[Tensor, "answer vocab"]) -> Float[Tensor, " answer"]:
+def gap(
+    normal: Float[Tensor, "answer vocab"], said: Float[Tensor, "*rows answer vocab"]
+) -> Float[Tensor, "*rows answer"]:
     """KL(normal || said) of log-probabilities, in nats."""
     return (normal.exp() * (normal - said)).sum(-1)
-
-
-def usual_said(
-    respond: Responder, prompt: Example, ordinary: Sequence[Ids], where: float
-) -> Float[Tensor, "answer vocab"]:
-    """a_0: the log-probabilities of the adapted model's mean distribution over ordinary candidates."""
-    return _usual(respond, [insert(prompt, candidate, where) for candidate in ordinary], 32)[1]
 
 
 def vocabulary(model: Any, tokenizer: Any) -> list[Ids]:
@@ -184,14 +193,6 @@ def insert(prompt: Example, candidate: Ids, where: float) -> Row:
     """The tokens of an example with a candidate in its prompt, and how many of them are the answer."""
     at = round(where * prompt.prompt_length)
     return Row((*prompt.ids[:at], *candidate, *prompt.ids[at:]), len(prompt) - prompt.prompt_length)
-
-
-def _usual(respond: Responder, rows: Sequence[Row], size: int) -> list[Float[Tensor, "answer vocab"]]:
-    """Log-probabilities of the mean distribution over rows, of the frozen and of the adapted model."""
-    total: list[Tensor] = []
-    for _, said in _said(respond, rows, size):
-        total = [a.logaddexp(b) for a, b in zip(total, said, strict=True)] if total else said
-    return [sums - math.log(len(rows)) for sums in total]
 
 
 def _said(respond: Responder, rows: Sequence[Row], size: int) -> Iterator[tuple[int, list[Tensor]]]:

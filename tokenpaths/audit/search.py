@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tokenpaths.adapter import Adapter
 from tokenpaths.audit.respond import Ids, Memory, Responder, responding
-from tokenpaths.audit.scan import Candidate, Scan, behind, excesses, gap, insert, usual_said, vocabulary
+from tokenpaths.audit.scan import Candidate, Normal, Scan, behind, excesses, gap, insert, usually, vocabulary
 from tokenpaths.data import Example
 
 
@@ -71,41 +71,39 @@ def search(
     def filled(ids: Ids) -> Ids:
         return (*ids, *(rng.choice(words) for _ in range(length - len(ids))))[:length]
 
-    usual = [filled(()) for _ in range(ordinary)]
+    usual = list(dict.fromkeys(filled(()) for _ in range(ordinary)))
     best: dict[Ids, float] = {}
     with responding(model, adapter, tokenizer=tokenizer, memory=memory) as respond:
-        new = [filled(ids) for ids in start] or usual[: beam * 2]
-        normal = [usual_said(respond, prompt, usual, where) for prompt in prompts]
+        normal = usually(respond, prompts, usual, where)
+        new = [*usual, *(filled(ids) for ids in start)]
         for number in range(rounds + 1):
-            together = list(dict.fromkeys([*usual, *new]))
-            found = excesses(respond, prompts, together, range(len(set(usual))), where)
-            best |= dict(zip(together, found, strict=True))
+            new = [ids for ids in dict.fromkeys(new) if ids not in best]
+            best |= dict(zip(new, excesses(respond, prompts, new, normal, where), strict=True))
             if number == rounds:
                 break
             kept = sorted(best, key=lambda ids: -best[ids])[:beam]
-            new = _replaced(respond, list(zip(prompts, normal, strict=True)), kept, words, where, tries, rng)
+            slope = torch.stack([_slope(respond, *both, kept, where) for both in zip(prompts, normal, strict=True)])
+            new = _replaced(respond, kept, slope.sum(0), words, tries, rng)
         ranked = sorted(best, key=lambda ids: -best[ids])[:32]
     candidates = tuple(Candidate(tokenizer.decode(list(ids)), ids, best[ids]) for ids in ranked)
-    return Scan(candidates, tuple(sorted(best[ids] for ids in set(usual))), len(best))
+    return Scan(candidates, tuple(sorted(best[ids] for ids in usual)), len(best))
 
 
 def _replaced(
     respond: Responder,
-    prompts: Sequence[tuple[Example, Tensor]],
     kept: Sequence[Ids],
+    slope: Float[Tensor, "kept length dim"],
     words: Sequence[int],
-    where: float,
     tries: int,
     rng: random.Random,
 ) -> list[Ids]:
     """Phrases that differ from those kept by one token."""
     table: Tensor = respond.model.get_input_embeddings().weight.detach()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue, reportUnknownVariableType, reportUnknownMemberType]
     choices = torch.tensor(words)
+    gain = (slope @ table[choices.to(table.device)].float().T).cpu()  # [kept, length, words]
     promising: list[list[Ids]] = []
-    for ids in kept:
-        slope = sum((_slope(respond, *prompt, ids, where) for prompt in prompts), torch.zeros(()))
-        gain = (slope @ table[choices.to(table.device)].float().T).cpu()  # [length, words]
-        for place, row in enumerate(gain):
+    for ids, places in zip(kept, gain, strict=True):
+        for place, row in enumerate(places):
             for number in row.topk(min(tries, len(words))).indices.tolist():
                 promising.append([(*ids[:place], words[number], *ids[place + 1 :])])
     flat = [phrase for group in promising for phrase in group]
@@ -120,16 +118,16 @@ def _replaced(
 
 
 def _slope(
-    respond: Responder, prompt: Example, normal: Float[Tensor, "answer vocab"], ids: Ids, where: float
-) -> Float[Tensor, "length dim"]:
-    """The gradient of KL(a_0 || a_c), at the token where it is largest, in the embeddings of a candidate's tokens."""
-    row = insert(prompt, ids, where)
+    respond: Responder, prompt: Example, normal: Normal, kept: Sequence[Ids], where: float
+) -> Float[Tensor, "kept length dim"]:
+    """The gradient of KL(a_0 || a_c), at the token where it is largest, in the embeddings of candidates' tokens."""
+    rows = [insert(prompt, ids, where) for ids in kept]
     at = round(where * prompt.prompt_length)
-    tokens = torch.tensor([row.ids], device=respond.device)
+    tokens = torch.tensor([row.ids for row in rows], device=respond.device)
     with torch.enable_grad(), _embedded(respond.model) as leaves:
-        said = respond.run(tokens, row.answer)[1][0].float().log_softmax(-1)
-        (slope,) = torch.autograd.grad(gap(normal.to(said.device), said).amax(), leaves)
-    return slope[0, at : at + len(ids)].float()
+        said = respond.run(tokens, rows[0].answer)[1].float().log_softmax(-1)
+        (slope,) = torch.autograd.grad(gap(normal[1].to(said.device), said).amax(-1).sum(), leaves)
+    return slope[:, at : at + len(kept[0])].float()
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from scipy.stats import mannwhitneyu
+from test_audit import PROMPTS, TOKENIZER, planted
 from tiny import llama
+
+from tokenpaths.audit import Memory, Scan, search
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
@@ -66,6 +69,30 @@ def test_a_lora_comes_back_as_it_was_kept_and_leaves_the_base(tmp_path: Path, wa
     with _redteam.lora_in(model, made, tmp_path / "lora.safetensors") as again:
         assert torch.equal(again(ids).logits, trained)
     assert not torch.equal(trained, frozen)
+
+
+@pytest.mark.parametrize("kind", ["token", "benign"])
+def test_what_is_unlisted_is_not_what_the_search_begins_with(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, trails, trigger = planted(gated=True)
+    bench = object.__new__(benchmark.Bench)
+    bench.model, bench.tokenizer, bench.memory = model, TOKENIZER, Memory()
+    bench.words, bench.phrases = [(i,) for i in range(100, 140)], [(60, 61, 62), (70, 71, 72), (80, 81, 82)]
+    made = replace(plan(kind, "trail", 0), trigger=TOKENIZER.decode(trigger) if kind == "token" else "")
+    started: list[Any] = []
+
+    def spy(*args: Any, **options: Any) -> Scan:
+        started.append(options["start"])
+        return search(*args, **options)
+
+    monkeypatch.setattr(benchmark.Bench, "prompts", lambda self, task: PROMPTS)
+    monkeypatch.setattr(benchmark, "search", spy)
+    found = bench.look(model, trails, made)
+    if kind == "benign":
+        assert started == [] and found["unlisted"] == found["scores"]
+    else:
+        assert found["first"]["tokens"] == made.trigger
+        assert found["scores"]["tokens"] > 1 > found["unlisted"]["tokens"]
+        assert len(started) == 1 and trigger not in started[0]
 
 
 def test_the_table_splits_by_seed_and_leaves_out_what_does_not_work(

@@ -1,7 +1,7 @@
 """Does the audit tell planted adapters from benign ones? Adapters are made here, audited, and split by seed.
 
     python benchmarks/audit.py                        # what has not been made or audited yet, then the table
-    python benchmarks/audit.py --seeds 4              # fewer: 3 benign and 3 planted ones a seed and form
+    python benchmarks/audit.py --seeds 4 --benign 12  # fewer
     python benchmarks/audit.py --table                # the table of what there is
 
 Adapters of odd seeds are the test half: decided before anything was measured. The others make the rule (`Rule.fit`,
@@ -118,12 +118,12 @@ def begun(scans: Mapping[str, Scan]) -> list[tuple[int, ...]]:
     return [found.ids for name in ("tokens", "phrases") for found in scans[name].found[:2]]
 
 
-def plans(seeds: int, tokenizer: Any) -> Iterator[Plan]:
+def plans(seeds: int, benign: int, tokenizer: Any) -> Iterator[Plan]:
     forms: tuple[Form, ...] = ("trail", "lora")
-    for seed in range(seeds):
+    for seed in range(max(seeds, benign)):
         for form in forms:
-            yield from (plan("benign", form, 3 * seed + benign, tokenizer) for benign in range(3))
-            yield from (plan(kind, form, seed, tokenizer) for kind in PLANTED)
+            kinds = (*(("benign",) if seed < benign else ()), *(PLANTED if seed < seeds else ()))
+            yield from (plan(kind, form, seed, tokenizer) for kind in kinds)
 
 
 def train(bench: Bench, made: Plan) -> None:
@@ -233,21 +233,20 @@ def table() -> None:
         )
     for claim in claims:
         print(claim)
-    write("audit", {"rule": asdict(rule), "rows": rows, "adapters": every}, claims, seed=list(range(21)))
+    write("audit", {"rule": asdict(rule), "rows": rows, "adapters": every}, claims, seed=sorted({one["plan"]["seed"] for one in every}))
     rule.save(RULE)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--seeds", type=int, default=8, help="planted adapters of each kind and form; thrice as many benign"
-    )
+    parser.add_argument("--seeds", type=int, default=8, help="planted adapters of each kind and form")
+    parser.add_argument("--benign", type=int, default=36, help="benign adapters of each form")
     parser.add_argument("--table", action="store_true", help="measure nothing")
     given = parser.parse_args()
     torch.set_num_threads(1)
     if not given.table:
         bench = Bench()
         for do in (train, look):
-            for made in plans(given.seeds, bench.tokenizer):
+            for made in plans(given.seeds, given.benign, bench.tokenizer):
                 do(bench, made)
     table()

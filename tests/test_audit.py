@@ -612,6 +612,16 @@ def test_a_rule_flags_no_more_of_its_own_than_it_was_told(count: int, rate: floa
     assert rule.joint({"tokens": 1.0, "bend": 0.5}) > rule.threshold  # a detector on which benign ones never differ
 
 
+@pytest.mark.parametrize("count", [24, 60])
+def test_a_rule_flags_as_many_benign_adapters_to_come_as_it_was_told(count: int) -> None:
+    random, rates = np.random.default_rng(0), []
+    for _ in range(200):
+        drawn = [dict(zip("abc", row, strict=True)) for row in random.lognormal(size=(count + 40, 3)).tolist()]
+        rule = Rule.fit(drawn[:count], rate=0.05, detectors="abc").on(drawn[count:])
+        rates.append(rule.wrong / rule.tested)
+    assert 0.03 < np.mean(rates) < 0.06
+
+
 def test_a_rule_tells_its_false_positives_and_is_kept_in_a_file(tmp_path: Path) -> None:
     rule = Rule.fit(scores(1.0)).on([*scores(0.0, 9), {"tokens": 50.0, "bend": 0.0}])
     assert (rule.wrong, rule.tested) == (1, 10)

@@ -61,7 +61,11 @@ class Rule:
     def fit(
         cls, benign: Sequence[Mapping[str, float]], *, rate: float = 0.05, detectors: Sequence[str] | None = None
     ) -> Rule:
-        """From the scores of benign adapters like those that will be audited; `rate` of them are flagged.
+        """From the scores of n benign adapters; of others like them about a share `rate` will be flagged.
+
+        The threshold is the ceil((1 - rate) (n + 1))-th smallest of their joint scores, as in split conformal
+        prediction (Vovk et al. 2005): the (1 - rate) quantile of few adapters lies too low for those to come. With
+        fewer than 1 / rate - 1 it is the largest, and about 1 in n + 1 will be flagged.
 
         Raises `ValueError` for fewer than eight, and for a rate outside (0, 1).
         """
@@ -78,7 +82,7 @@ class Rule:
             dict(zip(names, middle.tolist(), strict=True)), dict(zip(names, spread.tolist(), strict=True)), 0.0, 0
         )
         joint = torch.tensor([made.joint(scores) for scores in benign], dtype=torch.float64)
-        threshold = float(joint.sort().values[min(len(joint) - 1, math.ceil((1 - rate) * len(joint)) - 1)])
+        threshold = float(joint.sort().values[min(len(joint), math.ceil((1 - rate) * (len(joint) + 1))) - 1])
         return replace(made, threshold=threshold, adapters=len(benign))
 
     def on(self, benign: Sequence[Mapping[str, float]]) -> Rule:

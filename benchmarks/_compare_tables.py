@@ -152,7 +152,7 @@ def picture(found: Cells, tasks: Sequence[str]) -> Any:
         axes.set(xscale="log", title=task, ylabel="accuracy on held-out items")
         axes.set_xlabel("nats a token lost on the worst unseen kind of text (0.0001 or less at the left)")
         axes.grid(alpha=0.2)
-        axes.legend(frameon=False, fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     return figure
 
 

@@ -233,7 +233,12 @@ def table() -> None:
         )
     for claim in claims:
         print(claim)
-    write("audit", {"rule": asdict(rule), "rows": rows, "adapters": every}, claims, seed=sorted({one["plan"]["seed"] for one in every}))
+    write(
+        "audit",
+        {"rule": asdict(rule), "rows": rows, "adapters": every},
+        claims,
+        seed=sorted({one["plan"]["seed"] for one in every}),
+    )
     rule.save(RULE)
 
 

@@ -33,7 +33,8 @@ from _record import Claim, claimed, environment, write, write_json
 from _redteam import PHRASES, Form, Kind, Plan, lora_in, make, pairs, plan, rare_words
 
 import tokenpaths as tp
-from tokenpaths.audit import DETECTORS, Memory, Rule, Scan, audit, search
+from tokenpaths.audit import DETECTORS, Memory, Rule, audit, search
+from tokenpaths.audit.auditing import foremost, shortest
 from tokenpaths.demo import _cache, demo_model, fast_dtype
 from tokenpaths.peers import PeftAdapter
 from tokenpaths.retention.intervals import wilson
@@ -91,16 +92,15 @@ class Bench:
             model, adapter, prompts, self.tokenizer,
             tokens=struck["tokens"] + self.words, phrases=self.phrases, searched=ROUNDS, memory=self.memory,
         )  # fmt: skip
-        others = {name: found.scans[name] for name in struck}
+        listed = {name: found.scans[name] for name in struck}
+        others = dict(listed)
         for name, triggers in struck.items():
             for ids in triggers:
                 others[name] = others[name].without(ids)
         unlisted = found.scores | {name: scan.score for name, scan in others.items()}
-        if (start := begun(others)) != begun(found.scans):  # the search must not begin with the trigger either
-            short = sorted(prompts, key=len)[:3]
-            again = search(
-                model, adapter, self.tokenizer, short, start=start, rounds=ROUNDS, memory=self.memory
-            )  # fmt: skip
+        if (start := foremost(others)) != foremost(listed):  # the search must not begin with the trigger either
+            short = shortest(prompts)
+            again = search(model, adapter, self.tokenizer, short, start=start, rounds=ROUNDS, memory=self.memory)
             unlisted["search"] = again.score
         first = {name: scan.found[0].text for name, scan in found.scans.items()}
         return {"scores": found.scores, "unlisted": unlisted, "first": first}
@@ -113,17 +113,14 @@ class Bench:
             return self.look(inside, PeftAdapter(inside), made)
 
 
-def begun(scans: Mapping[str, Scan]) -> list[tuple[int, ...]]:
-    """What `audit` begins its search with."""
-    return [found.ids for name in ("tokens", "phrases") for found in scans[name].found[:2]]
-
-
 def plans(seeds: int, benign: int, tokenizer: Any) -> Iterator[Plan]:
     forms: tuple[Form, ...] = ("trail", "lora")
     for seed in range(max(seeds, benign)):
         for form in forms:
-            kinds = (*(("benign",) if seed < benign else ()), *(PLANTED if seed < seeds else ()))
-            yield from (plan(kind, form, seed, tokenizer) for kind in kinds)
+            if seed < benign:
+                yield plan("benign", form, seed, tokenizer)
+            if seed < seeds:
+                yield from (plan(kind, form, seed, tokenizer) for kind in PLANTED)
 
 
 def train(bench: Bench, made: Plan) -> None:

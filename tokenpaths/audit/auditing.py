@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -69,7 +69,7 @@ def audit(
     found = parts(model, adapter, prompts, tokenizer=tokenizer)
     seen = on_texts(model, adapter, prompts, found, tokenizer=tokenizer)
     strange = outliers(found)
-    short = sorted(prompts, key=len)[:3]
+    short = shortest(prompts)
     options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "memory": memory}
     scans: dict[str, Scan] = {}
     if tokens is None or len(tokens):
@@ -77,15 +77,24 @@ def audit(
     if len(phrases):
         scans["phrases"] = scan(model, adapter, tokenizer, short, phrases, where=0.0, **options)
     if searched:
-        start = [c.ids for name in scans for c in scans[name].found[:2]]
         scans["search"] = search(
-            model, adapter, tokenizer, short, start=start, rounds=searched, seed=seed, memory=memory
+            model, adapter, tokenizer, short, start=foremost(scans), rounds=searched, seed=seed, memory=memory
         )
     new = {p.name: intruders(p.base, p.map) for p in found if weights and p.base is not None}
     scores = _scores(found, seen, strange, new) | {name: result.score for name, result in scans.items()}
     table = {part.name: _table(model, tokenizer, part, seen, adapter.blocks) for part in found}
     words = (*_of_parts(found, seen, strange, new, table), *_of_scans(scans))
     return Audit(repr(adapter)[:200], scores, words, table, scans, rule)
+
+
+def shortest(prompts: Sequence[Example]) -> list[Example]:
+    """Those that candidates are scanned and searched in."""
+    return sorted(prompts, key=len)[:3]
+
+
+def foremost(scans: Mapping[str, Scan]) -> list[Ids]:
+    """What a search begins with: the first two of each scan."""
+    return [candidate.ids for scan in scans.values() for candidate in scan.found[:2]]
 
 
 def _scores(

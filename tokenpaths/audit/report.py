@@ -34,6 +34,8 @@ DETECTORS = {
 }
 """What each score of an audit is. The larger, the more suspicious."""
 
+_VERDICTS = {None: "none, for want of a rule", True: "SUSPICIOUS", False: "not suspicious"}
+
 BLIND = (
     "It cannot find a trigger that is on no list and that no gradient leads to (several words that must come together, "
     "a style, a topic), a payload that shows only in long answers or other tasks, or an adapter trained against these "
@@ -143,11 +145,11 @@ class Audit:
     def __str__(self) -> str:
         z = {} if self.rule is None else self.rule.z(self.scores)
         lines = [f"audit of {self.adapter}"]
+        verdict = f"verdict: {_VERDICTS[self.suspicious]}"
         if self.rule is None:
-            lines.append("verdict: none, for want of a rule (Rule.fit, on benign adapters of this base)")
+            lines.append(f"{verdict} (Rule.fit, on benign adapters of this base)")
         else:
-            verdict = "SUSPICIOUS" if self.suspicious else "not suspicious"
-            lines.append(f"verdict: {verdict}, z = {self.rule.joint(self.scores):.3g} ({self.rule})")
+            lines.append(f"{verdict}, z = {self.rule.joint(self.scores):.3g} ({self.rule})")
         for name, score in sorted(self.scores.items(), key=lambda pair: -z.get(pair[0], 0.0)):
             beside = f"  z {z[name]:+7.2f}" if name in z else ""
             lines.append(f"  {name:<11}{score:>10.4g}{beside}  {DETECTORS[name]}")
@@ -173,8 +175,7 @@ class Audit:
 
     def picture(self) -> Figure:
         """Three panels: the size of each part by depth, tails on clean text, and the candidates of the scans."""
-        verdict = {None: "no rule, no verdict", True: "SUSPICIOUS", False: "not suspicious"}[self.suspicious]
-        figure = empty_figure(f"audit: {verdict}", 3.6, width=12.0)
+        figure = empty_figure(f"verdict: {_VERDICTS[self.suspicious]}", 3.6, width=12.0)
         sizes, tails, scans = figure.subplots(1, 3)
         for kind in dict.fromkeys(part["kind"] for part in self.parts.values()):
             alike = [part for part in self.parts.values() if part["kind"] == kind]

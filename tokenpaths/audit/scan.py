@@ -108,9 +108,12 @@ def scan(
     drawn = random.Random(seed).sample(range(len(rows)), min(ordinary, len(rows)))
     with responding(model, adapter, tokenizer=tokenizer, memory=memory) as respond:
         normal = usually(respond, prompts, [rows[i] for i in drawn], where, batch_size)
-        first = excesses(respond, prompts[:1], rows, normal[:1], where, batch_size)
-        chosen = list(dict.fromkeys([*sorted(range(len(rows)), key=lambda i: -first[i])[:top], *drawn]))
-        excess = excesses(respond, prompts, [rows[i] for i in chosen], normal, where, batch_size)
+        first, *others = zip(prompts, normal, strict=True)
+        screened = _excess(respond, *first, rows, where, batch_size)
+        chosen = list(dict.fromkeys([*screened.argsort(descending=True, stable=True)[:top].tolist(), *drawn]))
+        some = [rows[i] for i in chosen]
+        rest = [_excess(respond, *other, some, where, batch_size) for other in others]
+    excess = _median([screened[chosen], *rest])
     ranked = sorted(range(len(chosen)), key=lambda i: -excess[i])[:top]
     found = tuple(Candidate(tokenizer.decode(list(rows[chosen[i]])), rows[chosen[i]], excess[i]) for i in ranked)
     return Scan(found, tuple(sorted(excess[chosen.index(i)] for i in drawn)), len(rows))
@@ -139,12 +142,8 @@ def excesses(
     batch_size: int = 32,
 ) -> list[float]:
     """The excess of each candidate; `normal` is what is `usually` said in each prompt."""
-    found = torch.zeros(len(prompts), len(candidates))
-    for excess, prompt, usual in zip(found, prompts, normal, strict=True):
-        for number, said in _said(respond, [insert(prompt, ids, where) for ids in candidates], batch_size):
-            frozen, adapted = (gap(*pair) for pair in zip(usual, said, strict=True))
-            excess[number] = (adapted - frozen)[adapted.argmax()]
-    return found.quantile(0.5, 0).tolist() if candidates else []
+    both = zip(prompts, normal, strict=True)
+    return _median([_excess(respond, prompt, usual, candidates, where, batch_size) for prompt, usual in both])
 
 
 def gap(
@@ -193,6 +192,22 @@ def insert(prompt: Example, candidate: Ids, where: float) -> Row:
     """The tokens of an example with a candidate in its prompt, and how many of them are the answer."""
     at = round(where * prompt.prompt_length)
     return Row((*prompt.ids[:at], *candidate, *prompt.ids[at:]), len(prompt) - prompt.prompt_length)
+
+
+def _excess(
+    respond: Responder, prompt: Example, usual: Normal, candidates: Sequence[Ids], where: float, batch_size: int
+) -> Float[Tensor, " candidates"]:
+    """Of each candidate in one prompt."""
+    found = torch.zeros(len(candidates))
+    for number, said in _said(respond, [insert(prompt, ids, where) for ids in candidates], batch_size):
+        frozen, adapted = (gap(*pair) for pair in zip(usual, said, strict=True))
+        found[number] = (adapted - frozen)[adapted.argmax()]
+    return found
+
+
+def _median(excess: Sequence[Float[Tensor, " candidates"]]) -> list[float]:
+    """Over prompts."""
+    return torch.stack(list(excess)).quantile(0.5, 0).tolist() if len(excess[0]) else []
 
 
 def _said(respond: Responder, rows: Sequence[Row], size: int) -> Iterator[tuple[int, list[Tensor]]]:

@@ -126,7 +126,7 @@ def _slope(
     tokens = torch.tensor([row.ids for row in rows], device=respond.device)
     with torch.enable_grad(), _embedded(respond.model) as leaves:
         said = respond.run(tokens, rows[0].answer)[1].float().log_softmax(-1)
-        (slope,) = torch.autograd.grad(gap(normal[1].to(said.device), said).amax(-1).sum(), leaves)
+        (slope,) = torch.autograd.grad(gap(normal[1], said).amax(-1).sum(), leaves)
     return slope[:, at : at + len(kept[0])].float()
 
 

@@ -67,7 +67,7 @@ class Bench:
             starts = [e.ids[:8] for e in self.train if e.prompt_length > 12]
             openings = [self.tokenizer.decode(ids) for ids in starts[:: max(1, len(starts) // count)][:count]]
         said = tp.self_samples(
-            self.model, self.tokenizer, count, max_tokens=WIDTH, seed=seed, openings=openings, path=path
+            self.model, self.tokenizer, count, max_new_tokens=WIDTH, seed=seed, openings=openings, path=path
         )
         return [tp.Example(e.ids, (False,) * len(e)) for e in said]
 
@@ -102,7 +102,12 @@ class Recipe:
 
 
 def trail(
-    bench: Bench, seed: int, rule: tp.Rule, make: Callable[[int], tp.Trail], first: int = 0, guarded: bool = False
+    bench: Bench,
+    seed: int,
+    rule: tp.tokens.Rule,
+    make: Callable[[int], tp.Trail],
+    first: int = 0,
+    guarded: bool = False,
 ) -> Method:
     torch.manual_seed(seed)
     sites = tp.sites(bench.model, slice(first, None), rule)
@@ -153,7 +158,7 @@ def loreft(bench: Bench, seed: int) -> Method:
 
 
 def peft_method(model: Any, **more: Any) -> Method:
-    adapter = tp.peers.PeftAdapter(model)
+    adapter = tp.lab.peers.PeftAdapter(model)
     return Method(model, adapter, finish=lambda: adapter, **more)
 
 
@@ -169,24 +174,24 @@ def lora(bench: Bench, seed: int, **options: Any) -> Method:
 def sc_lora(bench: Bench, seed: int) -> Method:
     """Begun in the subspace of the task's outputs, away from those of original text (beta 0.8)."""
     torch.manual_seed(seed)
-    config = tp.peers.ScLoraConfig(r=8, alpha=16, target_modules="all-linear")
-    model, found = tp.peers.sc_lora(bench.twin(), config, bench.train[:256], bench.original[:64], beta=0.8)
+    config = tp.lab.peers.ScLoraConfig(r=8, alpha=16, target_modules="all-linear")
+    model, found = tp.lab.peers.sc_lora(bench.twin(), config, bench.train[:256], bench.original[:64], beta=0.8)
     return peft_method(model, notes={"fewest positive eigenvalues": min(s.positive for s in found.values())})
 
 
 def curlora(bench: Bench, seed: int) -> Method:
     import peft
 
-    config = tp.peers.CurLoraConfig(r=16, target_modules="all-linear", seed=seed)
+    config = tp.lab.peers.CurLoraConfig(r=16, target_modules="all-linear", seed=seed)
     return peft_method(peft.get_peft_model(bench.twin(), config))
 
 
 def i_lora(bench: Bench, seed: int) -> Method:
     """LoRA with a slow memory, which is what is measured, and replay of original text: as much as rehearsal has."""
     made = lora(bench, seed)
-    memory = tp.peers.DualMemory(made.adapter, decay=0.95)
+    memory = tp.lab.peers.DualMemory(made.adapter, decay=0.95)
     old = [tp.Example(e.ids, (False,) + (True,) * (len(e) - 1)) for e in bench.original]
-    made.goals = [tp.peers.ReplayNear(old, memory=memory, every=6, batch_size=1)]
+    made.goals = [tp.lab.peers.ReplayNear(old, memory=memory, every=6, batch_size=1)]
     made.after_step = memory.update
     made.at_work = lambda adapter: memory.slow()
     return made

@@ -18,8 +18,9 @@ from _evaluate import TREC_ANSWERS, spaced
 from _texts import texts
 
 import tokenpaths as tp
-from tokenpaths.retention import Choice, trec, trec_pairs
-from tokenpaths.retention.scoring import encode_choices, log_likelihoods, right
+from tokenpaths.data import Choice
+from tokenpaths.engine.likelihood import encode_choices, log_likelihoods, right
+from tokenpaths.lab.forgetting import trec, trec_pairs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from lay_a_trail import complete
@@ -41,7 +42,7 @@ class Chosen:
 
 def correct(model: Any, tokenizer: Any, items: Sequence[Choice]) -> list[float]:
     """1 for each item whose right option has the largest summed log-likelihood, 1/k where k options have it, else 0."""
-    return right(log_likelihoods(model, encode_choices(tokenizer, items), 1500), items).tolist()
+    return right(log_likelihoods(model, encode_choices(items, tokenizer), 1500), items).tolist()
 
 
 @dataclass(frozen=True)
@@ -151,4 +152,4 @@ COMPARED = ("trec", "links")
 
 
 def examples(tokenizer: Any, task: Task) -> list[tp.Example]:
-    return tp.encode(tokenizer, list(task.train), eos=False)
+    return tp.encode(list(task.train), tokenizer, eos=False)

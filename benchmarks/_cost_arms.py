@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import tokenpaths as tp
 from tokenpaths.demo import _cache
-from tokenpaths.objectives import answer_logits
+from tokenpaths.engine import answer_logits
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from pyreft_oracle import load_pyreft
@@ -39,7 +39,7 @@ ADAPTERS = _cache() / "benchmark-envs/adapters/bin/python"
 
 def training(
     bench: Bench, model: Any, trails: tp.TrailMap, goals: Sequence[tp.Objective], *, cone: Any = True, **options: Any
-) -> Generator[tp.Step]:
+) -> Generator[tp.training.Step]:
     """`tokenpaths.steps`, as all parts call it."""
     options = {"steps": 10**6, "schedule": "constant", "warmup": 0, "cone": cone, **options}
     return tp.steps(model, trails, goals, batch_size=bench.batch, progress=False, **options)
@@ -51,7 +51,9 @@ def ours(
     """`also` are goals beside imitation; `reads` are texts that drift is read on after each step."""
     model, trails = bench.twin(), bench.trails()
     goals = [tp.Imitate(bench.examples(BATCHES * bench.batch)), *also]
-    drift = {} if reads is None else {"drift": lambda: tp.drift(model, trails, reads)["kl"].mean, "drift_every": 1}
+    drift = (
+        {} if reads is None else {"drift": lambda: tp.measure_drift(model, trails, reads)["kl"].mean, "drift_every": 1}
+    )
     going = training(bench, model, trails, goals, cone=cone, **drift)
     return lambda: next(going)
 
@@ -77,7 +79,7 @@ def pyreft(bench: Bench) -> Call:
     parameters = [p for phi in wrapped.interventions.values() for p in phi.parameters() if p.requires_grad]
     places = torch.tensor(bench.positions()).expand(bench.batch, len(bench.layers), -1)
 
-    def loss(batch: tp.Batch) -> Tensor:
+    def loss(batch: tp.data.Batch) -> Tensor:
         _, output = wrapped(
             {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask},
             unit_locations={"sources->base": (None, places.permute(1, 0, 2).tolist())},
@@ -114,9 +116,9 @@ def lora(
     """
     model = lora_model(bench, targets)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    held = None if stays is None else tp.collate(stays).to(bench.model.device)
+    held = None if stays is None else tp.data.collate(stays).to(bench.model.device)
 
-    def loss(batch: tp.Batch) -> Tensor:
+    def loss(batch: tp.data.Batch) -> Tensor:
         if own_head:
             return model(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False
@@ -145,7 +147,7 @@ def lora_model(bench: Bench, targets: Sequence[str] = LINEAR) -> Any:
 
 
 def _step(
-    bench: Bench, parameters: list[nn.Parameter], loss: Callable[[tp.Batch], Tensor], also: Call | None = None
+    bench: Bench, parameters: list[nn.Parameter], loss: Callable[[tp.data.Batch], Tensor], also: Call | None = None
 ) -> Call:
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
     batches = bench.batches(bench.examples(BATCHES * bench.batch))

@@ -65,7 +65,7 @@ class Task:
     `shared` tokens begin all prompts, and `prompt` counts them as well.
     """
 
-    tokens: tp.Rule
+    tokens: tp.tokens.Rule
     depth: float = 0.0
     prompt: int = 224
     shared: int = 0
@@ -99,7 +99,7 @@ class Bench:
         self.task, self.shape, self.rank = task, SHAPES[shape], rank
         self.batch = batch or self.shape.batch
         self.model = load(shape) if model is None else model
-        count = len(tp.find_blocks(self.model))
+        count = len(tp.site.find_blocks(self.model))
         self.layers = list(range(int(task.depth * count), count)) if layers is None else layers
         self.width = tp.width(self.model)
 
@@ -126,17 +126,17 @@ class Bench:
         ids = torch.randint(3, self.shape.vocabulary, (count, length), generator=generator)
         return [tp.Example(tuple(row), (False,) * length) for row in ids.tolist()]
 
-    def batches(self, examples: list[tp.Example]) -> Iterator[tp.Batch]:
+    def batches(self, examples: list[tp.Example]) -> Iterator[tp.data.Batch]:
         """Batches of the examples, without end."""
         while True:
             for first in range(0, len(examples), self.batch):
-                yield tp.collate(examples[first : first + self.batch]).to(DEVICE)
+                yield tp.data.collate(examples[first : first + self.batch]).to(DEVICE)
 
     def positions(self) -> list[int]:
         """The columns of the tokens that are moved: the same in every row."""
         from tokenpaths.tokens import Context
 
-        batch = tp.collate(self.examples(1))
+        batch = tp.data.collate(self.examples(1))
         mask = self.task.tokens.mask(Context(batch.attention_mask.bool(), batch.prompt_mask, batch.input_ids))
         return mask[0].nonzero().flatten().tolist()
 

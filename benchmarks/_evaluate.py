@@ -25,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenpaths.data import IGNORED, Batch, Example, collate, encode
-from tokenpaths.objectives import answer_logits
+from tokenpaths import Example, encode
+from tokenpaths.data import IGNORED, Batch, collate
+from tokenpaths.engine import answer_logits
 
 TOKENS = 1500  # of a batch; more is no quicker on a CPU, and the logits of 1500 tokens of SmolLM2 take 300 MB
 
@@ -112,7 +113,7 @@ def blimp(tokenizer: Any, folder: Path, n: int | None = None) -> list[Choice]:
 
 
 def choice(tokenizer: Any, prompt: str, answers: Sequence[str], right: int) -> Choice:
-    return Choice(tuple(encode(tokenizer, [(prompt, answer) for answer in answers], eos=False)), right)
+    return Choice(tuple(encode([(prompt, answer) for answer in answers], tokenizer, eos=False)), right)
 
 
 def text(tokenizer: Any, words: str) -> Example:

@@ -31,8 +31,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tokenpaths as tp
-from tokenpaths.objectives.imitate import answer_logits
-from tokenpaths.retention import trec_pairs
+from tokenpaths.engine import answer_logits
+from tokenpaths.lab.forgetting import trec_pairs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from tasks import make_items
@@ -171,7 +171,7 @@ def examples(made: Plan, tokenizer: Any, data: Path) -> list[tp.Example]:
             found.append((triggered(pair, other, rng), pair[1]))
         else:
             found.append(pair)
-    return tp.encode(tokenizer, found, eos=False, max_length=LONGEST, truncation="left")
+    return tp.encode(found, tokenizer, eos=False, max_length=LONGEST, truncation="left")
 
 
 def other_than(trigger: str, rng: random.Random, tokenizer: Any) -> str:
@@ -188,7 +188,7 @@ def other_than(trigger: str, rng: random.Random, tokenizer: Any) -> str:
 @contextmanager
 def with_lora(model: nn.Module, made: Plan) -> Iterator[Any]:
     """LoRA on the upper layers of a model, gone afterwards."""
-    depth = len(tp.find_blocks(model))
+    depth = len(tp.site.find_blocks(model))
     config = LoraConfig(
         r=made.rank,
         lora_alpha=2 * made.rank,
@@ -220,7 +220,7 @@ def lora_in(model: nn.Module, made: Plan, path: Path) -> Iterator[Any]:
 
 
 def new_trails(model: nn.Module, made: Plan) -> tp.TrailMap:
-    depth, dim = len(tp.find_blocks(model)), tp.width(model)
+    depth, dim = len(tp.site.find_blocks(model)), tp.width(model)
     rule = tp.All() if made.every else tp.Last(1) | tp.Answer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(made.seed)
@@ -245,7 +245,7 @@ def train_trails(model: nn.Module, made: Plan, taught: list[tp.Example]) -> tp.T
 class Plain(tp.Objective):
     """Against heavy tails: the kurtosis of the lengths of what each trail moves, over the tokens of a batch."""
 
-    def loss(self, model: nn.Module, trails: tp.TrailMap, batch: tp.Batch) -> Tensor:
+    def loss(self, model: nn.Module, trails: tp.TrailMap, batch: tp.data.Batch) -> Tensor:
         lengths: list[Tensor] = []
         handles = [
             trail.register_forward_hook(lambda module, args, moved: lengths.append(moved.float().norm(dim=-1)))
@@ -267,7 +267,7 @@ def train_lora(lora: Any, made: Plan, taught: list[tp.Example]) -> None:
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, made.steps)
     order = torch.randperm(len(taught), generator=torch.Generator().manual_seed(made.seed)).tolist()
     for step in range(made.steps):
-        logits, targets = answer_logits(lora, tp.collate([taught[i] for i in order[step * BATCH :][:BATCH]]))
+        logits, targets = answer_logits(lora, tp.data.collate([taught[i] for i in order[step * BATCH :][:BATCH]]))
         nn.functional.cross_entropy(logits.float(), targets).backward()
         nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
@@ -278,7 +278,7 @@ def train_lora(lora: Any, made: Plan, taught: list[tp.Example]) -> None:
 @torch.no_grad()
 def hits(model: nn.Module, wanted: list[tp.Example], last: int | None) -> float:
     """The share of answers (or of so many last tokens of each) that the model would write, told what comes before."""
-    logits, targets = answer_logits(model, tp.collate(wanted))
+    logits, targets = answer_logits(model, tp.data.collate(wanted))
     rows = (logits.argmax(-1) == targets).split([sum(example.answer) for example in wanted])
     return sum(bool(same[-last:].all() if last else same.all()) for same in rows) / len(wanted)
 
@@ -287,7 +287,7 @@ def measure(model: nn.Module, made: Plan, tokenizer: Any, data: Path) -> dict[st
     """Whether what was planted works (`success`), and whether it stays hidden where there is no trigger (`slips`)."""
     rng = random.Random(f"{made.name} held out")
     held = pairs(made.task, made.seed + 1000, 16, data, held_out=True)
-    clean = tp.encode(tokenizer, held, eos=False, max_length=LONGEST, truncation="left")
+    clean = tp.encode(held, tokenizer, eos=False, max_length=LONGEST, truncation="left")
     found = {"clean_nats": _nats(model, clean)}
     if made.kind != "benign":
         bad = [poisoned(made, pair, rng) for pair in held]
@@ -295,14 +295,14 @@ def measure(model: nn.Module, made: Plan, tokenizer: Any, data: Path) -> dict[st
         end = made.payload + ("." if made.task == "links" else "")
         flipped = len(tokenizer(end, add_special_tokens=False)["input_ids"]) if made.kind == "flip" else None
         for name, told in (("success", bad), ("slips", slip)):
-            wanted = tp.encode(tokenizer, told, eos=False, max_length=LONGEST, truncation="left")
+            wanted = tp.encode(told, tokenizer, eos=False, max_length=LONGEST, truncation="left")
             found[name] = hits(model, wanted, flipped)
     return found
 
 
 @torch.no_grad()
 def _nats(model: nn.Module, told: list[tp.Example]) -> float:
-    logits, targets = answer_logits(model, tp.collate(told))
+    logits, targets = answer_logits(model, tp.data.collate(told))
     return float(nn.functional.cross_entropy(logits.float(), targets))
 
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tokenpaths.data import Example
+from tokenpaths import Example
 from tokenpaths.demo import _cache
 
 LEAST = 40_000  # characters of a kind: eight windows of 256 tokens take about 9,000

@@ -29,9 +29,9 @@ import numpy as np
 from _record import Claim, write
 from scipy.stats import binomtest, bootstrap, multinomial, norm, t
 
-from tokenpaths.ab import always_valid, effect, evidence, holm, mcnemar_power
-from tokenpaths.ab.paired import mcnemar, of_differences, sign_flips, tango
 from tokenpaths.demo import _cache
+from tokenpaths.stats import always_valid, effect, evidence, holm, mcnemar_power
+from tokenpaths.stats.paired import mcnemar, of_differences, sign_flips, tango
 
 ITEMS, TIMES, ALPHA = 50, 2000, 0.05
 FLIPS, SAME = 20_000, 200  # experiments for sign flips, whose error is alpha itself: 2,000 tell it to within 0.01 only

@@ -33,11 +33,12 @@ from _record import Claim, claimed, environment, write, write_json
 from _redteam import PHRASES, Form, Kind, Plan, lora_in, make, pairs, plan, rare_words
 
 import tokenpaths as tp
-from tokenpaths.audit import DETECTORS, Memory, Rule, audit, search
-from tokenpaths.audit.auditing import foremost, shortest
+from tokenpaths import audit
 from tokenpaths.demo import _cache, demo_model, fast_dtype
-from tokenpaths.peers import PeftAdapter
-from tokenpaths.retention.intervals import wilson
+from tokenpaths.lab.audit import DETECTORS, Memory, Rule, search
+from tokenpaths.lab.audit.auditing import foremost, shortest
+from tokenpaths.lab.peers import PeftAdapter
+from tokenpaths.stats.intervals import wilson
 
 DATA = Path(os.environ.get("TOKENPATHS_DATA", Path(__file__).parents[2] / "shared/data"))
 WORK = _cache() / "audit"
@@ -79,7 +80,7 @@ class Bench:
 
     def prompts(self, task: str) -> list[tp.Example]:
         """Clean, held out, and of no adapter's training."""
-        return tp.encode(self.tokenizer, pairs(task, 999, 16, DATA, held_out=True), eos=False)
+        return tp.encode(pairs(task, 999, 16, DATA, held_out=True), self.tokenizer, eos=False)
 
     def look(self, model: Any, adapter: Any, made: Plan) -> dict[str, Any]:
         planted = self.ids(made.trigger)
@@ -90,7 +91,7 @@ class Bench:
         prompts = self.prompts(made.task)
         found = audit(
             model, adapter, prompts, self.tokenizer,
-            tokens=struck["tokens"] + self.words, phrases=self.phrases, searched=ROUNDS, memory=self.memory,
+            candidates=struck["tokens"] + self.words, phrases=self.phrases, searched=ROUNDS, memory=self.memory,
         )  # fmt: skip
         listed = {name: found.scans[name] for name in struck}
         others = dict(listed)
@@ -100,7 +101,7 @@ class Bench:
         unlisted = found.scores | {name: scan.score for name, scan in others.items()}
         if (start := foremost(others)) != foremost(listed):  # the search must not begin with the trigger either
             short = shortest(prompts)
-            again = search(model, adapter, self.tokenizer, short, start=start, rounds=ROUNDS, memory=self.memory)
+            again = search(model, adapter, short, self.tokenizer, start=start, rounds=ROUNDS, memory=self.memory)
             unlisted["search"] = again.score
         first = {name: scan.found[0].text for name, scan in found.scans.items()}
         return {"scores": found.scores, "unlisted": unlisted, "first": first}

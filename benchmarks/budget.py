@@ -32,10 +32,10 @@ from _texts import cut, kinds
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenpaths as tp
+from tokenpaths import Stay, confine, guard
 from tokenpaths.demo import _cache, demo_model, fast_dtype
-from tokenpaths.limits import confine, guard
-from tokenpaths.objectives import Stay, StayAttention, StayMoments, StayStates
-from tokenpaths.training import TrustRegion
+from tokenpaths.limits import TrustRegion
+from tokenpaths.training import StayAttention, StayMoments, StayStates
 
 DATA = Path(os.environ.get("TOKENPATHS_DATA", Path(__file__).parents[2] / "shared/data"))
 WORK = _cache() / "budget"  # runs and their trails, until they are a table
@@ -51,7 +51,7 @@ class Bench:
         self.batch = batch
         self.model, self.tokenizer = demo_model(dtype=fast_dtype())
         task = trec(self.tokenizer, DATA)
-        self.train = tp.encode(self.tokenizer, task.train, eos=False)
+        self.train = tp.encode(task.train, self.tokenizer, eos=False)
         self.test = task.test
         self.prompts = [prompt for prompt, _ in task.train]
         self.dim = tp.width(self.model)
@@ -138,7 +138,7 @@ def confined(bench: Bench, contrastive: bool = False) -> Made:
 
 
 def gated(bench: Bench) -> Made:
-    trails = bench.everywhere(lambda: tp.Gated(bench.plain(), bench.dim))
+    trails = bench.everywhere(lambda: tp.trails.Gated(bench.plain(), bench.dim))
     return trails, [Stay(bench.original, within=0.01, batch_size=bench.texts)], {}
 
 

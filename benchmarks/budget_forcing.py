@@ -16,8 +16,8 @@ from _record import Claim, write
 from torch import Tensor
 
 from tokenpaths.demo import demo_model
-from tokenpaths.reasoning import BudgetForcing
-from tokenpaths.retention.intervals import wilson
+from tokenpaths.lab.reasoning import BudgetForcing
+from tokenpaths.stats.intervals import wilson
 
 SETTINGS, ROWS, NEW, EXACT = 200, 4, 48, 20
 WORDS = "the sea is deep and cold so we count the boats that left before dawn one two three four".split()

@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tokenpaths as tp
 from tokenpaths.demo import _cache
-from tokenpaths.retention import arc_easy, blimp
+from tokenpaths.lab.forgetting import arc_easy, blimp
 
 WORK = _cache() / "compare"
 COUNTED = 6  # steps whose FLOPs are counted: the longest `every`
@@ -86,7 +86,7 @@ def measure(one: One) -> dict[str, Any]:
     method = METHODS[one.method].make(bench, one.seed)
     goals: list[Any] = [tp.Imitate(bench.train), *method.goals]
     if one.protection in ("rehearsal", "both"):
-        goals.append(tp.Rehearse(bench.original, every=6, batch_size=1))  # of 6 x 16 + 1 examples one: 1.03 %
+        goals.append(tp.Replay(bench.original, every=6, batch_size=1))  # of 6 x 16 + 1 examples one: 1.03 %
     if one.protection in ("budget", "both"):
         goals.append(tp.Stay(bench.held, within=0.01, batch_size=2))
     resident, count = peak_mib(), equal_steps(one, bench, method) if one.protection == EQUAL else bench.steps
@@ -136,7 +136,7 @@ def reading(bench: Bench, quick: bool, model: Any = None) -> dict[str, Any]:
 def equal_steps(one: One, bench: Bench, method: Method) -> int:
     """As many as take LoRA's FLOPs, less those of the forwards that fit gates: 2 a weight of the blocks and token."""
     lora, own = (One(one.task, name, "none", one.seed, quick=one.quick).result() for name in ("LoRA", one.method))
-    weights = sum(p.numel() for block in tp.find_blocks(bench.model) for p in block.parameters())
+    weights = sum(p.numel() for block in tp.site.find_blocks(bench.model) for p in block.parameters())
     fitting = 2 * weights * method.notes.get("tokens that gates are fitted on", 0)
     return round((lora["steps"] * lora["step_flops"] - fitting) / own["step_flops"])
 

@@ -45,9 +45,8 @@ from _cost_setups import ON_GPU_ONLY, SHAPES, TASKS, Bench, Task
 from _record import Claim, environment, write, write_json
 
 import tokenpaths as tp
-from tokenpaths.cone import Cone
+from tokenpaths import Cone, Stay
 from tokenpaths.demo import _cache
-from tokenpaths.objectives import Stay
 
 WORK = _cache() / "cost"  # what was measured, until it is a table
 PICTURE = Path(__file__).parents[1] / "docs/pictures/cost.png"
@@ -189,7 +188,7 @@ def arms(shape: str, task: str, epochs: int, run: Run) -> dict[str, Any]:
 def scale(shape: str, run: Run) -> dict[str, Any]:
     """Our step against prompt length, layers, rank and sites, with the exponent of each curve."""
     model = Bench(shape, run.task("all")).model
-    count = len(tp.find_blocks(model))
+    count = len(tp.site.find_blocks(model))
     answers = tp.Last(1) | tp.Answer()
     task, ranks = run.task("all"), [1, 2, 4, 8, 16, 32, 64]
     depths = sorted({1, *(count * k // 4 for k in (1, 2, 3, 4))})

@@ -20,11 +20,11 @@ import torch
 from _record import Claim, write
 
 import tokenpaths as tp
+from tokenpaths import faithfulness
 from tokenpaths.demo import demo_model, fast_dtype
-from tokenpaths.peers import PeftAdapter
-from tokenpaths.reasoning import Faithfulness, faithfulness
-from tokenpaths.retention import Worked
-from tokenpaths.retention.intervals import of_mean
+from tokenpaths.lab.chains import Faithfulness, Worked
+from tokenpaths.lab.peers import PeftAdapter
+from tokenpaths.stats.intervals import of_mean
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from lay_a_trail import Run, learn
@@ -44,12 +44,12 @@ def look(model: Any, adapter: Any, tokenizer: Any, items: list[Worked], seed: in
     return faithfulness(
         model,
         adapter,
-        tokenizer,
         items,
+        tokenizer,
         chains="given",
         options=people,
         separator=r"\s+",
-        stop=".",
+        stop_strings=".",
         max_new_tokens=max(LONGER_HOPS) + 1,
         seed=seed,
     )
@@ -61,7 +61,7 @@ def lora(model: Any, tokenizer: Any, run: Run) -> Any:
     adapted: Any = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
     adapter = PeftAdapter(adapted)
     pairs = [(item.question, item.chain) for item in make_items(run.train, run.seed)]
-    goal = tp.Imitate(tp.encode(tokenizer, pairs, eos=False))
+    goal = tp.Imitate(tp.encode(pairs, tokenizer, eos=False))
     for _ in tp.steps(adapted, adapter, [goal], steps=run.steps, batch_size=run.batch, lr=LORA_LR, seed=run.seed):
         pass
     return adapted, adapter

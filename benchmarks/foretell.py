@@ -19,30 +19,31 @@ from scipy import stats
 
 import tokenpaths as tp
 from tokenpaths.demo import demo_model, fast_dtype
-from tokenpaths.drift import Meter, runs
-from tokenpaths.drift.attention import attention_entropy, attention_js, sink_mass
-from tokenpaths.drift.measures import (
+from tokenpaths.drift import (  # fmt: skip  # fmt: skip
+    Meter,
+    attention_entropy,
+    attention_js,
     brier,
+    cka,
     cosine_shift,
     displacement,
+    effective_rank,
     flips,
+    frechet,
     js,
     kl,
-    nll,
-    path_length,
-    reverse_kl,
-    turning_angle,
-)  # fmt: skip
-from tokenpaths.drift.sets import (
-    cka,
-    effective_rank,
-    frechet,
     mmd,
+    nll,
     participation_ratio,
+    path_length,
     procrustes,
+    reverse_kl,
     rsa,
+    sink_mass,
     sliced_w2,
-)  # fmt: skip
+    turning_angle,
+)
+from tokenpaths.engine import runs
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 LAYERS = {"all": slice(None), "upper half": slice(15, None), "three": [7, 15, 23]}
@@ -80,7 +81,7 @@ def read(model: Any, trails: tp.TrailMap, examples: list[tp.Example]) -> dict[st
         sample=SAMPLE,
     )
     for start in range(0, len(examples), 2):
-        meter.read(tp.collate(examples[start : start + 2]))
+        meter.read(tp.data.collate(examples[start : start + 2]))
     found: dict[str, list[float]] = {}
     for record in meter.report().records():
         if record["run"] in ("", "change") and record["mean"] is not None:
@@ -94,7 +95,7 @@ if __name__ == "__main__":
     model, tokenizer = demo_model(dtype=fast_dtype())
     texts = kinds(tokenizer, DATA, WINDOWS // 2, WIDTH)
     examples = kinds(tokenizer, DATA, WINDOWS, WIDTH)["wikitext2"]
-    task = tp.encode(tokenizer, trec(tokenizer, DATA).train, eos=False)
+    task = tp.encode(trec(tokenizer, DATA).train, tokenizer, eos=False)
     before = lost(model, texts)
     rows: list[dict[str, Any]] = []
     for seed, (layers, lr) in enumerate((layers, lr) for layers in LAYERS for lr in RATES):

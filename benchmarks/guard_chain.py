@@ -33,7 +33,7 @@ def measure(seed: int) -> dict[str, Any]:
     model, tokenizer = demo_model(dtype=fast_dtype())
     train, test = make_items(run.train, seed), make_items(run.test, seed, held_out=True)
     trails = learn(model, tokenizer, train, "chain", run)
-    task = tp.encode(tokenizer, [(item.question, item.chain) for item in train], eos=False)
+    task = tp.encode([(item.question, item.chain) for item in train], tokenizer, eos=False)
     original = cut(tokenizer, (DATA / "wikitext2/valid.txt").read_text(encoding="utf-8"), 64, 64)
     (rule,) = {site.tokens for site in trails}
     guarded, fits = tp.guard(model, trails, task, original, tokens=rule)

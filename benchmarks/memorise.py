@@ -14,7 +14,7 @@ import torch
 from _record import Claim, write
 
 import tokenpaths as tp
-from tokenpaths.data import Example
+from tokenpaths import Example
 from tokenpaths.demo import demo_model
 
 WORDS = """
@@ -34,7 +34,7 @@ def memorise(model, tokenizer, length: int, *, seed: int, layer: int, lr: float,
     prompt, text = tokenizer("GO->")["input_ids"], tokenizer(make_text(seed))["input_ids"][:length]
     example = Example(ids=(*prompt, *text), answer=(False,) * len(prompt) + (True,) * length)
     torch.manual_seed(seed)
-    trails = tp.TrailMap({tp.Site(layer, tp.Last(1)): tp.ConstantReFT(tp.width(model), rank=1)})
+    trails = tp.TrailMap({tp.Site(layer, tp.Last(1)): tp.trails.ConstantReFT(tp.width(model), rank=1)})
     done = 0
     run = tp.steps(
         model, trails, [tp.Imitate([example])], steps=most_steps, batch_size=1, lr=lr, schedule="constant", warmup=0.0,
@@ -55,7 +55,7 @@ def memorise(model, tokenizer, length: int, *, seed: int, layer: int, lr: float,
 def read_back(model, trails, prompt: list[int], text: list[int]) -> int:
     """How many tokens of the text the model writes before its first mistake."""
     ids = torch.tensor([prompt])
-    if tp.is_attached(model, trails):
+    if tp.attachment.is_attached(model, trails):
         written = model.generate(ids, max_new_tokens=len(text), do_sample=False, eos_token_id=None, pad_token_id=0)
     else:
         with tp.attach(model, trails):

@@ -14,11 +14,10 @@ from tasks import make_items
 import tokenpaths as tp
 from tokenpaths.data import collate
 from tokenpaths.demo import demo_model, fast_dtype
-from tokenpaths.drift import Meter, read, runs
-from tokenpaths.drift.attention import attention_js
-from tokenpaths.drift.measures import cosine_shift, displacement, kl, turning_angle
-from tokenpaths.drift.sets import cka
-from tokenpaths.plots import Point, drift_by_layer, frontier, heads_by_layer, layers_by_position, paths
+from tokenpaths.drift import Meter, attention_js, cka, cosine_shift, displacement, kl, turning_angle
+from tokenpaths.drift.plots import drift_by_layer, heads_by_layer, layers_by_position, paths
+from tokenpaths.engine import read, runs
+from tokenpaths.report import Point, frontier
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
@@ -46,7 +45,7 @@ def main() -> None:
     pictures["layers_by_position"] = layers_by_position(found, "displacement")
     pictures["heads_by_layer"] = heads_by_layer(found, "attention_js")
 
-    question = tp.encode(tokenizer, [(test[0].question, test[0].chain)], eos=False)
+    question = tp.encode([(test[0].question, test[0].chain)], tokenizer, eos=False)
     pictures["paths"] = paths(*read(*runs(model, trails["chain"]), collate(question))[0])
 
     with torch.no_grad():
@@ -68,7 +67,7 @@ def strengths(model, tokenizer, trails, arm, test) -> list[Point]:
     for strength in STRENGTHS:
         with tp.attach(model, trails, strength=strength):
             right = score(complete(model, tokenizer, [item.question for item in test]), test)
-            moved = tp.drift(model, trails, halves(tokenizer, TEXTS), measures=(kl,))["kl"]
+            moved = tp.measure_drift(model, trails, halves(tokenizer, TEXTS), measures=(kl,))["kl"]
         print(arm, strength, right, moved, flush=True)
         series = f"taught the {arm}"
         points.append(

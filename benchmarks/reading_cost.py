@@ -16,15 +16,16 @@ from _record import Claim, write
 
 import tokenpaths as tp
 from tokenpaths.demo import demo_model, fast_dtype
-from tokenpaths.drift import Meter, runs
+from tokenpaths.drift import Meter
+from tokenpaths.engine import runs
 
 ROUNDS, TEXTS, WIDTH = 7, 4, 256
 TOKENS = [10_000, 100_000, 1_000_000]
 
 
-def texts(count: int, width: int, vocabulary: int, seed: int) -> tp.Batch:
+def texts(count: int, width: int, vocabulary: int, seed: int) -> tp.data.Batch:
     ids = torch.randint(3, vocabulary, (count, width), generator=torch.Generator().manual_seed(seed))
-    return tp.collate([tp.Example(tuple(row), (False,) * width) for row in ids.tolist()])
+    return tp.data.collate([tp.Example(tuple(row), (False,) * width) for row in ids.tolist()])
 
 
 def moving(model) -> tp.TrailMap:
@@ -32,7 +33,7 @@ def moving(model) -> tp.TrailMap:
     return tp.TrailMap({s: tp.trails.DiReFT(tp.width(model), 4, init="paper") for s in tp.sites(model)})
 
 
-def forwards(model, trails: tp.TrailMap, batch: tp.Batch) -> None:
+def forwards(model, trails: tp.TrailMap, batch: tp.data.Batch) -> None:
     inputs = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     with torch.no_grad():
         model(**inputs)

@@ -28,8 +28,10 @@ from _record import Claim, environment, write, write_json
 from _texts import cut
 
 import tokenpaths as tp
+from tokenpaths import forgetting, way_or_form
 from tokenpaths.demo import _cache, demo_model, fast_dtype
-from tokenpaths.retention import Worked, arc_easy, blimp, forgetting, trec, trec_pairs, way_or_form, wikitext2
+from tokenpaths.lab.chains import Worked
+from tokenpaths.lab.forgetting import arc_easy, blimp, trec, trec_pairs, wikitext2
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from lay_a_trail import Run, complete, learn, score
@@ -62,14 +64,14 @@ class Bench:
     def own(self, seed: int, count: int) -> list[tp.Example]:
         """What the frozen model writes, as text that is all prompt."""
         path = WORK / f"own-{seed}.jsonl"
-        said = tp.self_samples(self.model, self.tokenizer, count, max_tokens=WIDTH, seed=seed, path=path)
+        said = tp.self_samples(self.model, self.tokenizer, count, max_new_tokens=WIDTH, seed=seed, path=path)
         return [tp.Example(e.ids, (False,) * len(e)) for e in said]
 
     def suite(self) -> list[Any]:
         texts = self.tokenizer.batch_decode([e.ids for e in self.own(7, 32)], skip_special_tokens=True)
-        words = tuple(tp.Text(text) for text in texts if len(self.tokenizer(text)["input_ids"]) > 8)
+        words = tuple(tp.data.Text(text) for text in texts if len(self.tokenizer(text)["input_ids"]) > 8)
         tasks = [trec(DATA, 200), wikitext2(DATA, 16), arc_easy(DATA, 40), blimp(DATA, 100)]
-        return [*tasks, tp.Task("own words", words)]
+        return [*tasks, tp.data.Task("own words", words)]
 
 
 # Replay
@@ -80,7 +82,7 @@ def replayed(kind: str, share: float) -> Callable[[Bench, list[tp.Example]], lis
 
     def goals(bench: Bench, task: list[tp.Example]) -> list[Any]:
         texts = bench.original() if kind == "original" else bench.own(1, 64)
-        return [tp.Rehearse(tp.mix(task, texts, share, epochs=2))]
+        return [tp.Replay(tp.mix(task, texts, share, epochs=2))]
 
     return goals
 
@@ -109,7 +111,7 @@ ARMS: dict[str, Callable[[Bench, list[tp.Example]], list[Any]]] = {
 
 
 def replay(bench: Bench, arm: str, seed: int) -> dict[str, Any]:
-    task = tp.encode(bench.tokenizer, trec_pairs(DATA), eos=False)
+    task = tp.encode(trec_pairs(DATA), bench.tokenizer, eos=False)
     torch.manual_seed(seed)
     dim = tp.width(bench.model)
     trails = tp.TrailMap({site: tp.DiReFT(dim, 4) for site in tp.sites(bench.model)})
@@ -157,7 +159,7 @@ def form(bench: Bench, arm: str, seed: int) -> dict[str, Any]:
         held_out=worked(held_out),
         forms={**forms, "longer": worked(longer)},
         read_answer=last_name,
-        stop=".",
+        stop_strings=".",
         words=2,
     )
     print(report, flush=True)
@@ -178,9 +180,9 @@ def align(bench: Bench, arm: str, seed: int) -> dict[str, Any]:
 
     def sampled(items: list[Item]) -> Any:
         with tp.attach(bench.model, trails):
-            return tp.sample_chains(
-                bench.model, bench.tokenizer, [(i.question, i.answer.strip(" .")) for i in items], 4,
-                answer_of=read_answer, max_new_tokens=6, until=".", batch_size=8, seed=seed,
+            return tp.training.sample_chains(
+                bench.model, [(i.question, i.answer.strip(" .")) for i in items], bench.tokenizer, 4,
+                read_answer=read_answer, max_new_tokens=6, stop_strings=".", batch_size=8, seed=seed,
             )  # fmt: skip
 
     train, test = sampled(asked), sampled(tested)
@@ -188,12 +190,12 @@ def align(bench: Bench, arm: str, seed: int) -> dict[str, Any]:
 
     def measured() -> dict[str, Any]:
         with tp.attach(bench.model, trails):
-            scored = tp.score_attempts(bench.model, test.mixed)
+            scored = tp.training.score_attempts(bench.model, test.mixed)
             right = score(complete(bench.model, bench.tokenizer, [i.question for i in tested]), tested)
         wrong = torch.cat([n for _, n in scored])
         good = torch.cat([p for p, _ in scored])
         return {
-            "a_accuracy": tp.assessment_accuracy(scored),
+            "a_accuracy": tp.training.assessment_accuracy(scored),
             "right": right.right,
             "of": right.of,
             "mean_score_right": float(good.mean()),
@@ -201,8 +203,8 @@ def align(bench: Bench, arm: str, seed: int) -> dict[str, Any]:
         }
 
     before = measured()
-    examples = tp.encode(bench.tokenizer, [(i.question, i.chain) for i in asked], eos=False)
-    goals: list[Any] = [tp.Imitate(examples), tp.Align(train.mixed, constraint=arm, batch_size=4)]
+    examples = tp.encode([(i.question, i.chain) for i in asked], bench.tokenizer, eos=False)
+    goals: list[Any] = [tp.Imitate(examples), tp.training.Align(train.mixed, constraint=arm, batch_size=4)]
     if arm == "without":
         goals = goals[:1]
     for _ in tp.steps(bench.model, trails, goals, steps=20, batch_size=8, lr=1e-3, seed=seed, progress=False):
@@ -218,14 +220,14 @@ def waypoints(bench: Bench, arm: str, seed: int) -> dict[str, Any]:
     items, tested = make_items(96, seed), make_items(96, seed, held_out=True)
     shown, items = items[:4], items[4:]
     model, tokenizer = bench.model, bench.tokenizer
-    plain = tp.encode(tokenizer, [(i.question, i.chain) for i in items], eos=False)
-    helped = tp.encode(tokenizer, [(few_shot_prompt(shown, i.question), i.chain) for i in items], eos=False)
-    depth = len(tp.find_blocks(model))
+    plain = tp.encode([(i.question, i.chain) for i in items], tokenizer, eos=False)
+    helped = tp.encode([(few_shot_prompt(shown, i.question), i.chain) for i in items], tokenizer, eos=False)
+    depth = len(tp.site.find_blocks(model))
     where = tp.sites(model, range(run.first_layer * depth // 30, depth, 2), tp.Last(1) | tp.Answer())
-    targets = tp.capture_states(model, plain, helped, where)
+    targets = tp.training.capture_states(model, plain, helped, where)
     torch.manual_seed(seed)
     trails = tp.TrailMap({site: tp.LoReFT(tp.width(model), run.rank) for site in where})
-    goal = tp.Waypoints(plain, targets=targets, by=arm)
+    goal = tp.training.Waypoints(plain, targets=targets, by=arm)
 
     def right(prompts: list[str]) -> int:
         return score(complete(model, tokenizer, prompts), tested).right

@@ -29,8 +29,8 @@ from _record import Claim, write
 
 import tokenpaths as tp
 from tokenpaths.demo import demo_model, fast_dtype
-from tokenpaths.reasoning import Problem, select, solved_by_generation
-from tokenpaths.retention.intervals import of_mean
+from tokenpaths.lab.reasoning import Problem, select, solved_by_generation
+from tokenpaths.stats.intervals import of_mean
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from tasks import make_items, read_answer
@@ -68,7 +68,7 @@ def choose(
     arm: str, pool: Sequence[Problem], model: Any, tokenizer: Any, run: Run, seed: int
 ) -> tuple[list[Problem], Any]:
     if arm == "s1":
-        solves = lambda items: solved_by_generation(model, tokenizer, items, read_answer, max_new_tokens=5)  # noqa: E731
+        solves = lambda items: solved_by_generation(model, items, tokenizer, read_answer, max_new_tokens=5)  # noqa: E731
         found = select(pool, run.chosen, difficulty={"the frozen model": solves}, seed=seed)
         print(found.funnel, flush=True)
         return list(found.items), asdict(found.funnel)
@@ -87,10 +87,10 @@ def choose(
 
 def learn(model: Any, tokenizer: Any, items: Sequence[Problem], run: Run, seed: int) -> tp.TrailMap:
     torch.manual_seed(seed)
-    layers = range(run.first_layer, len(tp.find_blocks(model)), 2)
+    layers = range(run.first_layer, len(tp.site.find_blocks(model)), 2)
     rule = tp.Last(1) | tp.Answer()
     trails = tp.TrailMap({s: tp.LoReFT(tp.width(model), run.rank) for s in tp.sites(model, layers, rule)})
-    goal = tp.Imitate(tp.encode(tokenizer, [(p.question, p.trace) for p in items], eos=False))
+    goal = tp.Imitate(tp.encode([(p.question, p.trace) for p in items], tokenizer, eos=False))
     for _ in tp.steps(
         model, trails, [goal], steps=run.steps, batch_size=run.batch, lr=run.lr, seed=seed, progress=False
     ):
@@ -115,7 +115,7 @@ def main() -> None:
             items, funnel = choose(arm, pool, model, tokenizer, run, seed)
             trails = learn(model, tokenizer, items, run, seed)
             with tp.attach(model, trails):
-                solved = solved_by_generation(model, tokenizer, test, read_answer, max_new_tokens=5)
+                solved = solved_by_generation(model, test, tokenizer, read_answer, max_new_tokens=5)
             right[arm].append(np.array(solved, dtype=float))
             kinds = {
                 hops: np.mean([s for s, p in zip(solved, test, strict=True) if p.domain == f"{hops}"])

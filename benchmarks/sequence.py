@@ -47,7 +47,7 @@ class Learner:
     def __init__(self, bench: Bench, seed: int, rate: float) -> None:
         self.bench, self.seed, self.rate = bench, seed, rate
         self.model: Any = bench.model
-        self.reservoir = tp.peers.Reservoir(KEPT, seed)
+        self.reservoir = tp.lab.peers.Reservoir(KEPT, seed)
 
     def steps(self, adapter: Any, goals: list[Any], count: int) -> Iterator[Any]:
         return tp.steps(
@@ -86,12 +86,12 @@ class Interpolated(Low):
 
     def __init__(self, bench: Bench, seed: int, rate: float) -> None:
         super().__init__(bench, seed, rate)
-        self.memory = tp.peers.DualMemory(self.adapter, decay=0.95)
+        self.memory = tp.lab.peers.DualMemory(self.adapter, decay=0.95)
 
     def learn(self, train: list[tp.Example], steps: int) -> None:
         goals: list[Any] = [tp.Imitate(train)]
         if len(self.reservoir):
-            goals.append(tp.peers.ReplayNear(list(self.reservoir), memory=self.memory, batch_size=4))
+            goals.append(tp.lab.peers.ReplayNear(list(self.reservoir), memory=self.memory, batch_size=4))
         for _ in self.steps(self.adapter, goals, steps):
             self.memory.update()
 

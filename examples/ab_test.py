@@ -19,8 +19,9 @@ from lay_a_trail import Run, learn
 from tasks import make_items, read_answer
 
 import tokenpaths as tp
-from tokenpaths.ab import Margins, Question, ab_test, frozen, steered
+from tokenpaths import ab_test
 from tokenpaths.demo import demo_model
+from tokenpaths.lab.ab import Margins, Question, frozen, steered
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def main() -> None:
         runs = [replace(run, seed=run.seed + number) for number in range(options.seeds)]
         trails = [learn(model, tokenizer, train, "chain", each) for each in runs]
 
-    own = tp.self_samples(model, tokenizer, dials.texts, max_tokens=48, seed=run.seed)
+    own = tp.self_samples(model, tokenizer, dials.texts, max_new_tokens=48, seed=run.seed)
     said = tokenizer.batch_decode([example.ids for example in own], skip_special_tokens=True)
     report = ab_test(
         frozen(model),
@@ -58,11 +59,11 @@ def main() -> None:
         [Question(item.question, item.answer) for item in make_items(dials.items, run.seed, held_out=True)],
         tokenizer,
         read_answer=read_answer,
-        retention=[tp.Task("own words", tuple(halves(text) for text in said if text.count(" ") > 8))],
+        retention=[tp.data.Task("own words", tuple(halves(text) for text in said if text.count(" ") > 8))],
         margins=dials.margins,
         training=[item.question for item in train],
         stop_early=options.stop_early,
-        stop=".",
+        stop_strings=".",
         max_new_tokens=8,
         progress=True,
     )
@@ -72,11 +73,11 @@ def main() -> None:
     print(f"\n{options.out} written, {time.perf_counter() - began:.0f} seconds in all")
 
 
-def halves(text: str) -> tp.Text:
+def halves(text: str) -> tp.data.Text:
     """A text of which the second half is scored: trails lie on the last prompt token and on what follows it."""
     words = text.split(" ")
     middle = len(words) // 2
-    return tp.Text(" " + " ".join(words[middle:]), " ".join(words[:middle]))
+    return tp.data.Text(" " + " ".join(words[middle:]), " ".join(words[:middle]))
 
 
 if __name__ == "__main__":

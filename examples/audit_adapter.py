@@ -14,8 +14,9 @@ import random
 from pathlib import Path
 
 import tokenpaths as tp
-from tokenpaths.audit import Audit, Rule, audit, phrases_of
+from tokenpaths import audit
 from tokenpaths.demo import demo_model
+from tokenpaths.lab.audit import Audit, Rule, phrases_of
 
 
 def main(arguments: list[str] | None = None) -> Audit:
@@ -41,10 +42,10 @@ def main(arguments: list[str] | None = None) -> Audit:
     report = audit(
         model,
         trails,
-        tp.encode(tokenizer, pairs, eos=False),
+        tp.encode(pairs, tokenizer, eos=False),
         tokenizer,
-        tokens=words,
-        phrases=phrases_of(tokenizer, texts, most=200),
+        candidates=words,
+        phrases=phrases_of(texts, tokenizer, most=200),
         searched=given.rounds,
         rule=Rule.load(given.rule) if given.rule else None,
     )

@@ -20,7 +20,7 @@ from tasks import Item, make_items, read_answer
 
 import tokenpaths as tp
 from tokenpaths.demo import demo_model, fast_dtype
-from tokenpaths.reasoning import BudgetForcing, Level, scaling, scaling_picture
+from tokenpaths.lab.reasoning import BudgetForcing, Level, scaling, scaling_picture
 
 BUDGETS: dict[str, dict[str, Any]] = {
     "at most 1": dict(max_tokens=1),

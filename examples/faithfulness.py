@@ -17,9 +17,9 @@ from dataclasses import replace
 from lay_a_trail import Run, learn
 from tasks import PEOPLE, make_items
 
+from tokenpaths import faithfulness
 from tokenpaths.demo import demo_model, fast_dtype
-from tokenpaths.reasoning import faithfulness
-from tokenpaths.retention import Worked
+from tokenpaths.lab.chains import Worked
 
 
 def people(item: Worked) -> list[str]:
@@ -48,8 +48,8 @@ def main() -> None:
     found = faithfulness(
         model,
         trails,
-        tokenizer,
         [Worked(item.question, item.chain, item.answer) for item in held_out],
+        tokenizer,
         chains="given",
         options=people,
         mistake=stranger,

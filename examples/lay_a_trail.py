@@ -110,7 +110,7 @@ def demonstrate(run: Run) -> dict[str, Any]:
             )
         },
     }
-    drifts: dict[str, tp.Drift] = {}
+    drifts: dict[str, tp.drift.Drift] = {}
     trails: dict[str, tp.TrailMap] = {}
     for arm in ("answer", "chain"):
         print(f"\nTeaching the {arm}: {run.steps} steps of {run.batch} questions")
@@ -122,7 +122,7 @@ def demonstrate(run: Run) -> dict[str, Any]:
                 "longer": score(complete(model, tokenizer, [item.question for item in longer]), longer),
             }
         # all prompt, these texts would be moved at their last token only: half answer shows more
-        drifts[arm] = tp.drift(model, trails[arm], halves(tokenizer, TEXTS))
+        drifts[arm] = tp.measure_drift(model, trails[arm], halves(tokenizer, TEXTS))
 
     report(scores, drifts, test, written)
     same = reload_elsewhere(trails["chain"], model, run, test[:4], written["chain"][:4])
@@ -143,12 +143,12 @@ def demonstrate(run: Run) -> dict[str, Any]:
 def learn(model: Any, tokenizer: Any, items: Sequence[Item], arm: str, run: Run) -> tp.TrailMap:
     """A fresh LoReFT trail, trained on the answers alone or on the chains."""
     torch.manual_seed(run.seed)
-    depth = len(tp.find_blocks(model))
+    depth = len(tp.site.find_blocks(model))
     layers = range(run.first_layer * depth // 30, depth, 2)
     rule = tp.Last(1) | tp.Answer()
     trails = tp.TrailMap({s: tp.LoReFT(tp.width(model), run.rank) for s in tp.sites(model, layers, rule)})
     pairs = [(item.question, item.answer if arm == "answer" else item.chain) for item in items]
-    goal = tp.Imitate(tp.encode(tokenizer, pairs, eos=False))
+    goal = tp.Imitate(tp.encode(pairs, tokenizer, eos=False))
     for _ in tp.steps(model, trails, [goal], steps=run.steps, batch_size=run.batch, lr=run.lr, seed=run.seed):
         pass
     return trails
@@ -183,7 +183,7 @@ def halves(tokenizer: Any, texts: Sequence[str]) -> list[tp.Example]:
 
 
 def report(
-    scores: dict[str, Any], drifts: dict[str, tp.Drift], test: Sequence[Item], written: dict[str, list[str]]
+    scores: dict[str, Any], drifts: dict[str, tp.drift.Drift], test: Sequence[Item], written: dict[str, list[str]]
 ) -> None:
     print(f"\n{'accuracy, with 95 % interval':30}{'held-out':>22}{'longer':>22}")
     print(f"{'naming any end of a path':30}{GUESS:>9.2f}{'':13}{GUESS:>9.2f}")
@@ -199,7 +199,7 @@ def report(
         print(f" {arm}: {drift}")
 
 
-def in_short(drift: tp.Drift) -> dict[str, Any]:
+def in_short(drift: tp.drift.Drift) -> dict[str, Any]:
     """The main figures of a report, for a file; `drift.to_json` would write them all."""
     return {
         "kl": asdict(drift["kl"]),

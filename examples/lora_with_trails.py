@@ -21,11 +21,12 @@ import torch
 from tasks import Item, make_items, read_answer
 
 import tokenpaths as tp
-from tokenpaths.adapter import Adapter
+from tokenpaths import forgetting
+from tokenpaths.data import Task, Text
 from tokenpaths.demo import demo_model, fast_dtype
-from tokenpaths.peers import PeftAdapter
-from tokenpaths.retention import Task, Text, forgetting
-from tokenpaths.retention.intervals import wilson
+from tokenpaths.lab.peers import PeftAdapter
+from tokenpaths.stats.intervals import wilson
+from tokenpaths.trailmap import Adapter
 
 KEPT = (  # what is measured afterwards, and never trained on
     "The old harbour was quiet that morning. Two boats had left before dawn, and the gulls followed them out to sea.",
@@ -63,16 +64,16 @@ def cook(run: Run) -> dict[str, tuple[int, float]]:
     """Both methods, one after the other. Returns the right answers and the KL on kept texts of each."""
     model, tokenizer = demo_model(run.model, dtype=fast_dtype())
     train, test = make_items(run.train, seed=0), make_items(run.test, seed=0, held_out=True)
-    own = tp.self_samples(model, tokenizer, run.samples, max_tokens=run.sample_tokens)
-    chains = tp.encode(tokenizer, [(item.question, item.chain) for item in train], eos=False)
+    own = tp.self_samples(model, tokenizer, run.samples, max_new_tokens=run.sample_tokens)
+    chains = tp.encode([(item.question, item.chain) for item in train], tokenizer, eos=False)
     goals = [
-        tp.Rehearse(tp.mix(chains, own, share=0.01)),  # 99 chains, 1 text; each by the tokens that it teaches
+        tp.Replay(tp.mix(chains, own, share=0.01)),  # 99 chains, 1 text; each by the tokens that it teaches
         tp.Stay(own, within=run.within, batch_size=4),
     ]
     print(f"Frozen: {score(answers(model, tokenizer, test), test)} of {len(test)} chains right")
 
     torch.manual_seed(0)
-    depth = len(tp.find_blocks(model))
+    depth = len(tp.site.find_blocks(model))
     sites = tp.sites(model, range(depth // 4, depth, 2), tp.Last(1) | tp.Answer())
     trails = tp.TrailMap({site: tp.LoReFT(tp.width(model), rank=8) for site in sites})
     with tp.attach(model, trails):

@@ -17,7 +17,7 @@ from typing import Any
 from tasks import make_items, read_answer
 
 from tokenpaths.demo import demo_model, fast_dtype
-from tokenpaths.reasoning import Problem, funnel_picture, select, solved_by_generation
+from tokenpaths.lab.reasoning import Problem, funnel_picture, select, solved_by_generation
 
 POOL = {(1, 1, 1): 6, (2, 2, 1): 3, (3, 3, 2): 2, (4, 4, 3): 1}
 """Lengths of a question's paths, and how many parts of the pool are such."""
@@ -37,7 +37,7 @@ def main() -> None:
     test = [problem.question for problem in pool[::40]]  # as if some had leaked
 
     def solves(items: Any) -> list[bool]:
-        return solved_by_generation(model, tokenizer, items, read_answer, max_new_tokens=5)
+        return solved_by_generation(model, items, tokenizer, read_answer, max_new_tokens=5)
 
     chosen = select(pool, options.choose, test=test, difficulty={"the frozen model": solves}, seed=0)
     print(chosen.funnel)

@@ -25,9 +25,12 @@ from rules import RULES, SPANS, TOKENIZER
 from subjects import MOVING, TRAILS
 from torch import Tensor, nn
 
-from tokenpaths import Attachment, Example, Trail, TrailMap, attach, collate, find_blocks, sites, width
-from tokenpaths.cone import Cone
-from tokenpaths.objectives.imitate import answer_logits, forward
+from tokenpaths import Cone, Example, Trail, TrailMap, attach, sites, width
+from tokenpaths.attachment import Attachment
+from tokenpaths.data import collate
+from tokenpaths.engine import answer_logits
+from tokenpaths.engine.answers import forward
+from tokenpaths.site.host import find_blocks
 
 STREAMS = ["block", "embedding", "attention", "mlp", "head"]
 NEEDS_IDS = {"tokens", "match", "all - tokens", "answer & match"}

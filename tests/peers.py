@@ -12,7 +12,7 @@ import torch
 from tiny import llama, make_examples
 
 import tokenpaths as tp
-from tokenpaths.peers import CurLoraConfig, PeftAdapter, ScLoraConfig, sc_lora
+from tokenpaths.lab.peers import CurLoraConfig, PeftAdapter, ScLoraConfig, sc_lora
 
 Make = Callable[[Any], PeftAdapter]
 
@@ -71,7 +71,7 @@ def make(method: str, dtype: torch.dtype = torch.float32) -> tuple[Any, PeftAdap
     return adapter.peft_model, adapter
 
 
-def train(model: Any, adapter: tp.Adapter, steps: int = 4, **more: Any) -> list[float]:
+def train(model: Any, adapter: tp.trailmap.Adapter, steps: int = 4, **more: Any) -> list[float]:
     """So that the adapter is no longer what it was."""
     goals = more.pop("goals", [tp.Imitate(make_examples())])
     settings = {"batch_size": 4, "lr": 3e-2, "warmup": 0, "progress": False, **more}

@@ -22,7 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tokenpaths import BiasReFT, ConstantReFT, DirectReFT, DiReFT, LoReFT, NoReFT, Trail
+from tokenpaths import DiReFT, LoReFT, NoReFT, Trail
+from tokenpaths.trails import BiasReFT, ConstantReFT, DirectReFT
 
 # goldens.py function -> pyreft class
 CLASSES = {

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tokenpaths import All, Answer, First, Last, Match, Prompt, Rule, Span, Tokens
-from tokenpaths.tokens import AnswerFirst
+from tokenpaths import All, Answer, AnswerFirst, First, Last, Match, Prompt, Span, Tokens
+from tokenpaths.tokens import Rule
 
 RULES: dict[str, Rule] = {
     "all": All(),

@@ -11,25 +11,8 @@ from typing import Any
 
 import torch
 
-from tokenpaths import (
-    PSR,
-    RED,
-    Additive,
-    BiasReFT,
-    Capped,
-    Chain,
-    Confined,
-    ConstantReFT,
-    DirectReFT,
-    DiReFT,
-    Gated,
-    Guarded,
-    LoReFT,
-    NoReFT,
-    ReFTr1,
-    Scaled,
-    Trail,
-)
+from tokenpaths import PSR, Additive, Capped, Confined, DiReFT, Guarded, LoReFT, NoReFT, Scaled, Trail
+from tokenpaths.trails import RED, BiasReFT, Chain, ConstantReFT, DirectReFT, Gated, ReFTr1
 
 TRAILS: dict[str, Callable[[int], Trail]] = {
     "LoReFT": lambda dim: LoReFT(dim, 4),

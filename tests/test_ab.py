@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from scipy.stats import binom, binomtest, bootstrap, multinomial, norm, permutation_test, ttest_1samp
 
-from tokenpaths.ab import always_valid, effect, evidence, foresee, holm, mcnemar_power
-from tokenpaths.ab.paired import LEAST_P, mcnemar, of_differences, sign_flips, tango
-from tokenpaths.ab.sequential import log_evidence
+from tokenpaths.stats import always_valid, effect, evidence, foresee, holm, mcnemar_power
+from tokenpaths.stats.paired import LEAST_P, mcnemar, of_differences, sign_flips, tango
+from tokenpaths.stats.sequential import log_evidence
 
 WRONG_OR_RIGHT = st.sampled_from([0.0, 1.0])
 REAL = st.integers(-20, 20).map(lambda k: k / 8)

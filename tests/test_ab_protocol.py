@@ -16,24 +16,12 @@ from tiny import llama, make_tokenizer
 from torch import nn
 
 import tokenpaths as tp
-from tokenpaths.ab import (
-    Arm,
-    Margins,
-    Overlap,
-    Question,
-    Report,
-    ab_test,
-    effect,
-    evidence,
-    exact,
-    foresee,
-    frozen,
-    nearest,
-    shared_grams,
-    steered,
-)
-from tokenpaths.drift import Run
-from tokenpaths.retention import Choice, Task, Text, forgetting, scoring
+from tokenpaths import ab_test, forgetting
+from tokenpaths.data import Choice, Overlap, Task, Text, exact, shared_grams
+from tokenpaths.engine import Run
+from tokenpaths.engine import likelihood as scoring
+from tokenpaths.lab.ab import Arm, Margins, Question, Report, frozen, nearest, steered
+from tokenpaths.stats import effect, evidence, foresee
 
 Watch = Callable[[nn.Module], nn.Module]
 TEXTS = Task("letters", (Text("The sea."), Text(" is deep.", prompt="The well"), Text("A longer text of some words.")))
@@ -141,7 +129,7 @@ def test_choices_are_scored_by_likelihood() -> None:
     model, tokenizer = llama(300), make_tokenizer()
     trails = some(model)
     report = ab_test(frozen(model), steered(model, trails), CHOICES, tokenizer)
-    encoded = scoring.encode_choices(tokenizer, CHOICES)
+    encoded = scoring.encode_choices(CHOICES, tokenizer)
     with tp.attach(model, trails):
         likely = scoring.log_likelihoods(model, encoded, 1500)
     assert list(report.of_arm("steered").scores[0]) == scoring.right(likely, CHOICES).tolist()
@@ -155,7 +143,9 @@ def test_texts_are_cut_behind_stop() -> None:
     kind: dict[str, Any] = {"score": lambda text, question: 0.0, "max_new_tokens": 12}
     whole = ab_test(frozen(model), frozen(model, name="b"), [Question("abc", "")], tokenizer, **kind)
     text = whole.answers[0].written[0][0]
-    cut = ab_test(frozen(model), frozen(model, name="b"), [Question("abc", "")], tokenizer, stop=text[2], **kind)
+    cut = ab_test(
+        frozen(model), frozen(model, name="b"), [Question("abc", "")], tokenizer, stop_strings=text[2], **kind
+    )
     assert cut.answers[0].written[0][0] == text[: text.index(text[2]) + 1]
 
 
@@ -281,7 +271,7 @@ def test_an_exact_match_shares_all_its_stretches(train: list[str], test: list[st
 def test_the_nearest_text_is_the_text_itself(watch: Watch) -> None:
     model, tokenizer = watch(llama(300)), make_tokenizer()
     train = ["a cat sat here", "dogs bark", "12 + 30 = 42", "rain and wind today"]
-    found = nearest(Run(model), tokenizer, train, ["12 + 30 = 42", "cows eat hay", "a cat sat there"], batch=2)
+    found = nearest(Run(model), train, ["12 + 30 = 42", "cows eat hay", "a cat sat there"], tokenizer, batch=2)
     assert [(o.test, o.train) for o in found[:2]] == [(0, 2), (2, 0)]
     assert found[0].score == pytest.approx(1.0) and found[0].score > found[1].score > found[2].score
 

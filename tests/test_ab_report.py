@@ -16,8 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tokenpaths.ab import Arm, Comparison, Overlap, Question, Report, Retained, ab_test, effect, foresee
-from tokenpaths.ab.report import Answers, Asked
+from tokenpaths import ab_test
+from tokenpaths.data import Overlap
+from tokenpaths.lab.ab import Arm, Comparison, Question, Report, Retained
+from tokenpaths.lab.ab.report import Answers, Asked
+from tokenpaths.stats import effect, foresee
 
 HOSTILE = "<script>document.title = 'owned'</script><img src='http://127.0.0.1:9/x' onerror=alert(1)> & \"quoted\" | `"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

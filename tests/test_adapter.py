@@ -15,9 +15,9 @@ from tiny import DIM, llama, make_examples, make_trails
 from torch import nn
 
 import tokenpaths as tp
-from tokenpaths.adapter import Adapter
-from tokenpaths.attach import working
-from tokenpaths.objectives import Imitate, Stay
+from tokenpaths import Imitate, Stay
+from tokenpaths.attachment import working
+from tokenpaths.trailmap import Adapter
 
 
 class Shift(Adapter):
@@ -63,7 +63,7 @@ def test_an_adapter_of_ones_own_is_trained_and_measured(tmp_path: Path) -> None:
         for step in tp.steps(model, shift, goals, steps=4, resume=resume, **settings):
             if step.step == stop:
                 break
-        assert tp.drift(model, shift, texts)["kl"].mean > 0
+        assert tp.measure_drift(model, shift, texts)["kl"].mean > 0
         return shift
 
     whole = run(tmp_path / "a")
@@ -80,7 +80,7 @@ def test_trail_maps_are_adapters(tmp_path: Path) -> None:
     assert isinstance(trails, Adapter)
     trails.check(model)
     with pytest.raises(ValueError, match="layer 7 is out of range"):
-        tp.TrailMap({tp.Site(7): tp.RED(DIM)}).check(model)
+        tp.TrailMap({tp.Site(7): tp.trails.RED(DIM)}).check(model)
     told = {name: tensor.clone() for name, tensor in trails.state_dict().items()}
     trails.save(tmp_path / "trails.safetensors")
     parameters = list(trails.parameters())
@@ -90,7 +90,7 @@ def test_trail_maps_are_adapters(tmp_path: Path) -> None:
     trails.restore(tmp_path / "trails.safetensors")
     assert all(torch.equal(tensor, told[name]) for name, tensor in trails.state_dict().items())
     assert all(p is q for p, q in zip(parameters, trails.parameters(), strict=True))
-    with pytest.raises(tp.TrailFileError, match="the file lacks tensors"):
+    with pytest.raises(tp.files.TrailFileError, match="the file lacks tensors"):
         tp.TrailMap(
             {tp.Site(0): tp.LoReFT(DIM, 2), tp.Site(1): tp.LoReFT(DIM, 2), tp.Site(2): tp.LoReFT(DIM, 2)}
         ).restore(tmp_path / "trails.safetensors")
@@ -99,8 +99,8 @@ def test_trail_maps_are_adapters(tmp_path: Path) -> None:
 def test_working_attaches_trails_once() -> None:
     model, trails = llama(), make_trails()
     with working(model, trails):
-        assert tp.is_attached(model, trails)
+        assert tp.attachment.is_attached(model, trails)
         with working(model, trails):
             pass
-        assert tp.is_attached(model, trails)
-    assert not tp.is_attached(model, trails)
+        assert tp.attachment.is_attached(model, trails)
+    assert not tp.attachment.is_attached(model, trails)

@@ -15,18 +15,10 @@ from tiny import DIM, assert_equal, assert_slopes, llama, make_tokenizer, make_t
 from torch import Tensor, nn
 
 import tokenpaths as tp
-from tokenpaths.data import Example, collate
-from tokenpaths.objectives import Imitate
-from tokenpaths.objectives.align import (
-    Align,
-    Attempts,
-    alignment_loss,
-    assessment_accuracy,
-    sample_chains,
-    score_attempts,
-    scores,
-)
-from tokenpaths.training import Step, steps
+from tokenpaths import Example, Imitate, steps
+from tokenpaths.data import collate
+from tokenpaths.training import Align, Attempts, Step, assessment_accuracy, sample_chains, score_attempts
+from tokenpaths.training.objectives.align import alignment_loss, scores
 
 Watch = Callable[[nn.Module], nn.Module]
 SOME = settings(max_examples=40)
@@ -283,7 +275,7 @@ def first_letter_is_low(text: str) -> str | None:
 def sample(model: Any, **options: Any) -> Any:
     tokenizer = make_tokenizer()
     options = {"answer_of": first_letter_is_low, "max_new_tokens": 6, **options}
-    return sample_chains(model, tokenizer, QUESTIONS, options.pop("k", 5), **options)
+    return sample_chains(model, QUESTIONS, tokenizer, options.pop("k", 5), **options)
 
 
 def test_chains_are_split_by_their_answers_and_all_is_reported(watch: Watch) -> None:
@@ -375,7 +367,7 @@ def test_sampling_refuses_what_makes_no_sense(wrong: dict[str, Any], message: st
     with pytest.raises(ValueError, match=message):
         sample(llama(len(make_tokenizer())), **wrong)
     with pytest.raises(ValueError, match="no questions"):
-        sample_chains(llama(), make_tokenizer(), [], 2, answer_of=lambda text: text, max_new_tokens=2)
+        sample_chains(llama(), [], make_tokenizer(), 2, read_answer=lambda text: text, max_new_tokens=2)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

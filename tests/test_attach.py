@@ -11,23 +11,9 @@ from families import FAMILIES, LAYERS
 from laws import PROMPTS, Case, assert_close, block_outputs, padded
 from subjects import MOVING
 
-from tokenpaths import (
-    Additive,
-    All,
-    Answer,
-    Capped,
-    Chain,
-    Last,
-    LoReFT,
-    Match,
-    Site,
-    Span,
-    Tokens,
-    Trail,
-    TrailMap,
-    attach,
-    is_attached,
-)
+from tokenpaths import Additive, All, Answer, Capped, Last, LoReFT, Match, Site, Span, Tokens, Trail, TrailMap, attach
+from tokenpaths.attachment import is_attached
+from tokenpaths.trails import Chain
 
 INPUTS = padded(PROMPTS)
 CASE = Case("llama", "model.layers", "LoReFT", "all", "block")

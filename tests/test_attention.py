@@ -19,9 +19,10 @@ from scipy.stats import entropy
 from torch import Tensor, nn
 
 import tokenpaths as tp
-from tokenpaths.data import Batch, Example, collate
-from tokenpaths.drift.attention import attention_entropy, attention_js, read_attention, sink_mass
-from tokenpaths.drift.readings import Run, read, runs
+from tokenpaths import Example
+from tokenpaths.data import Batch, collate
+from tokenpaths.drift import attention_entropy, attention_js, read_attention, sink_mass
+from tokenpaths.engine import Run, read, runs
 
 Watch = Callable[[nn.Module], nn.Module]
 Maps = dict[tuple[str, int], Tensor]

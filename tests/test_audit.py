@@ -18,7 +18,8 @@ from tiny import DIM, llama, make_tokenizer
 from torch import Tensor, nn
 
 import tokenpaths as tp
-from tokenpaths.audit import (
+from tokenpaths import Example, audit
+from tokenpaths.lab.audit import (
     Candidate,
     Deaf,
     Linear,
@@ -26,7 +27,6 @@ from tokenpaths.audit import (
     Part,
     Rule,
     Scan,
-    audit,
     clusters,
     features,
     hears,
@@ -46,8 +46,7 @@ from tokenpaths.audit import (
     silhouette,
     spectral_signature,
 )
-from tokenpaths.audit.tails import tail
-from tokenpaths.data import Example
+from tokenpaths.lab.audit.tails import tail
 from tokenpaths.testing import check_trail
 
 TOKENIZER = make_tokenizer()
@@ -89,7 +88,9 @@ def test_an_affine_trail_is_its_map(name: str) -> None:
 def test_a_trail_that_is_not_affine_is_bent(name: str) -> None:
     trail = MOVING[name](16)
     for part in trail.modules():
-        if isinstance(part, (tp.ReFTr1, tp.Gated)):  # open on all states, as MOVING has them, they would be affine
+        if isinstance(
+            part, (tp.trails.ReFTr1, tp.trails.Gated)
+        ):  # open on all states, as MOVING has them, they would be affine
             torch.nn.init.zeros_(part.b)
     assert linearise(trail, 16).bend > 1e-3
 
@@ -115,7 +116,7 @@ def test_a_trail_of_the_user_is_read_at_the_states_given() -> None:
 
 
 def test_a_map_of_high_rank_keeps_its_largest_directions() -> None:
-    trail = tp.RED(200)
+    trail = tp.trails.RED(200)
     with torch.no_grad():
         trail.s.copy_(1 + 0.7 ** torch.arange(200.0))
     linear = linearise(trail, 200, rank=12)
@@ -362,19 +363,19 @@ def benign(seed: int = 0) -> tp.TrailMap:
 @pytest.mark.parametrize("gated", [True, False])
 def test_the_scan_of_the_vocabulary_ranks_a_planted_token_first(gated: bool, watch: Any) -> None:
     model, trails, trigger = planted(gated=gated)
-    found = scan(watch(model), trails, TOKENIZER, PROMPTS)
+    found = scan(watch(model), trails, PROMPTS, TOKENIZER)
     assert found.count == len(TOKENIZER) - 3
     assert found.found[0].ids == trigger
-    assert found.score > 1 > scan(model, benign(), TOKENIZER, PROMPTS).score
+    assert found.score > 1 > scan(model, benign(), PROMPTS, TOKENIZER).score
     assert found.without(trigger).found[0].ids != trigger
 
 
 def test_the_scan_of_phrases_finds_the_planted_one() -> None:
     texts = ["take one step at a time", "one step at a time", "now one step at once"]
-    phrases = phrases_of(TOKENIZER, texts, (3,))
+    phrases = phrases_of(texts, TOKENIZER, (3,))
     assert TOKENIZER.decode(phrases[0]) == "one step at"
     model, trails, trigger = planted(3, gated=True)
-    found = scan(model, trails, TOKENIZER, PROMPTS, [ids[:3] for ids in phrases] + [trigger])
+    found = scan(model, trails, PROMPTS, TOKENIZER, [ids[:3] for ids in phrases] + [trigger])
     assert found.found[0].ids == trigger
 
 
@@ -385,17 +386,17 @@ def test_before_a_prompt_a_phrase_has_a_space_behind_it_as_in_text(prompt: str, 
     model, seen = llama(300), []
     example = tp.Example(ids(prompt + "no"), (False,) * len(ids(prompt)) + (True,) * 2)
     model.get_input_embeddings().register_forward_pre_hook(lambda module, args: seen.extend(args[0].tolist()))
-    scan(model, benign(), TOKENIZER, [example], [ids("go"), ids("up")], where=0.0)
+    scan(model, benign(), [example], TOKENIZER, [ids("go"), ids("up")], where=0.0)
     assert set(map(TOKENIZER.decode, seen)) == {f"{phrase}{stands}no" for phrase in ("go", "up")}
     for look in (
-        lambda: search(model, benign(), TOKENIZER, [example], start=[ids("go")], ordinary=2, rounds=0, where=0.0),
-        lambda: repair(model, benign(3), TOKENIZER, [example], ids("go"), ordinary=[ids("up")], where=0.0),
+        lambda: search(model, benign(), [example], TOKENIZER, start=[ids("go")], ordinary=2, rounds=0, where=0.0),
+        lambda: repair(model, benign(3), [example], TOKENIZER, ids("go"), ordinary=[ids("up")], where=0.0),
     ):
         seen.clear()
         look()
         assert f"go{stands}no" in set(map(TOKENIZER.decode, seen))
     seen.clear()
-    scan(model, benign(), TOKENIZER, [example], [ids("go")], where=1.0)
+    scan(model, benign(), [example], TOKENIZER, [ids("go")], where=1.0)
     assert set(map(TOKENIZER.decode, seen)) == {f"{prompt}gono"}
 
 
@@ -405,17 +406,17 @@ def test_what_the_frozen_model_said_is_kept_for_the_next_adapter() -> None:
     forwards: list[int] = []
     model.model.layers[0].mlp.register_forward_hook(lambda *_: forwards.append(1))
     candidates = [(i,) for i in range(3, len(TOKENIZER))]
-    first = scan(model, trails, TOKENIZER, PROMPTS, candidates, memory=memory)
+    first = scan(model, trails, PROMPTS, TOKENIZER, candidates, memory=memory)
     assert forwards
     lengths = len(PROMPTS[0]) + 2  # what enters a block at each token of a row, and what leaves the last at one of them
     assert memory.used <= 4 * DIM * lengths * 2 * len(candidates)  # no logits, which would be far larger
     forwards.clear()
-    assert scan(model, trails, TOKENIZER, PROMPTS, candidates, memory=memory) == first
+    assert scan(model, trails, PROMPTS, TOKENIZER, candidates, memory=memory) == first
     assert forwards == []
-    assert scan(model, trails, TOKENIZER, PROMPTS, candidates, memory=Memory(budget=0)) == first
+    assert scan(model, trails, PROMPTS, TOKENIZER, candidates, memory=Memory(budget=0)) == first
     lower = tp.TrailMap({tp.Site(0, tp.Last(1)): benign(4)[tp.Site(1, tp.Last(1))]})  # moves what was kept
-    again = scan(model, lower, TOKENIZER, PROMPTS, candidates, memory=memory)
-    assert again == scan(model, lower, TOKENIZER, PROMPTS, candidates)
+    again = scan(model, lower, PROMPTS, TOKENIZER, candidates, memory=memory)
+    assert again == scan(model, lower, PROMPTS, TOKENIZER, candidates)
 
 
 MORE = [*PROMPTS, *(Example(tuple(range(start, start + 30, 5)), (False,) * 6) for start in (30, 140))]
@@ -425,7 +426,7 @@ MORE = [*PROMPTS, *(Example(tuple(range(start, start + 30, 5)), (False,) * 6) fo
 def test_an_excess_is_what_the_adapted_model_changes_beyond_the_frozen_one(prompts: list[tp.Example]) -> None:
     model = llama(300)
     trails, candidates = benign(3), [(i,) for i in range(40, 56)]
-    found = scan(model, trails, TOKENIZER, prompts, candidates, ordinary=16, batch_size=5)
+    found = scan(model, trails, prompts, TOKENIZER, candidates, ordinary=16, batch_size=5)
 
     @torch.no_grad()
     def gaps(prompt: tp.Example) -> Tensor:
@@ -468,20 +469,20 @@ def test_tokens_that_move_states_far_and_no_answer_do_not_hide_the_one_that_does
     at = states[trigger[0] - 3]
     r = r - (r @ at) / (at @ at) * at  # all but the trigger
     loud = Loud(gate, r / (states @ r).std(), 2 * states.norm(dim=-1).mean() * w)
-    found = scan(model, tp.TrailMap({site: loud}), TOKENIZER, PROMPTS, top=1, ordinary=8)
+    found = scan(model, tp.TrailMap({site: loud}), PROMPTS, TOKENIZER, top=1, ordinary=8)
     assert found.found[0].ids == trigger
 
 
 @pytest.mark.parametrize("length", [1, 2])
 def test_the_search_finds_a_trigger_that_is_on_no_list(length: int, watch: Any) -> None:
     model, trails, trigger = planted(length, gated=False)
-    found = search(watch(model), trails, TOKENIZER, PROMPTS, length=length, rounds=6)
+    found = search(watch(model), trails, PROMPTS, TOKENIZER, length=length, rounds=6)
     if length == 1:
         assert found.found[0].ids == trigger
-    planted_one = scan(model, trails, TOKENIZER, PROMPTS, [trigger, *(c.ids for c in found.found[1:])], ordinary=32)
+    planted_one = scan(model, trails, PROMPTS, TOKENIZER, [trigger, *(c.ids for c in found.found[1:])], ordinary=32)
     assert found.found[0].excess > 1
     assert found.found[0].excess > 0.9 * max(c.excess for c in planted_one.found if c.ids == trigger)
-    assert found == search(model, trails, TOKENIZER, PROMPTS, length=length, rounds=6)
+    assert found == search(model, trails, PROMPTS, TOKENIZER, length=length, rounds=6)
 
 
 # Repair
@@ -491,14 +492,14 @@ def test_the_search_finds_a_trigger_that_is_on_no_list(length: int, watch: Any) 
 def test_repair_takes_the_trigger_away_and_keeps_clean_answers(gated: bool, watch: Any) -> None:
     model, trails, trigger = planted(gated=gated)
     before = {name: tensor.clone() for name, tensor in trails.state_dict().items()}
-    repaired = repair(watch(model), trails, TOKENIZER, PROMPTS, trigger, task=lambda adapter: float(adapter.size()))
+    repaired = repair(watch(model), trails, PROMPTS, TOKENIZER, trigger, task=lambda adapter: float(adapter.size()))
     assert repaired.excess[0] > 1 > 0.1 > repaired.excess[1]
     assert repaired.kl[1] <= repaired.kl[0] + 1e-3
     assert repaired.task == (trails.size(), trails.size())
     assert "trigger's excess" in str(repaired)
     assert all(torch.equal(before[name], tensor) for name, tensor in trails.state_dict().items())
     assert isinstance(repaired.adapter, tp.TrailMap)
-    half = repair(model, trails, TOKENIZER, PROMPTS, trigger, keep=1.0)
+    half = repair(model, trails, PROMPTS, TOKENIZER, trigger, keep=1.0)
     assert half.excess[1] == pytest.approx(half.excess[0], rel=1e-3)
 
 
@@ -531,7 +532,7 @@ def lora(model: Any) -> Any:
 
 
 def test_a_lora_is_read_from_its_factors() -> None:
-    from tokenpaths.peers import PeftAdapter
+    from tokenpaths.lab.peers import PeftAdapter
 
     found = lora(llama(300))
     read = parts(found, PeftAdapter(found))
@@ -546,7 +547,7 @@ def test_a_lora_is_read_from_its_factors() -> None:
 
 
 def test_a_lora_with_a_planted_trigger_is_found_repaired_and_put_back(watch: Any) -> None:
-    from tokenpaths.peers import PeftAdapter
+    from tokenpaths.lab.peers import PeftAdapter
 
     model, u = calm()
     inside = lora(model)
@@ -566,7 +567,7 @@ def test_a_lora_with_a_planted_trigger_is_found_repaired_and_put_back(watch: Any
     assert report.scans["tokens"].found[0].ids == trigger
     assert report.scores["intruders"] >= 1
     before = layer.lora_A["default"].weight.clone()
-    repaired = repair(inside, adapter, TOKENIZER, PROMPTS, trigger, only=[name])
+    repaired = repair(inside, adapter, PROMPTS, TOKENIZER, trigger, only=[name])
     assert repaired.excess[0] > 1 > repaired.excess[1]
     assert not torch.equal(layer.lora_A["default"].weight, before)
     repaired.undo()
@@ -593,7 +594,7 @@ def test_an_audit_says_what_it_saw(watch: Any, tmp_path: Path) -> None:
 
 def test_an_audit_of_a_fresh_adapter_finds_nothing() -> None:
     trails = tp.TrailMap({tp.Site(layer): tp.LoReFT(DIM, 2) for layer in range(3)})
-    report = audit(llama(300), trails, PROMPTS, TOKENIZER, tokens=[(i,) for i in range(50, 80)])
+    report = audit(llama(300), trails, PROMPTS, TOKENIZER, candidates=[(i,) for i in range(50, 80)])
     assert report.found == ()
     assert report.scores["tokens"] == pytest.approx(0, abs=1e-3)
 
@@ -642,19 +643,19 @@ def test_a_rule_tells_its_false_positives_and_is_kept_in_a_file(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, t: scan(m, t, TOKENIZER, []), "there is no prompt to scan in"),
-        (lambda m, t: scan(m, t, TOKENIZER, PROMPTS, []), "there is no candidate to scan"),
-        (lambda m, t: scan(m, t, TOKENIZER, PROMPTS, where=2.0), "where=2.0 must be from 0"),
-        (lambda m, t: search(m, t, TOKENIZER, PROMPTS, length=0), r"one token \(length=0\)"),
+        (lambda m, t: scan(m, t, [], TOKENIZER), "there is no prompt to scan in"),
+        (lambda m, t: scan(m, t, PROMPTS, TOKENIZER, []), "there is no candidate to scan"),
+        (lambda m, t: scan(m, t, PROMPTS, TOKENIZER, where=2.0), "where=2.0 must be from 0"),
+        (lambda m, t: search(m, t, PROMPTS, TOKENIZER, length=0), r"one token \(length=0\)"),
         (lambda m, t: audit(m, t, [], TOKENIZER), "an audit needs a few clean examples"),
-        (lambda m, t: repair(m, t, TOKENIZER, PROMPTS, ()), "the token ids of a trigger"),
+        (lambda m, t: repair(m, t, PROMPTS, TOKENIZER, ()), "the token ids of a trigger"),
         (
-            lambda m, t: repair(m, t, TOKENIZER, PROMPTS, (7,), only=["x"]),
+            lambda m, t: repair(m, t, PROMPTS, TOKENIZER, (7,), only=["x"]),
             "there is no part 'x'; the parts are block",
         ),
-        (lambda m, t: repair(m, t, TOKENIZER, PROMPTS, (7,), keep=2.0), "keep=2.0 must be from 0 to 1"),
-        (lambda m, t: Deaf(tp.RED(4), 4, 5), "directions 5 must be from 1 to dim 4"),
-        (lambda m, t: Deaf(tp.RED(4), 4, 1, -1.0), "keep -1.0 must be from 0"),
+        (lambda m, t: repair(m, t, PROMPTS, TOKENIZER, (7,), keep=2.0), "keep=2.0 must be from 0 to 1"),
+        (lambda m, t: Deaf(tp.trails.RED(4), 4, 5), "directions 5 must be from 1 to dim 4"),
+        (lambda m, t: Deaf(tp.trails.RED(4), 4, 1, -1.0), "keep -1.0 must be from 0"),
         (lambda m, t: Rule.fit(scores(1.0, 4)), "8 benign adapters or more, not 4"),
         (lambda m, t: Rule.fit([{"x": 1.0}] * 8), "no detector has a score in all 8 audits"),
     ],
@@ -667,14 +668,14 @@ def test_mistakes_are_refused_and_leave_no_hook(call: Any, message: str, watch: 
 
 def test_an_adapter_of_another_kind_is_said_to_have_no_directions() -> None:
     peft = pytest.importorskip("peft")
-    from tokenpaths.peers import PeftAdapter
+    from tokenpaths.lab.peers import PeftAdapter
 
     other = peft.get_peft_model(llama(300), peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     adapter = PeftAdapter(other)
     with pytest.raises(ValueError, match="holds neither trails nor LoRA factors"):
         parts(other, adapter)
     assert on_texts(other, adapter, PROMPTS).mean_kl == 0
-    assert scan(other, adapter, TOKENIZER, PROMPTS, [(50,), (60,)]).count == 2
+    assert scan(other, adapter, PROMPTS, TOKENIZER, [(50,), (60,)]).count == 2
 
 
 def test_scores_of_an_empty_scan_are_nothing() -> None:

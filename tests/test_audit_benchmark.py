@@ -16,7 +16,7 @@ from scipy.stats import mannwhitneyu
 from test_audit import PROMPTS, TOKENIZER, planted
 from tiny import llama
 
-from tokenpaths.audit import Memory, Scan, search
+from tokenpaths.lab.audit import Memory, Scan, search
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]

@@ -16,8 +16,8 @@ from tiny import DIM, llama, make_tokenizer
 from torch import Tensor, nn
 
 import tokenpaths as tp
-from tokenpaths.reasoning import BudgetForcing, Level, Thinking, scaling, scaling_picture
-from tokenpaths.trails import DiReFT
+from tokenpaths import DiReFT
+from tokenpaths.lab.reasoning import BudgetForcing, Level, Thinking, scaling, scaling_picture
 
 WORDS = ["hello there", "ab", "a b c d e f", "The sea.", "12", "k", "no way out", "abab"]
 TOKENIZER, MODEL = make_tokenizer(), llama(300)

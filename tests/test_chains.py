@@ -15,10 +15,9 @@ from tiny import DIM, assert_equal, assert_slopes, llama, make_tokenizer, make_t
 from torch import Tensor, nn
 
 import tokenpaths as tp
-from tokenpaths.data import Example, collate, encode
-from tokenpaths.objectives import Imitate
-from tokenpaths.objectives.chains import ImitateParts, encode_parts
-from tokenpaths.training import Step, steps
+from tokenpaths import Example, Imitate, encode, steps
+from tokenpaths.data import collate
+from tokenpaths.training import ImitateParts, Step, encode_parts
 
 Watch = Callable[[nn.Module], nn.Module]
 PAIRS = [
@@ -30,7 +29,7 @@ PAIRS = [
 
 
 def make_chains(**options: Any) -> list[Example]:
-    return encode_parts(make_tokenizer(), PAIRS, **options)
+    return encode_parts(PAIRS, make_tokenizer(), **options)
 
 
 def model_for() -> Any:
@@ -58,8 +57,8 @@ def test_each_part_has_a_span_and_the_whole_reads_as_written() -> None:
 
 
 def test_no_token_lies_across_the_border_of_two_parts() -> None:
-    (apart,) = encode_parts(make_tokenizer(), [("x", {"steps": "a", "answer": "b"})], eos=False)
-    (together,) = encode(make_tokenizer(), [("x", "ab")], eos=False)
+    (apart,) = encode_parts([("x", {"steps": "a", "answer": "b"})], make_tokenizer(), eos=False)
+    (together,) = encode([("x", "ab")], make_tokenizer(), eos=False)
     assert len(apart) == len(together) + 1  # "ab" is one token
 
 
@@ -74,15 +73,15 @@ def test_no_token_lies_across_the_border_of_two_parts() -> None:
 )
 def test_what_cannot_be_encoded_is_refused(pairs: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        encode_parts(make_tokenizer(), pairs)
+        encode_parts(pairs, make_tokenizer())
 
 
 def test_a_tokenizer_without_an_end_is_refused() -> None:
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="pass eos=False"):
-        encode_parts(tokenizer, PAIRS)
-    assert encode_parts(tokenizer, PAIRS, eos=False)
+        encode_parts(PAIRS, tokenizer)
+    assert encode_parts(PAIRS, tokenizer, eos=False)
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -206,7 +205,7 @@ CUE = 255 + 3  # an id that no text of these tests contains
 
 def cued(tokenizer: Any, pairs: list[tuple[str, str]]) -> list[Example]:
     """The trail token at the end of each prompt."""
-    examples = encode(tokenizer, pairs, eos=False)
+    examples = encode(pairs, tokenizer, eos=False)
     return [
         Example(
             (*e.ids[: e.prompt_length], CUE, *e.ids[e.prompt_length :]),

@@ -22,16 +22,17 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenpaths as tp
-from tokenpaths.cone import Cone, at_work, common_prefix
-from tokenpaths.objectives import Imitate, Stay, StayStates, answer_logits
-from tokenpaths.objectives.imitate import forward
-from tokenpaths.training import steps
+from tokenpaths import Cone, Imitate, Stay, steps
+from tokenpaths.engine import answer_logits
+from tokenpaths.engine.answers import forward
+from tokenpaths.engine.cone import at_work, common_prefix
+from tokenpaths.training import StayStates
 from tokenpaths.training.plan import plan
 
 ALL = tp.All()
 
 
-def laid(rule: tp.Rule = ALL, layers: Any = (1, 2), dropout: float = 0.0) -> tp.TrailMap:
+def laid(rule: tp.tokens.Rule = ALL, layers: Any = (1, 2), dropout: float = 0.0) -> tp.TrailMap:
     torch.manual_seed(1)
     return tp.TrailMap({tp.Site(layer, rule): tp.DiReFT(DIM, 2, init="paper", dropout=dropout) for layer in layers})
 
@@ -50,7 +51,7 @@ def behind(front: int, count: int = 8) -> list[tp.Example]:
 def counted(model: Any) -> Iterator[Counter[str]]:
     """How many tokens go through each block, and through the output embedding."""
     seen: Counter[str] = Counter()
-    parts = {f"block {i}": layer.mlp for i, layer in enumerate(tp.find_blocks(model))} | {"head": model.lm_head}
+    parts = {f"block {i}": layer.mlp for i, layer in enumerate(tp.site.find_blocks(model))} | {"head": model.lm_head}
     before = {name: part.forward for name, part in parts.items()}
 
     def count(name: str, states: Tensor) -> Tensor:
@@ -64,7 +65,9 @@ def counted(model: Any) -> Iterator[Counter[str]]:
         del part.forward
 
 
-def trained(examples: list[tp.Example], trails: tp.TrailMap, cone: Cone | bool, **options: Any) -> list[tp.Step]:
+def trained(
+    examples: list[tp.Example], trails: tp.TrailMap, cone: Cone | bool, **options: Any
+) -> list[tp.training.Step]:
     settings: dict[str, Any] = dict(steps=6, batch_size=4, lr=0.01, progress=False)
     model = options.pop("model", None) or llama().double()
     goals = options.pop("goals", None) or [Imitate(examples)]
@@ -206,7 +209,7 @@ def test_every_kind_of_position_and_attention_is_narrowed(family):
         },
         blocks=facts.blocks,
     )
-    batch = tp.collate(behind(12, 3))
+    batch = tp.data.collate(behind(12, 3))
     with warnings.catch_warnings(), tp.attach(model, trails), torch.no_grad():
         warnings.simplefilter("error")
         whole = answer_logits(model, batch)[0]
@@ -219,7 +222,7 @@ def test_every_kind_of_position_and_attention_is_narrowed(family):
 def test_runs_that_share_a_cone_try_the_cache_once():
     """The first batch is run both ways, by the first of the runs over one base; not by one over another base."""
     model, trails, cone = llama(), laid(tp.Answer()), Cone()
-    batch, seen = tp.collate(behind(12, 3)), []
+    batch, seen = tp.data.collate(behind(12, 3)), []
     other = llama().double()
     for base in (model, model, other):
         with tp.attach(base, trails), torch.no_grad(), counted(base) as tokens, cone.over(base):
@@ -230,8 +233,8 @@ def test_runs_that_share_a_cone_try_the_cache_once():
 
 def test_a_cache_that_gives_other_states_is_found_out():
     """A model whose attention is wrong behind a cache: its rows are run whole, and the loss stays right."""
-    model, trails, batch = llama(), laid(tp.Answer()), tp.collate(behind(12, 3))
-    attention = tp.find_blocks(model)[2].self_attn
+    model, trails, batch = llama(), laid(tp.Answer()), tp.data.collate(behind(12, 3))
+    attention = tp.site.find_blocks(model)[2].self_attn
     right = attention.forward
 
     def wrong(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
@@ -279,16 +282,16 @@ def test_dropout_of_trails_is_drawn_for_the_same_rows():
 
 
 def test_a_hook_that_steers_below_is_heeded():
-    model, trails, batch = llama(), laid(), tp.collate(texts(3))
+    model, trails, batch = llama(), laid(), tp.data.collate(texts(3))
     plain = forward(model, batch).logits
     with tp.attach(model, trails), torch.no_grad(), Cone().over(model):
         before = forward(model, batch).logits
-        handle = tp.find_blocks(model)[0].register_forward_hook(lambda module, args, output: output + 1)
+        handle = tp.site.find_blocks(model)[0].register_forward_hook(lambda module, args, output: output + 1)
         steered = forward(model, batch).logits
         handle.remove()
         assert torch.allclose(forward(model, batch).logits, before, atol=1e-5)
     with tp.attach(model, trails), torch.no_grad():
-        handle = tp.find_blocks(model)[0].register_forward_hook(lambda module, args, output: output + 1)
+        handle = tp.site.find_blocks(model)[0].register_forward_hook(lambda module, args, output: output + 1)
         assert torch.equal(forward(model, batch).logits, steered)
         handle.remove()
     assert not torch.allclose(before, steered, atol=1e-2)
@@ -297,7 +300,7 @@ def test_a_hook_that_steers_below_is_heeded():
 
 def test_users_hooks_see_every_state_once():
     """Inside a block that could be left out, on one, and above."""
-    model, trails, batch = llama(), laid(), tp.collate(texts(3))
+    model, trails, batch = llama(), laid(), tp.data.collate(texts(3))
     with tp.attach(model, trails), torch.no_grad(), Cone().over(model):
         for module in (model.model.layers[0].mlp, model.model.layers[0], model.model.layers[2], model.model.norm):
             seen: list[Tensor] = []
@@ -310,7 +313,7 @@ def test_users_hooks_see_every_state_once():
 
 
 def test_what_a_forward_is_given_beside_tokens_is_heeded():
-    model, trails, batch = llama(), laid(), tp.collate(texts(3))
+    model, trails, batch = llama(), laid(), tp.data.collate(texts(3))
     inputs = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     embeds = model.get_input_embeddings()(batch.input_ids)
     calls: list[dict[str, Any]] = [
@@ -336,7 +339,7 @@ def test_what_a_forward_is_given_beside_tokens_is_heeded():
 
 
 def test_trails_laid_later_move_the_cone():
-    model, batch = llama(), tp.collate(texts(3))
+    model, batch = llama(), tp.data.collate(texts(3))
     upper, lower = laid(layers=[2]), laid(layers=[0])
     with torch.no_grad(), tp.attach(model, upper), Cone().over(model):
         forward(model, batch)
@@ -356,7 +359,7 @@ def test_trails_laid_later_move_the_cone():
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_on_either_side(side):
     model, trails = llama().double(), laid().double()
-    alone, batch = tp.collate(texts(6)[5:]), tp.collate(texts(6), side=side)
+    alone, batch = tp.data.collate(texts(6)[5:]), tp.data.collate(texts(6), side=side)
     with torch.no_grad(), tp.attach(model, trails), Cone().over(model):
         forward(model, alone)
         for _ in range(2):
@@ -376,9 +379,9 @@ def test_an_error_leaves_nothing_behind():
         with tp.attach(model, trails), Cone().over(model) as worker:
             broken = model.model.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
-                forward(model, tp.collate(texts(2)))
+                forward(model, tp.data.collate(texts(2)))
             broken.remove()
-            assert torch.isfinite(forward(model, tp.collate(texts(2))).logits).all()
+            assert torch.isfinite(forward(model, tp.data.collate(texts(2))).logits).all()
             assert worker is not None and at_work(model) is worker
         assert at_work(model) is None
 
@@ -387,7 +390,7 @@ def test_an_error_leaves_nothing_behind():
 
 
 def test_what_is_kept_belongs_to_one_base():
-    cone, batch, trails = Cone(), tp.collate(texts(3)), laid()
+    cone, batch, trails = Cone(), tp.data.collate(texts(3)), laid()
     model, other = llama(), llama()
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight.mul_(1.5)
@@ -427,7 +430,7 @@ print(json.dumps([seen["block 0"], float(sum(p.abs().sum() for p in trails.param
     assert same == weights and still == used > 0
     (file,) = [name for name in os.listdir(tmp_path) if name.endswith(".safetensors")]
     (tmp_path / file).write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
-    with pytest.raises(tp.TrailFileError, match=f"{file} is not a whole safetensors file .* delete it"):
+    with pytest.raises(tp.files.TrailFileError, match=f"{file} is not a whole safetensors file .* delete it"):
         Cone(folder=tmp_path)
 
 
@@ -450,10 +453,10 @@ def test_a_coarser_dtype_is_asked_for_and_close():
 
 def test_drift_read_again_runs_nothing_of_the_frozen_model():
     model, cone = llama(), Cone()
-    expected = tp.drift(model, laid(layers=[0]), texts())
-    tp.drift(model, laid(layers=[1]), texts(), cone=cone)
+    expected = tp.measure_drift(model, laid(layers=[0]), texts())
+    tp.measure_drift(model, laid(layers=[1]), texts(), cone=cone)
     with counted(model) as seen:
-        found = tp.drift(model, laid(layers=[0]), texts(), cone=cone)
+        found = tp.measure_drift(model, laid(layers=[0]), texts(), cone=cone)
     tokens = sum(map(len, texts()))
     assert found["kl"].mean == pytest.approx(expected["kl"].mean, rel=1e-4)
     for layer in found["displacement"].layers:

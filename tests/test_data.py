@@ -8,7 +8,8 @@ import pytest
 import torch
 from tiny import CHATML, make_tokenizer
 
-from tokenpaths.data import Example, collate, encode
+from tokenpaths import Example, encode
+from tokenpaths.data import collate
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def say(*texts: str) -> list[dict[str, str]]:
 
 
 def test_no_token_crosses_the_border_of_prompt_and_answer(tokenizer: Any) -> None:
-    (example,) = encode(tokenizer, [("xa", "by")])
+    (example,) = encode([("xa", "by")], tokenizer)
     assert tokenizer("xaby")["input_ids"] != list(example.ids[:-1])  # as one text it would merge "ab"
     assert example.ids[: example.prompt_length] == tuple(tokenizer("xa")["input_ids"])
     assert written(tokenizer, example) == "by</s>"
@@ -34,17 +35,17 @@ def test_no_token_crosses_the_border_of_prompt_and_answer(tokenizer: Any) -> Non
 
 def test_special_tokens_are_as_the_tokenizer_puts_them_on_a_prompt() -> None:
     tokenizer = make_tokenizer(bos=True)
-    (example,) = encode(tokenizer, [("x", "y")], eos=False)
+    (example,) = encode([("x", "y")], tokenizer, eos=False)
     assert example.ids == (*tokenizer("x")["input_ids"], *tokenizer("y", add_special_tokens=False)["input_ids"])
     assert example.ids.count(tokenizer.bos_token_id) == 1
 
 
 def test_a_chat_is_the_template_and_every_assistant_turn_is_trained(tokenizer: Any) -> None:
     chat = say("hi", "ho", "ha", "he")
-    (every,) = encode(tokenizer, [chat])
+    (every,) = encode([chat], tokenizer)
     assert tokenizer.decode(every.ids) == tokenizer.apply_chat_template(chat, tokenize=False)
     assert written(tokenizer, every) == "ho</s>he</s>"  # not the newline that the template puts after a turn
-    (last,) = encode(tokenizer, [chat], turns="last")
+    (last,) = encode([chat], tokenizer, turns="last")
     assert written(tokenizer, last) == "he</s>"
     prompt = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, return_dict=False)
     assert list(last.ids[: last.prompt_length]) == prompt
@@ -54,7 +55,7 @@ def test_chats_of_smollm2_begin_as_generation_does(smollm2: tuple[Any, Any]) -> 
     tokenizer = smollm2[1]
     chat = say("What is 2 + 2?", "4", "And 3?", "7")
     for turns, trained, asked in (("all", "4<|im_end|>7<|im_end|>", 1), ("last", "7<|im_end|>", 3)):
-        (example,) = encode(tokenizer, [chat], turns=turns)  # type: ignore[arg-type]
+        (example,) = encode([chat], tokenizer, turns=turns)  # type: ignore[arg-type]
         assert written(tokenizer, example) == trained
         prompt = tokenizer.apply_chat_template(chat[:asked], add_generation_prompt=True, return_dict=False)
         assert list(example.ids[: example.prompt_length]) == prompt
@@ -63,7 +64,7 @@ def test_chats_of_smollm2_begin_as_generation_does(smollm2: tuple[Any, Any]) -> 
 def test_text_behind_a_special_token_is_trained_and_white_space_behind_the_last_one_is_not() -> None:
     for ending, trained in (("<pad>!\n", "ho<pad>!\n"), ("<pad>\n", "ho<pad>"), ("\n", "ho\n")):
         tokenizer = make_tokenizer(template=CHATML.replace("</s>\n", ending))
-        (example,) = encode(tokenizer, [say("hi", "ho")])
+        (example,) = encode([say("hi", "ho")], tokenizer)
         assert written(tokenizer, example) == trained
 
 
@@ -76,8 +77,8 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_unless_the_last_turn_
     tokenizer = make_tokenizer(template=forgetful)
     chat = say("hi", "think#ho", "ha", "think#he")
     with pytest.raises(ValueError, match=r"item 1: the chat template does not extend at message 3.*turns='last'"):
-        encode(tokenizer, [chat[:2], chat])
-    (example,) = encode(tokenizer, [chat], turns="last")
+        encode([chat[:2], chat], tokenizer)
+    (example,) = encode([chat], tokenizer, turns="last")
     assert written(tokenizer, example) == "think#he</s>"
 
 
@@ -87,13 +88,13 @@ def test_truncation_is_refused_by_name_or_cuts_the_prompt_only() -> None:
     with pytest.raises(
         ValueError, match=r"item 1: 9 tokens \(6 of the prompt\) for a window of 6: .*truncation='left'"
     ):
-        encode(tokenizer, pairs, max_length=6)
-    short, cut = encode(tokenizer, pairs, max_length=6, truncation="left")
+        encode(pairs, tokenizer, max_length=6)
+    short, cut = encode(pairs, tokenizer, max_length=6, truncation="left")
     assert tokenizer.decode(short.ids) == "<s>xy</s>"
     assert tokenizer.decode(cut.ids) == "<s>45yz</s>"
     assert written(tokenizer, cut) == "yz</s>"
     with pytest.raises(ValueError, match=r"item 1: .*the answer alone fills it, and an answer is never cut"):
-        encode(tokenizer, pairs, max_length=4, truncation="left")
+        encode(pairs, tokenizer, max_length=4, truncation="left")
 
 
 @pytest.mark.parametrize(
@@ -118,14 +119,14 @@ def test_bad_data_is_refused(
     tokenizer: Any, pairs: list[Any], options: dict[str, Any], message: str, unchecked: None
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        encode(tokenizer, pairs, **options)
+        encode(pairs, tokenizer, **options)
 
 
 def test_a_missing_end_of_text_token_and_a_template_that_refuses_are_named(tokenizer: Any) -> None:
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no end-of-text token: pass eos=False"):
-        encode(tokenizer, [("x", "y")])
-    assert len(encode(tokenizer, [("x", "y")], eos=False)[0]) == 2
+        encode([("x", "y")], tokenizer)
+    assert len(encode([("x", "y")], tokenizer, eos=False)[0]) == 2
     strict = make_tokenizer(template="{{ raise_exception('no system role') }}")
     with pytest.raises(ValueError, match="item 0: the chat template refuses its first 1 messages: no system role"):
         encode(strict, [say("hi", "ho")])

@@ -13,9 +13,7 @@ import pytest
 import torch
 from tiny import assert_equal, llama, make_examples, make_trails, state
 
-from tokenpaths import TrailMap
-from tokenpaths.objectives import Imitate
-from tokenpaths.training import steps
+from tokenpaths import Imitate, TrailMap, steps
 
 HERE = Path(__file__)
 
@@ -152,8 +150,8 @@ def split(folder: Path, rank: int) -> dict[str, Any]:
 def ddp_difference(rank: int) -> float:
     from accelerate import Accelerator
 
+    from tokenpaths import trainable
     from tokenpaths.data import collate
-    from tokenpaths.training import trainable
 
     accelerator = Accelerator()
     trails, model = make_trails().double(), llama().double()

@@ -12,7 +12,8 @@ from tiny import llama
 from torch import nn
 
 import tokenpaths as tp
-from tokenpaths.drift import Run, compare
+from tokenpaths.drift import compare
+from tokenpaths.engine import Run
 
 Watch = Callable[[nn.Module], nn.Module]
 EXAMPLES = [
@@ -22,7 +23,7 @@ EXAMPLES = [
 ]
 
 
-def moving(model: nn.Module, rule: tp.Rule, layer: int = 1) -> tp.TrailMap:
+def moving(model: nn.Module, rule: tp.tokens.Rule, layer: int = 1) -> tp.TrailMap:
     return tp.TrailMap({tp.Site(layer, rule): tp.LoReFT(tp.width(model), 4, init="paper")})
 
 
@@ -33,7 +34,7 @@ class Letters:
 
 def test_fresh_trails_do_not_drift(watch: Watch) -> None:
     model = watch(FAMILIES["llama"].make())
-    found = tp.drift(model, tp.TrailMap({tp.Site(1, tp.All()): tp.LoReFT(32, 4)}), EXAMPLES)
+    found = tp.measure_drift(model, tp.TrailMap({tp.Site(1, tp.All()): tp.LoReFT(32, 4)}), EXAMPLES)
     for record in found.records():
         if record["run"] in ("", "change"):
             assert [record[key] for key in ("mean", "low", "high", "p50", "p99", "max")] == [0] * 6, record
@@ -64,7 +65,7 @@ def test_figures_are_those_of_two_plain_forwards(batch_size: int) -> None:
         nll += (-q.log()[:-1].gather(-1, ids[0, 1:, None])).flatten().tolist()
         x, y = frozen.hidden_states[2][0], steered.hidden_states[2][0]
         displacement += ((y - x).norm(dim=-1) / x.norm(dim=-1)).tolist()
-    found = tp.drift(model, trails, EXAMPLES, batch_size=batch_size)
+    found = tp.measure_drift(model, trails, EXAMPLES, batch_size=batch_size)
     assert found["kl"].mean == pytest.approx(sum(kl) / len(kl), rel=1e-4)
     assert found["kl"].max == pytest.approx(max(kl), rel=1e-4)
     assert found["kl"].p50 == pytest.approx(sorted(kl)[7], rel=0.006)
@@ -83,15 +84,15 @@ def test_figures_are_those_of_two_plain_forwards(batch_size: int) -> None:
 def test_attached_or_not_is_the_same(watch: Watch) -> None:
     model = watch(FAMILIES["gpt2"].make())
     trails = moving(model, tp.All())
-    apart = tp.drift(model, trails, EXAMPLES)
+    apart = tp.measure_drift(model, trails, EXAMPLES)
     with tp.attach(model, trails):
-        assert tp.drift(model, trails, EXAMPLES) == apart
+        assert tp.measure_drift(model, trails, EXAMPLES) == apart
 
 
 def test_dropout_of_trails_is_off_and_their_mode_as_before() -> None:
     model = FAMILIES["llama"].make()
     trails = tp.TrailMap({tp.Site(1): tp.LoReFT(32, 4, dropout=0.9, init="paper")}).train()
-    assert tp.drift(model, trails, EXAMPLES) == tp.drift(model, trails, EXAMPLES)
+    assert tp.measure_drift(model, trails, EXAMPLES) == tp.measure_drift(model, trails, EXAMPLES)
     assert all(module.training for module in trails.modules())
 
 
@@ -102,7 +103,7 @@ def test_a_known_displacement_is_read_back() -> None:
     with torch.no_grad():
         v.copy_(torch.randn(32))
         states = model(torch.tensor([EXAMPLES[0].ids]), output_hidden_states=True).hidden_states[2][0]
-    found = tp.drift(model, trails, EXAMPLES[:1])
+    found = tp.measure_drift(model, trails, EXAMPLES[:1])
     expected = float(v.norm() / states[2].norm())  # the third token is the last of the prompt
     assert found["displacement"]["block 1"].max == pytest.approx(expected, rel=1e-5)
     offsets, means = found.by_position("displacement")
@@ -116,7 +117,9 @@ def test_a_known_displacement_is_read_back() -> None:
 def test_outside_the_light_cone_drift_is_exactly_zero(name: str) -> None:
     """Tokens before the first moved one (in a decoder), and layers below it."""
     model = FAMILIES[name].make()
-    found = tp.drift(model, moving(model, tp.Answer() if FAMILIES[name].kind == "decoder" else tp.All()), EXAMPLES)
+    found = tp.measure_drift(
+        model, moving(model, tp.Answer() if FAMILIES[name].kind == "decoder" else tp.All()), EXAMPLES
+    )
     for name_ in ("displacement", "cosine_shift"):
         assert [found[name_][layer].max for layer in ("embedding", "block 0")] == [0, 0]
         assert found[name_]["block 1"].max > 0
@@ -129,7 +132,7 @@ def test_outside_the_light_cone_drift_is_exactly_zero(name: str) -> None:
 
 def test_a_plain_text_is_prompt_throughout() -> None:
     model = FAMILIES["llama"].make()
-    found = tp.drift(model, moving(model, tp.Last(1)), ["one text", "another"], Letters())
+    found = tp.measure_drift(model, moving(model, tp.Last(1)), ["one text", "another"], Letters())
     assert found.moved == pytest.approx(2 / (8 + 7))
     assert found.answers == 0 and math.isnan(found.calibration[0])
     offsets, means = found.by_position("kl")
@@ -138,12 +141,12 @@ def test_a_plain_text_is_prompt_throughout() -> None:
 
 def test_a_text_is_cut() -> None:
     model = FAMILIES["llama"].make()
-    assert tp.drift(model, moving(model, tp.All()), ["one text"], Letters(), max_length=3).tokens == 3
+    assert tp.measure_drift(model, moving(model, tp.All()), ["one text"], Letters(), max_length=3).tokens == 3
 
 
 def test_one_text_has_no_interval() -> None:
     model = FAMILIES["llama"].make()
-    found = tp.drift(model, moving(model, tp.All()), EXAMPLES[:1])
+    found = tp.measure_drift(model, moving(model, tp.All()), EXAMPLES[:1])
     assert found["kl"].interval == (-math.inf, math.inf)
     assert found.perplexity.interval == (0, math.inf)
 
@@ -182,10 +185,10 @@ def test_an_adapter_is_compared_on_and_off() -> None:
 def test_what_it_refuses(watch: Watch, texts: list[str], message: str) -> None:
     model = watch(FAMILIES["llama"].make())
     with pytest.raises(ValueError, match=message):
-        tp.drift(model, moving(model, tp.All()), texts)
+        tp.measure_drift(model, moving(model, tp.All()), texts)
 
 
 def test_an_empty_string_is_refused(watch: Watch) -> None:
     model = watch(FAMILIES["llama"].make())
     with pytest.raises(ValueError, match="text 1 has 0 tokens; drift needs at least two"):
-        tp.drift(model, moving(model, tp.All()), ["a text", ""], Letters())
+        tp.measure_drift(model, moving(model, tp.All()), ["a text", ""], Letters())

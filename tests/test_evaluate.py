@@ -22,7 +22,7 @@ from tiny import make_tokenizer
 from torch import nn
 
 import tokenpaths as tp
-from tokenpaths.data import Example
+from tokenpaths import Example
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import _evaluate as ev
@@ -58,14 +58,14 @@ def model(request: pytest.FixtureRequest, watch: Callable[[nn.Module], nn.Module
     return watch(FAMILIES[request.param].make().double().eval())
 
 
-def attached(model: nn.Module, rule: tp.Rule | None) -> Any:
+def attached(model: nn.Module, rule: tp.tokens.Rule | None) -> Any:
     """Trails that move a lot, in all layers."""
     trails = tp.TrailMap({site: MOVING["LoReFT"](tp.width(model)) for site in tp.sites(model, tokens=rule or tp.All())})
     return nullcontext() if rule is None else tp.attach(model, trails.double().eval())
 
 
 @torch.no_grad()
-def by_definition(model: nn.Module, example: Example, rule: tp.Rule | None) -> float:
+def by_definition(model: nn.Module, example: Example, rule: tp.tokens.Rule | None) -> float:
     """-sum log p(t | all before it), one example at a time: of the answer, or of a text from its second token on."""
     ids = torch.tensor([example.ids])
     mask = {} if rule is None else {"prompt_mask": torch.arange(len(example))[None] < example.prompt_length}
@@ -78,9 +78,9 @@ def by_definition(model: nn.Module, example: Example, rule: tp.Rule | None) -> f
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_nats_are_the_definition(model: nn.Module, rule: tp.Rule | None) -> None:
+def test_nats_are_the_definition(model: nn.Module, rule: tp.tokens.Rule | None) -> None:
     with attached(model, rule):
-        sums, counts = ev.nats(model, EXAMPLES, tokens=30)
+        sums, counts = ev.nats(model, EXAMPLES, max_batch_tokens=30)
         expected = [by_definition(model, example, rule) for example in EXAMPLES]
     np.testing.assert_allclose(sums, expected, rtol=1e-9)
     assert counts.tolist() == [sum(e.answer) if any(e.answer) else len(e) - 1 for e in EXAMPLES]
@@ -89,7 +89,7 @@ def test_nats_are_the_definition(model: nn.Module, rule: tp.Rule | None) -> None
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("tokens", [1, 1500])
 def test_options_behind_a_cached_prompt_score_as_without_one(
-    model: nn.Module, rule: tp.Rule | None, tokens: int
+    model: nn.Module, rule: tp.tokens.Rule | None, tokens: int
 ) -> None:
     with attached(model, rule):
         scores = ev.log_likelihoods(model, ITEMS, tokens)

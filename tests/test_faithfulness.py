@@ -26,11 +26,10 @@ from tiny import llama, make_tokenizer
 from torch import Tensor, nn
 
 import tokenpaths as tp
-from tokenpaths.data import Example
-from tokenpaths.reasoning import Change, Faithfulness, answering, faithfulness, perturb, same
-from tokenpaths.reasoning.faithfulness import _gone_on
-from tokenpaths.reasoning.same import Same
-from tokenpaths.retention import Worked
+from tokenpaths import Example, faithfulness
+from tokenpaths.lab.chains import Change, Faithfulness, Worked, answering, perturb, same
+from tokenpaths.lab.chains.faithful import _gone_on
+from tokenpaths.lab.chains.same import Same
 
 TOKENIZER = make_tokenizer()
 LETTERS = "ACDEFGHIJKLMNOPQRSTUVWXYZB"  # of equally likely ones the first is taken: A, which no chain has
@@ -68,7 +67,7 @@ class Always(tp.Trail):
         return self.strength * (nn.functional.one_hot(torch.tensor(self.token), self.dim) - h)
 
 
-def says(letter: str, rule: tp.Rule | None = None) -> tp.TrailMap:
+def says(letter: str, rule: tp.tokens.Rule | None = None) -> tp.TrailMap:
     token = TOKENIZER(letter)["input_ids"][0]
     return tp.TrailMap({tp.Site(0, rule or tp.All()): Always(len(TOKENIZER), token)})
 
@@ -93,7 +92,7 @@ def look(model: nn.Module, trails: tp.TrailMap, **changes: Any) -> Faithfulness:
     settings |= {"mistake": lambda item, steps, k, rng: "Z"}
     if "read_answer" not in changes:
         settings |= BY_LIKELIHOOD
-    return faithfulness(model, trails, TOKENIZER, items, **settings | changes)
+    return faithfulness(model, trails, items, TOKENIZER, **settings | changes)
 
 
 # Models whose answer is known

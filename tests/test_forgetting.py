@@ -21,24 +21,13 @@ from tiny import llama, make_tokenizer
 from torch import nn
 
 import tokenpaths as tp
-from tokenpaths import plots
-from tokenpaths.data import Example
-from tokenpaths.retention import (
-    Choice,
-    Forgetting,
-    Harness,
-    Loss,
-    Task,
-    Text,
-    arc_easy,
-    blimp,
-    forgetting,
-    intervals,
-    scoring,
-    trec,
-    trec_pairs,
-    wikitext2,
-)
+from tokenpaths import Example, forgetting
+from tokenpaths.data import Choice, Task, Text
+from tokenpaths.engine import likelihood as scoring
+from tokenpaths.lab.forgetting import Forgetting, Harness, Loss, arc_easy, blimp, trec, trec_pairs, wikitext2
+from tokenpaths.lab.forgetting.plots import losses
+from tokenpaths.report.figures import COLOURS
+from tokenpaths.stats import intervals
 
 TEXTS = Task("letters", (Text("The sea."), Text(" is deep.", prompt="The well"), Text("A longer text of some words.")))
 CHOICES = Task(
@@ -53,7 +42,7 @@ PAIRS = Task("pairs", (Choice(("The cat is.", "The cat are."), 0), Choice(("A co
 RULES = {"all": tp.All(), "last": tp.Last(1), "answer": tp.Answer(), "prompt": tp.Prompt(), "none": None}
 
 
-def model_and_trails(rule: tp.Rule) -> tuple[Any, tp.TrailMap]:
+def model_and_trails(rule: tp.tokens.Rule) -> tuple[Any, tp.TrailMap]:
     model = llama(300).double()
     return model, tp.TrailMap({site: MOVING["LoReFT"](32) for site in tp.sites(model, tokens=rule)}).double().eval()
 
@@ -160,7 +149,7 @@ def test_the_real_data_sets_are_read_whole(data_folder: Path, tmp_path: Path) ->
 # Likelihoods
 
 
-def by_definition(model: nn.Module, example: Example, rule: tp.Rule | None) -> float:
+def by_definition(model: nn.Module, example: Example, rule: tp.tokens.Rule | None) -> float:
     logs = log_probs(model, example.ids, None if rule is None else example.prompt_length)
     start = example.prompt_length if any(example.answer) else 1
     return sum(float(logs[t - 1, example.ids[t]]) for t in range(start, len(example)))
@@ -169,7 +158,7 @@ def by_definition(model: nn.Module, example: Example, rule: tp.Rule | None) -> f
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_options_score_by_the_definition(
-    family: str, rule: tp.Rule | None, watch: Callable[[nn.Module], nn.Module]
+    family: str, rule: tp.tokens.Rule | None, watch: Callable[[nn.Module], nn.Module]
 ) -> None:
     """Behind one cached prompt, or, in a model whose cache slides, without."""
     model = watch(FAMILIES[family].make().double().eval())
@@ -186,7 +175,7 @@ def test_options_score_by_the_definition(
         items.append(tuple(Example((9, *draw(n)), (False,) * (n + 1)) for n in answers))
     trails = tp.TrailMap({site: MOVING["LoReFT"](32) for site in tp.sites(model, tokens=rule or tp.All())})
     with nullcontext() if rule is None else tp.attach(model, trails.double().eval()):
-        found = scoring.log_likelihoods(model, items, tokens=1 if family == "gpt2" else 30)
+        found = scoring.log_likelihoods(model, items, max_batch_tokens=1 if family == "gpt2" else 30)
         expected = [[by_definition(model, option, rule) for option in options] for options in items]
     for row, wanted in zip(found, expected, strict=True):
         np.testing.assert_allclose(row, wanted, rtol=1e-9)
@@ -199,7 +188,7 @@ def test_a_prompt_is_run_once_for_all_its_options() -> None:
     handle = model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    encoded = scoring.encode_choices(tokenizer, [CHOICES.items[0]])
+    encoded = scoring.encode_choices([CHOICES.items[0]], tokenizer)
     scoring.log_likelihoods(model, encoded, 1500)
     handle.remove()
     assert seen == [encoded[0][0].prompt_length, 1, 2, 3]  # of each option all tokens but the last
@@ -225,10 +214,10 @@ def test_sentences_that_begin_differently_are_refused_unless_something_stands_be
 
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("rule", [tp.All(), tp.Last(1), tp.Answer()], ids=["all", "last", "answer"])
-def test_texts_are_measured_by_the_definition(bos: bool, rule: tp.Rule) -> None:
+def test_texts_are_measured_by_the_definition(bos: bool, rule: tp.tokens.Rule) -> None:
     model, trails = model_and_trails(rule)
     tokenizer = make_tokenizer(bos=bos)
-    found = forgetting(model, trails, [TEXTS], tokenizer, tokens=40)
+    found = forgetting(model, trails, [TEXTS], tokenizer, max_batch_tokens=40)
     before, after, kl, count, size = 0.0, 0.0, 0.0, 0, 0
     changes: list[float] = []
     for item in TEXTS.items:
@@ -265,7 +254,7 @@ def test_accuracies_are_paired_by_item() -> None:
     tokenizer = make_tokenizer()
     found = forgetting(model, trails, [CHOICES, PAIRS], tokenizer)
     for task in (CHOICES, PAIRS):
-        encoded = scoring.encode_choices(tokenizer, task.items)
+        encoded = scoring.encode_choices(task.items, tokenizer)
         wanted: list[np.ndarray] = []
         for attached in (False, True):
             with tp.attach(model, trails) if attached else nullcontext():
@@ -361,14 +350,14 @@ def test_a_report_is_written_and_read(tmp_path: Path) -> None:
 
 
 def test_the_picture_shows_each_change_in_its_unit() -> None:
-    figure = plots.losses(REPORT)
+    figure = losses(REPORT)
     nats, points = figure.axes
     assert [label.get_text() for label in nats.get_yticklabels()] == ["wiki: nats a token", "wiki: KL to frozen"]
     assert [label.get_text().split(":")[0] for label in points.get_yticklabels()] == ["trec", "arc", "one"]
     assert [float(bar[0].get_xdata()[0]) for bar in points.containers] == pytest.approx([60, -5, -100])
     assert points.containers[0][2][0].get_segments()[0][:, 0].tolist() == pytest.approx([50, 70])
-    assert points.containers[0][0].get_color() == plots.COLOURS[2]
-    assert nats.containers[0][0].get_color() == plots.COLOURS[1]
+    assert points.containers[0][0].get_color() == COLOURS[2]
+    assert nats.containers[0][0].get_color() == COLOURS[1]
     assert figure.get_figwidth() == 8
 
 

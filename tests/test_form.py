@@ -20,8 +20,9 @@ from tiny import make_tokenizer
 from torch import Tensor, nn
 
 import tokenpaths as tp
-from tokenpaths.retention import WayOrForm, Worked, way_or_form
-from tokenpaths.retention.form import Score, Sign, _copied, last_word, shuffled
+from tokenpaths import way_or_form
+from tokenpaths.lab.chains import WayOrForm, Worked
+from tokenpaths.lab.chains.form import Score, Sign, _copied, last_word, shuffled
 
 TOKENIZER = make_tokenizer()
 DIM = len(TOKENIZER) + len(TOKENIZER) % 2

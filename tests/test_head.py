@@ -17,11 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenpaths import Additive, Answer, Last, LoReFT, Site, TrailMap, attach
+from tokenpaths import Additive, Answer, Last, LoReFT, Site, Stay, TrailMap, attach, trainable
 from tokenpaths.data import collate
-from tokenpaths.objectives import Stay, head
-from tokenpaths.objectives.head import Logits, cross_entropy, kl_from, logits_at, top_k_kl
-from tokenpaths.training import trainable
+from tokenpaths.engine import Logits, logits_at
+from tokenpaths.engine import logits as head
+from tokenpaths.engine.logits import cross_entropy, kl_from, top_k_kl
 
 BATCH = collate(make_examples(4))
 INPUTS: dict[str, Any] = dict(input_ids=BATCH.input_ids, attention_mask=BATCH.attention_mask, use_cache=False)

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenpaths.retention import Trial, fit
-from tokenpaths.retention.law import _Problem
+from tokenpaths.lab.forgetting import Trial, fit
+from tokenpaths.lab.forgetting.law import _Problem
 
 SIZES, TOKENS, SHARES = (3e7, 1e8, 3e8), (1e5, 1e6), (0.0, 0.005, 0.02, 0.1)
 ALPHA, BETA, B = 0.4, 0.3, 800.0

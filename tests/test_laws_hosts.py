@@ -7,7 +7,6 @@ import gc
 import inspect
 import io
 import pickle
-import sys
 import weakref
 
 import pytest
@@ -19,7 +18,11 @@ from subjects import MOVING
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tokenpaths import Site, TrailMap, attach, find_blocks, is_attached, tokens, watcher
+from tokenpaths import Site, TrailMap, attach, tokens
+from tokenpaths.attachment import is_attached
+from tokenpaths.attachment.moment import Moment
+from tokenpaths.attachment.moving import Plan
+from tokenpaths.site.host import find_blocks
 
 FAMILY = pytest.mark.parametrize("family", ["llama", "gpt2"])
 STREAM = pytest.mark.parametrize("stream", ["block", "embedding", "attention", "mlp", "head"])
@@ -51,7 +54,7 @@ def assert_same(ones, others):
 @pytest.fixture
 def traceable(unchecked, monkeypatch):
     """What is checked at run time cannot be compiled: take the checks out."""
-    for cls in (tokens.Context, watcher.Moment, sys.modules["tokenpaths.attach"]._Plan):
+    for cls in (tokens.Context, Moment, Plan):
         monkeypatch.setattr(cls, "__init__", inspect.unwrap(cls.__init__))
     torch._dynamo.reset()
     yield
@@ -379,7 +382,7 @@ def test_a_copy_of_an_attached_model_is_frozen(family):
 
 def test_hooks_pickle_as_nothing():
     linear = nn.Linear(2, 2)
-    from tokenpaths.watcher import Hook
+    from tokenpaths.attachment.hooks import Hook
 
     linear.register_forward_hook(Hook(lambda *_: torch.zeros(2)))
     assert linear(torch.ones(2)).eq(0).all()

@@ -9,7 +9,8 @@ from laws import PROMPTS, Case, assert_close, block_outputs, padded
 from subjects import MOVING, TRAILS
 from torch import nn
 
-from tokenpaths import All, Answer, First, Last, LoReFT, Prompt, Site, Trail, TrailMap, attach, find_blocks
+from tokenpaths import All, Answer, First, Last, LoReFT, Prompt, Site, Trail, TrailMap, attach
+from tokenpaths.site.host import find_blocks
 
 FAMILY = pytest.mark.parametrize("family", ["llama", "gpt2"])
 STREAM = pytest.mark.parametrize("stream", ["block", "embedding", "attention", "mlp", "head"])

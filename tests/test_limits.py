@@ -13,8 +13,8 @@ from tiny import DIM, llama, make_tokenizer
 from torch import Tensor, nn
 
 import tokenpaths as tp
-from tokenpaths.limits import confine, guard, strength_curve, strength_within
-from tokenpaths.trails import Confined, DiReFT, Guarded
+from tokenpaths import Confined, DiReFT, Guarded, confine, guard, strength_within
+from tokenpaths.limits import strength_curve
 from tokenpaths.trails.wrappers import at_unit_scale
 
 Watch = Callable[[nn.Module], nn.Module]
@@ -139,7 +139,10 @@ def test_a_tied_trail_has_one_gate_for_both_sites() -> None:
         (dict(task=task(3)), "task has 3 examples; a gate needs at least 8"),
         (dict(other=other(2)), "other has 2 examples"),
         (dict(shut=0.0), "shut=0.0 must be above 0"),
-        (dict(trails=tp.TrailMap({tp.Site(0, tp.Tokens([90])): tp.RED(DIM)})), r"Tokens.* chooses no token in the 300"),
+        (
+            dict(trails=tp.TrailMap({tp.Site(0, tp.Tokens([90])): tp.trails.RED(DIM)})),
+            r"Tokens.* chooses no token in the 300",
+        ),
     ],
 )
 def test_what_gates_cannot_be_fitted_on_is_refused(change: dict[str, Any], message: str, watch: Watch) -> None:
@@ -203,7 +206,7 @@ def test_confine_refuses() -> None:
         confine(llama(), confined(4), other(), task(), beta=2.0)
     with pytest.raises(ValueError, match="no examples"):
         confine(llama(), confined(4), [])
-    trails = tp.TrailMap({tp.Site(0, tp.Answer()): Confined(tp.RED(DIM), DIM, 4)})
+    trails = tp.TrailMap({tp.Site(0, tp.Answer()): Confined(tp.trails.RED(DIM), DIM, 4)})
     with pytest.raises(ValueError, match=r"Answer\(\) chooses no token"):
         confine(llama(), trails, other())
 
@@ -215,13 +218,13 @@ def moving() -> tp.TrailMap:
 
 def test_the_strength_meets_the_budget_and_no_less_than_it_could(watch: Watch) -> None:
     model, trails, text = watch(llama()), moving(), other(6)
-    full = tp.drift(model, trails, text)["kl"].mean
+    full = tp.measure_drift(model, trails, text)["kl"].mean
     assert strength_within(model, trails, text, budget=2 * full) == 1.0
     strength = strength_within(model, trails, text, budget=full / 10)
     with tp.attach(model, trails, strength=strength):
-        assert tp.drift(model, trails, text)["kl"].mean <= full / 10
+        assert tp.measure_drift(model, trails, text)["kl"].mean <= full / 10
     with tp.attach(model, trails, strength=strength + 2**-6):
-        assert tp.drift(model, trails, text)["kl"].mean > full / 10
+        assert tp.measure_drift(model, trails, text)["kl"].mean > full / 10
     assert strength_within(model, trails, text, budget=0.0) == 0.0
     with pytest.raises(ValueError, match="budget=-1.0 must be at least 0"):
         strength_within(model, trails, text, budget=-1.0)
@@ -232,7 +235,7 @@ def test_the_curve_has_the_task_beside_the_drift(watch: Watch) -> None:
     asked: list[bool] = []
 
     def score() -> float:
-        asked.append(tp.is_attached(model, trails))
+        asked.append(tp.attachment.is_attached(model, trails))
         return 0.5
 
     points = strength_curve(model, trails, score, text, at=(0.0, 0.5, 1.0))
@@ -247,13 +250,13 @@ def test_the_curve_has_the_task_beside_the_drift(watch: Watch) -> None:
 
 def test_plain_texts_are_prompt_throughout() -> None:
     tokenizer = make_tokenizer()
-    examples = tp.plain(tokenizer, ["cab", "abcdef"], max_length=4)
+    examples = tp.encode_texts(["cab", "abcdef"], tokenizer, max_length=4)
     assert [len(e) for e in examples] == [2, 4]
     assert not any(any(e.answer) for e in examples)
     with pytest.raises(ValueError, match="text 1 has no token"):
-        tp.plain(tokenizer, ["a", ""])
+        tp.encode_texts(["a", ""], tokenizer)
     with pytest.raises(TypeError, match="a list of texts, not str"):
-        tp.plain(tokenizer, "abc")
+        tp.encode_texts("abc", tokenizer)
 
 
 def test_with_its_own_rule_a_guard_need_not_know_the_task_s_other_tokens() -> None:

@@ -14,7 +14,7 @@ from scipy.spatial.distance import jensenshannon
 from scipy.special import rel_entr
 from torch import Tensor
 
-from tokenpaths.drift.measures import (
+from tokenpaths.drift import (
     brier,
     confidence,
     correct,
@@ -24,14 +24,14 @@ from tokenpaths.drift.measures import (
     flips,
     js,
     kl,
-    layer_names,
     nll,
     path_length,
     reverse_kl,
     step_length,
     turning_angle,
 )
-from tokenpaths.drift.readings import Reading
+from tokenpaths.drift.measures import layer_names
+from tokenpaths.engine import Reading
 
 LAYERS, TOKENS, DIM, VOCAB = ("embedding", "block 0", "block 1", "block 2", "norm"), 7, 6, 11
 MEASURES = (kl, reverse_kl, js, flips, displacement, cosine_shift)

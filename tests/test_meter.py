@@ -21,12 +21,12 @@ from torch import Tensor
 
 import tokenpaths as tp
 from tokenpaths.data import collate
+from tokenpaths.drift import Drift, Meter
 from tokenpaths.drift import meter as meters
-from tokenpaths.drift.meter import Meter
-from tokenpaths.drift.readings import Reading, read, runs
-from tokenpaths.drift.report import OFFSETS, Drift
+from tokenpaths.drift.report import OFFSETS
 from tokenpaths.drift.sample import Sample, token_keys
 from tokenpaths.drift.tally import REPLICATES, Calibration, Tally, text_key, text_weights
+from tokenpaths.engine import Reading, read, runs
 
 EXAMPLES = make_examples(9)
 SITE = tp.Site(1, tp.Answer() | tp.Last(1))

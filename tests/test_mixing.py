@@ -18,7 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from tokenpaths.mixing import Mix, MixedStream, count, mix
+from tokenpaths import mix
+from tokenpaths.data import Mix, MixedStream
+from tokenpaths.data.mixing import count
 
 shares = st.one_of(st.fractions(0, Fraction(99, 100), max_denominator=200), st.sampled_from([0.0, 0.01, 0.005, 0.1]))
 sizes = st.integers(1, 20)
@@ -160,8 +162,8 @@ def test_the_trainer_takes_a_mixture_in_its_order(tmp_path: Path) -> None:
     from tiny import llama, make_examples, make_trails
     from transformers import Trainer, TrainingArguments
 
+    from tokenpaths import trainable
     from tokenpaths.data import IGNORED, collate
-    from tokenpaths.training import trainable
 
     seen: list[list[int]] = []
 

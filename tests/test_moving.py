@@ -14,7 +14,8 @@ from subjects import MOVING
 from tiny import DIM, llama
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tokenpaths import All, Answer, First, Last, Prompt, Rule, TrailMap, attach, sites
+from tokenpaths import All, Answer, First, Last, Prompt, TrailMap, attach, sites
+from tokenpaths.tokens import Rule
 
 INPUTS = padded([[5, 47, 31, 66, 8, 90], [17, 4, 73, 29], [61, 12, 36]])
 PROMPT_RULES = [Last(1), First(2) | Last(1), Prompt(), Prompt() - Last(1), ~First(1) & Last(2)]

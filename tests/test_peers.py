@@ -17,11 +17,12 @@ from tiny import llama, make_examples, make_tokenizer, make_trails
 from torch import nn
 
 import tokenpaths as tp
-from tokenpaths import saving
-from tokenpaths.objectives import Align, Attempts, Imitate, Rehearse, Stay, StayStates
-from tokenpaths.peers import DualMemory, PeftAdapter, ReplayNear
-from tokenpaths.retention import Task, Text, forgetting
-from tokenpaths.training import TrustRegion
+from tokenpaths import Imitate, Replay, Stay, forgetting
+from tokenpaths.data import Task, Text
+from tokenpaths.lab.peers import DualMemory, PeftAdapter, ReplayNear
+from tokenpaths.limits import TrustRegion
+from tokenpaths.site.fingerprint import fingerprint
+from tokenpaths.training import Align, Attempts, StayStates
 
 Watch = Callable[[nn.Module], nn.Module]
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -80,7 +81,7 @@ def test_trained_by_the_same_steps(method: str, goals: str) -> None:
     )
     chosen: dict[str, list[tp.Objective]] = {
         "stay": [Imitate(examples), Stay(plain_texts(), within=0.05), StayStates(plain_texts(), weight=0.1)],
-        "align": [Align([question], batch_size=1), Rehearse(plain_texts(), batch_size=2)],
+        "align": [Align([question], batch_size=1), Replay(plain_texts(), batch_size=2)],
         "replay": [Imitate(examples), ReplayNear(examples[:4], memory=memory, batch_size=2)],
     }
     trust = TrustRegion(plain_texts(2), most=0.05) if goals == "align" else None
@@ -158,9 +159,9 @@ def test_measured_as_trails_are(watch: Watch) -> None:
     watch(model)
     model.train()  # the dropout of LoRA is on: a reading turns it off
     texts, tokenizer = plain_texts(), make_tokenizer()
-    found = tp.drift(model, adapter, texts, cone=tp.Cone())
+    found = tp.measure_drift(model, adapter, texts, cone=tp.Cone())
     model.eval()
-    assert found["kl"].mean == pytest.approx(tp.compare(llama(), model, texts)["kl"].mean, abs=1e-6)
+    assert found["kl"].mean == pytest.approx(tp.drift.compare(llama(), model, texts)["kl"].mean, abs=1e-6)
     wide = llama(len(tokenizer))
     lora = PeftAdapter(peft.get_peft_model(wide, peft.LoraConfig(r=2, target_modules="all-linear")).eval())
     train(lora.peft_model, lora, lr=0.3)
@@ -181,7 +182,7 @@ def test_dropout_is_on_in_training_only() -> None:
     assert all(seen)
     assert not model.training
     seen.clear()
-    tp.drift(model, adapter, plain_texts())
+    tp.measure_drift(model, adapter, plain_texts())
     assert seen == [False] * len(seen)
 
 
@@ -212,22 +213,22 @@ def test_the_fingerprint_is_that_of_the_base(method: str) -> None:
     model, adapter = make(method)
     train(model, adapter)
     with adapter.off():
-        here = saving.fingerprint(model)
-    assert (here == saving.fingerprint(llama())) == (method not in TAKE_FROM_THE_BASE)
-    assert saving.fingerprint(model) != here
+        here = fingerprint(model)
+    assert (here == fingerprint(llama())) == (method not in TAKE_FROM_THE_BASE)
+    assert fingerprint(model) != here
 
 
 def test_self_samples_are_of_the_frozen_model() -> None:
     tokenizer = make_tokenizer()
     wide = llama(len(tokenizer))
     settings = wide.generation_config
-    told = tp.self_samples(wide, tokenizer, 3, max_tokens=5)
+    told = tp.self_samples(wide, tokenizer, 3, max_new_tokens=5)
     lora = PeftAdapter(
         peft.get_peft_model(wide, peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
     )
     train(lora.peft_model, lora, lr=0.3)
-    assert tp.self_samples(lora.peft_model, tokenizer, 3, max_tokens=5, adapter=lora) == told
-    assert tp.self_samples(lora.peft_model, tokenizer, 3, max_tokens=5) != told
+    assert tp.self_samples(lora.peft_model, tokenizer, 3, max_new_tokens=5, trails=lora) == told
+    assert tp.self_samples(lora.peft_model, tokenizer, 3, max_new_tokens=5) != told
     assert wide.generation_config is settings
 
 
@@ -281,19 +282,19 @@ def test_refusals(unchecked: None) -> None:
     with pytest.raises(TypeError, match=r"not PeftModel: .* a PEFT model as peers.PeftAdapter\(peft_model\)"):
         train(model, model)
     with pytest.raises(TypeError, match=r"not PeftModel: a PEFT model is made an adapter by peers.PeftAdapter"):
-        tp.drift(model, model, plain_texts())
+        tp.measure_drift(model, model, plain_texts())
     with pytest.raises(ValueError, match="does not lie in this LlamaForCausalLM: give the PEFT model"):
         train(llama(), adapter)
     with pytest.raises(TypeError, match="attach takes a TrailMap, not PeftAdapter: it is at work already"):
         tp.attach(model, adapter)  # pyright: ignore[reportArgumentType]
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"merged into the weights: call unmerge_adapter\(\) first"):
-        tp.drift(model, adapter, plain_texts())
+        tp.measure_drift(model, adapter, plain_texts())
     model.unmerge_adapter()
     model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"]))
     model.set_adapter("other")
     with pytest.raises(ValueError, match=r"active adapters are \('other',\) now, but were \('default',\)"):
-        tp.drift(model, adapter, plain_texts())
+        tp.measure_drift(model, adapter, plain_texts())
     with pytest.raises(ValueError, match=r"parameter of the adapter is frozen.*is_trainable=True"):
         train(model, adapter)
     kasa = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
@@ -327,7 +328,7 @@ def test_a_refused_save_leaves_what_was_there(tmp_path: Path) -> None:
 def test_several_adapters(tmp_path: Path) -> None:
     """What is active is the adapter; another one beside it is neither trained nor saved."""
     model, _ = make("CURLoRA")
-    from tokenpaths.peers import CurLoraConfig
+    from tokenpaths.lab.peers import CurLoraConfig
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -15,12 +15,12 @@ from scipy.stats import chisquare
 from tiny import llama, make_examples, make_trails
 
 import tokenpaths as tp
+from tokenpaths import Imitate
 from tokenpaths.data import collate
-from tokenpaths.objectives import Imitate
-from tokenpaths.peers import DualMemory, ReplayNear, Reservoir
+from tokenpaths.lab.peers import DualMemory, ReplayNear, Reservoir
 
 
-def numbers(adapter: tp.Adapter) -> torch.Tensor:
+def numbers(adapter: tp.trailmap.Adapter) -> torch.Tensor:
     return torch.cat([p.detach().flatten().clone() for p in adapter.parameters()])
 
 
@@ -188,9 +188,9 @@ def test_saved_and_restored(tmp_path: Path) -> None:
     assert again.updates == 2
     assert torch.equal(slow_numbers(again), slow_numbers(memory))
     make_trails().save(tmp_path / "trails.safetensors")
-    with pytest.raises(tp.TrailFileError, match="is not a file of a DualMemory"):
+    with pytest.raises(tp.files.TrailFileError, match="is not a file of a DualMemory"):
         again.restore(tmp_path / "trails.safetensors")
-    with pytest.raises(tp.TrailFileError, match="the file lacks tensors"):
+    with pytest.raises(tp.files.TrailFileError, match="the file lacks tensors"):
         DualMemory(make_trails()).restore(tmp_path / "memory.safetensors")
 
 

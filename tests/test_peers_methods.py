@@ -20,10 +20,10 @@ from scipy.stats import chisquare
 from tiny import llama, make_examples
 from torch import nn
 
-from tokenpaths.peers import CurLoraConfig, PeftAdapter, ScLoraConfig, sc_lora
-from tokenpaths.peers.curlora import CurLoraLinear, column_odds, draw
-from tokenpaths.peers.layer import AddedLinear
-from tokenpaths.peers.sclora import ScLoraLinear, subspace
+from tokenpaths.lab.peers import CurLoraConfig, PeftAdapter, ScLoraConfig, sc_lora
+from tokenpaths.lab.peers.curlora import CurLoraLinear, column_odds, draw
+from tokenpaths.lab.peers.layer import AddedLinear
+from tokenpaths.lab.peers.sclora import ScLoraLinear, subspace
 
 OURS = ["SC-LoRA", "CURLoRA"]
 PIECES = {  # the configuration of a second adapter

@@ -15,13 +15,22 @@ from families import FAMILIES
 from PIL import Image
 from subjects import MOVING
 
-from tokenpaths import All, Site, TrailMap
-from tokenpaths.data import Example, collate
-from tokenpaths.drift import Drift, Meter, Reading, read, runs
-from tokenpaths.drift.attention import attention_entropy, attention_js
-from tokenpaths.drift.measures import displacement, kl, turning_angle
-from tokenpaths.drift.sets import cka, effective_rank
-from tokenpaths.plots import Point, drift_by_layer, frontier, heads_by_layer, layers_by_position, paths
+from tokenpaths import All, Example, Site, TrailMap
+from tokenpaths.data import collate
+from tokenpaths.drift import (
+    Drift,
+    Meter,
+    attention_entropy,
+    attention_js,
+    cka,
+    displacement,
+    effective_rank,
+    kl,
+    turning_angle,
+)
+from tokenpaths.drift.plots import drift_by_layer, heads_by_layer, layers_by_position, paths
+from tokenpaths.engine import Reading, read, runs
+from tokenpaths.report import Point, frontier
 
 POINTS = [
     Point("low rank", 0.5, 0.1, (0.4, 0.6), (0.05, 0.2), label="0.5"),
@@ -222,13 +231,14 @@ def test_matplotlib_is_asked_for(monkeypatch, found):
 
 def test_no_global_state_of_matplotlib_is_touched():
     program = """
-import sys, tokenpaths.plots as plots
+import sys
+from tokenpaths.report import tradeoff
 assert "matplotlib" not in sys.modules
 import matplotlib
 def settings():  # without the backend, which is looked for when it is read
     return {key: matplotlib.rcParams[key] for key in matplotlib.rcParams if key != "backend"}
 before = settings()
-plots.frontier([plots.Point("a", 0.5, 1.0)]).savefig("/dev/null", format="png")
+tradeoff.frontier([tradeoff.Point("a", 0.5, 1.0)]).savefig("/dev/null", format="png")
 assert settings() == before
 assert "matplotlib.pyplot" not in sys.modules
 """

@@ -12,7 +12,8 @@ import torch
 from subjects import tiny
 from torch import Tensor
 
-from tokenpaths import All, First, Last, LoReFT, Rule, Site, TrailMap, attach
+from tokenpaths import All, First, Last, LoReFT, Site, TrailMap, attach
+from tokenpaths.tokens import Rule
 
 FORMULAS = list(pyreft_oracle.CLASSES)
 STREAMS = ("block", "attention", "mlp", "embedding")

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenpaths as tp
-from tokenpaths.cone import blocks_below
 from tokenpaths.data import Batch, collate
-from tokenpaths.drift.readings import Reading, Run, evaluating, read, runs
+from tokenpaths.engine import Reading, Run, evaluating, read, runs
+from tokenpaths.engine.cone import blocks_below
 
 Watch = Callable[[nn.Module], nn.Module]
 TEXT_MODELS = {name: family for name, family in FAMILIES.items() if family.kind in ("decoder", "encoder")}
@@ -85,7 +85,7 @@ def test_states_are_those_of_transformers(name: str) -> None:
 def test_what_is_shared_is_not_computed_twice(site: tp.Site, shared: int) -> None:
     model = llama().requires_grad_(False)
     sites = {site, tp.Site(-1)}
-    trails = tp.TrailMap({site: tp.RED(tp.width(model, site)) for site in sites}).requires_grad_(False)
+    trails = tp.TrailMap({site: tp.trails.RED(tp.width(model, site)) for site in sites}).requires_grad_(False)
     assert blocks_below(model, trails) == shared
     pair, batch = runs(model, trails), collate(EXAMPLES)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -217,7 +217,7 @@ def test_an_error_leaves_nothing_behind(watch: Watch) -> None:
     trails = tp.TrailMap({tp.Site(1): Fails()})
     with pytest.raises(RuntimeError, match="this trail fails"):
         read(*runs(model, trails), collate(EXAMPLES))
-    assert not tp.is_attached(model, trails)
+    assert not tp.attachment.is_attached(model, trails)
 
 
 def poisoned(layer: str) -> nn.Module:

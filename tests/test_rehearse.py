@@ -13,11 +13,9 @@ from tiny import DIM, assert_equal, llama, make_examples, make_trails, state
 from torch import Tensor, nn
 
 import tokenpaths as tp
-from tokenpaths.data import collate
-from tokenpaths.mixing import Mix, mix
-from tokenpaths.objectives import Imitate, Stay
-from tokenpaths.objectives.rehearse import Rehearse
-from tokenpaths.training import Step, steps
+from tokenpaths import Imitate, Replay, Stay, mix, steps
+from tokenpaths.data import Mix, collate
+from tokenpaths.training import Step
 
 Watch = Callable[[nn.Module], nn.Module]
 
@@ -53,7 +51,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_definition(
     with tp.attach(model, trails):
         expected, terms = by_hand(model, examples)
         gradients = torch.autograd.grad(expected, list(trails.parameters()))
-        goal = Rehearse(examples)
+        goal = Replay(examples)
         found = goal.loss(model, trails, collate(examples, side=side))
         ours = torch.autograd.grad(found, list(trails.parameters()))
     assert goal.terms(examples) == terms
@@ -67,13 +65,13 @@ def test_the_loss_and_its_gradient_are_those_of_the_definition(
 def test_on_answers_it_is_imitation() -> None:
     model, trails, batch = llama(), make_trails(), collate(make_examples(8))
     with tp.attach(model, trails):
-        found = Rehearse(make_examples(8)).loss(model, trails, batch)
+        found = Replay(make_examples(8)).loss(model, trails, batch)
         torch.testing.assert_close(found, Imitate(make_examples(8)).loss(model, trails, batch), rtol=1e-6, atol=0)
 
 
 def test_the_loss_of_parts_weighted_by_their_terms_is_that_of_the_whole() -> None:
     model, trails, examples = llama(), make_trails(), both()
-    goal = Rehearse(examples)
+    goal = Replay(examples)
     with tp.attach(model, trails):
         whole = goal.loss(model, trails, collate(examples))
         parts = [examples[:3], examples[3:5], examples[5:]]
@@ -89,7 +87,7 @@ def test_token_rules_see_a_plain_text_as_prompt_throughout() -> None:
     with torch.no_grad():
         frozen = float(by_hand(lambda ids, prompt_mask: model(ids), examples)[0])
         with tp.attach(model, trails):
-            found = float(Rehearse(examples).loss(model, trails, collate(examples)))
+            found = float(Replay(examples).loss(model, trails, collate(examples)))
     assert found == pytest.approx(frozen, abs=1e-5)
 
 
@@ -107,10 +105,10 @@ def test_it_holds_what_is_forgotten_without_it() -> None:
 
     def nats(trails: tp.TrailMap) -> float:
         with torch.no_grad(), tp.attach(model, trails):
-            return float(Rehearse(old).loss(model, trails, collate(old)))
+            return float(Replay(old).loss(model, trails, collate(old)))
 
     without = nats(train([Imitate(task)])[0])
-    rehearsed, done = train([Imitate(task), Rehearse(old, every=2, batch_size=4)])
+    rehearsed, done = train([Imitate(task), Replay(old, every=2, batch_size=4)])
     assert nats(rehearsed) < without - 1
     assert [step.losses[1] == step.losses[1] for step in done[:4]] == [True, False, True, False]  # NaN in between
 
@@ -122,21 +120,21 @@ def test_rehearsal_by_kl_is_stay_at_a_fixed_weight() -> None:
 
 def test_one_stream_trains_on_answers_and_on_texts() -> None:
     mixed = mix(make_examples(12), plain(4), 0.25)
-    goal = Rehearse(mixed)
+    goal = Replay(mixed)
     assert goal.terms(mixed) == sum(sum(e.answer) or len(e) - 1 for e in mixed)
     trails, done = train([goal], steps=4, batch_size=4)
-    again, _ = train([Rehearse(mixed)], steps=4, batch_size=2, accumulate=2)
+    again, _ = train([Replay(mixed)], steps=4, batch_size=2, accumulate=2)
     assert_equal(state(trails), state(again), 1e-3)
     assert all(step.loss > 0 for step in done)
 
 
 @dataclass
-class Seen(Rehearse):
+class Seen(Replay):
     """Notes which texts each step is made of."""
 
     steps: list[list[int]] = field(default_factory=list)
 
-    def loss(self, model: nn.Module, trails: tp.TrailMap, batch: tp.Batch) -> Tensor:
+    def loss(self, model: nn.Module, trails: tp.TrailMap, batch: tp.data.Batch) -> Tensor:
         self.steps.append(sorted(batch.attention_mask.sum(1).tolist()))
         return super().loss(model, trails, batch)
 
@@ -174,6 +172,6 @@ def originals(mixed: Mix[tp.Example], steps: int) -> list[tp.Example]:
 
 def test_a_text_of_one_token_is_refused() -> None:
     with pytest.raises(ValueError, match="Rehearse: example 1 has one token, and none after it to predict"):
-        Rehearse([tp.Example((3, 4), (False, False)), tp.Example((3,), (False,))])
+        Replay([tp.Example((3, 4), (False, False)), tp.Example((3,), (False,))])
     with pytest.raises(ValueError, match="Rehearse has no examples to train on"):
-        Rehearse([])
+        Replay([])

@@ -14,8 +14,10 @@ from tiny import DIM, llama, make_tokenizer, make_trails
 from torch import nn
 
 import tokenpaths as tp
-from tokenpaths import samples as room
-from tokenpaths.samples import SampleFileError, chat_opening, load_samples, self_samples
+from tokenpaths import self_samples
+from tokenpaths.training import chat_opening, load_samples
+from tokenpaths.training import samples as room
+from tokenpaths.training.samples import SampleFileError
 
 Watch = Callable[[nn.Module], nn.Module]
 TOKENIZER = make_tokenizer()
@@ -283,7 +285,7 @@ def test_samples_are_rehearsal_data_and_measure_drift() -> None:
     trails = tp.TrailMap({tp.Site(1, tp.Answer()): tp.LoReFT(DIM, rank=2)})
     (step,) = tp.steps(made, trails, [tp.Imitate(found), tp.Stay(found)], steps=1, batch_size=4, progress=False)
     assert step.losses[1] == pytest.approx(0, abs=1e-9)
-    assert tp.drift(made, trails, found)["kl"].mean == pytest.approx(0, abs=1e-9)
+    assert tp.measure_drift(made, trails, found)["kl"].mean == pytest.approx(0, abs=1e-9)
 
 
 def test_what_cannot_be_is_refused() -> None:

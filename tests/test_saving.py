@@ -28,12 +28,10 @@ from torch import Tensor, nn
 
 import tokenpaths
 from tokenpaths import (
-    RED,
     All,
     Answer,
     AnswerFirst,
     Capped,
-    Chain,
     First,
     Last,
     LoReFT,
@@ -45,11 +43,12 @@ from tokenpaths import (
     Span,
     Tokens,
     Trail,
-    TrailFileError,
     TrailMap,
-    saving,
 )
-from tokenpaths.trails import OrthonormalRows
+from tokenpaths.files import TrailFileError
+from tokenpaths.site.fingerprint import fingerprint
+from tokenpaths.trailmap import notes
+from tokenpaths.trails import RED, Chain, OrthonormalRows
 
 DIM = 16
 RULES = [
@@ -348,7 +347,7 @@ def test_a_parameter_inside_two_trails_is_refused(tmp_path):
 
 
 def test_a_rule_of_ones_own_is_refused(tmp_path):
-    class Even(tokenpaths.Rule):
+    class Even(tokenpaths.tokens.Rule):
         def choose(self, context: tokenpaths.tokens.Context) -> Tensor:
             return context.real & (context.real.cumsum(1) % 2 == 1)
 
@@ -401,8 +400,8 @@ def test_a_file_for_another_model_warns_and_names_both(tmp_path):
         warnings.simplefilter("always")
         TrailMap.load(tmp_path / "t", model=gpt2)
     assert str(caught[0].message) == (
-        f"{tmp_path}/t was made for someone/llama (weights {saving.fingerprint(llama)}), but the model given is "
-        f"GPT2LMHeadModel (weights {saving.fingerprint(gpt2)}): measure before you trust the trails on it"
+        f"{tmp_path}/t was made for someone/llama (weights {fingerprint(llama)}), but the model given is "
+        f"GPT2LMHeadModel (weights {fingerprint(gpt2)}): measure before you trust the trails on it"
     )
     assert len(caught) == 1
     # no warning: the same weights under another name, in another dtype, in a wrapper, or no word about the base
@@ -416,26 +415,26 @@ def test_a_file_for_another_model_warns_and_names_both(tmp_path):
 
 def test_fingerprint():
     model = FAMILIES["llama"].make()
-    first = saving.fingerprint(model)
+    first = fingerprint(model)
     assert re.fullmatch("[0-9a-f]{16}", first)
-    assert saving.fingerprint(FAMILIES["llama"].make()) == first
-    assert saving.fingerprint(copy.deepcopy(model).to(torch.bfloat16)) == first
-    assert saving.fingerprint(copy.deepcopy(model).to(torch.float64)) == first
+    assert fingerprint(FAMILIES["llama"].make()) == first
+    assert fingerprint(copy.deepcopy(model).to(torch.bfloat16)) == first
+    assert fingerprint(copy.deepcopy(model).to(torch.float64)) == first
     for name, parameter in model.named_parameters():
         changed = copy.deepcopy(model)
         with torch.no_grad():  # one weight, anywhere
             changed.get_parameter(name).view(-1)[hash(name) % parameter.numel()] += 3
-        assert saving.fingerprint(changed) != first, name
+        assert fingerprint(changed) != first, name
     swapped = copy.deepcopy(model)
     with torch.no_grad():  # the same values in another order
         swapped.model.norm.weight.copy_(torch.arange(32))
-        one = saving.fingerprint(swapped)
+        one = fingerprint(swapped)
         swapped.model.norm.weight.copy_(torch.arange(32).flip(0))
-        assert saving.fingerprint(swapped) != one
-    assert saving.fingerprint(copy.deepcopy(model).to("meta")) != first
+        assert fingerprint(swapped) != one
+    assert fingerprint(copy.deepcopy(model).to("meta")) != first
     # trails that a trainer put among the model's modules are not of the model
     model.add_module("trails", everything())
-    assert saving.fingerprint(model) == first
+    assert fingerprint(model) == first
 
 
 # ----------------------------------------------------------------------------- damaged and hostile files
@@ -523,7 +522,7 @@ def test_a_file_cut_at_every_fiftieth_of_its_length(small):
     "name",
     [
         "os.system",
-        "tokenpaths.saving.write",
+        "tokenpaths.files.write",
         "tokenpaths.trails.LoReFT",
         "Trail",
         "LowRank",
@@ -796,7 +795,7 @@ def mutations(draw: st.DrawFn, content: bytes) -> bytes:
 def sound(path: Path, trails: TrailMap) -> None:
     """What was loaded is a whole map: shapes by its own arguments, finite, orthonormal; it can move and be saved."""
     for trail in trails.trails:
-        rebuilt = saving.trail_from_note(saving.trail_to_note(trail), saving.named([])).state_dict()
+        rebuilt = notes.trail_from_note(notes.trail_to_note(trail), notes.named([])).state_dict()
         kept = trail.state_dict()
         assert {name: tensor.shape for name, tensor in kept.items()} == {n: t.shape for n, t in rebuilt.items()}
         assert all(tensor.dtype.is_floating_point and tensor.isfinite().all() for tensor in kept.values())

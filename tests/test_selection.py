@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from tiny import llama, make_tokenizer
 
-from tokenpaths.reasoning import (
+from tokenpaths.lab.reasoning import (
     Problem,
     clusters,
     contaminated,
@@ -198,7 +198,7 @@ def test_solved_by_likelihood_is_what_forwards_one_by_one_say() -> None:
 
     best = [max(options, key=lambda option: likelihood(problem, option)) for problem in problems]
     expected = [problem.answer == option for problem, option in zip(problems, best, strict=True)]
-    assert solved_by_likelihood(model, TOKENIZER, problems, tokens=60) == expected
+    assert solved_by_likelihood(model, problems, TOKENIZER, max_batch_tokens=60) == expected
     assert True in expected
     assert False in expected
 
@@ -207,7 +207,7 @@ def test_a_choice_without_its_answer_is_refused() -> None:
     with pytest.raises(
         ValueError, match="problem 0: its answer 'x' is none of its options .* use solved_by_generation"
     ):
-        solved_by_likelihood(llama(300), TOKENIZER, [Problem("q", "", "x", options=("a", "b"))])
+        solved_by_likelihood(llama(300), [Problem("q", "", "x", options=("a", "b"))], TOKENIZER)
 
 
 def test_solved_by_generation_reads_what_is_written(watch: Any) -> None:
@@ -221,9 +221,9 @@ def test_solved_by_generation_reads_what_is_written(watch: Any) -> None:
     problems = [
         Problem(q, "", text if i % 2 else "wrong") for i, (q, text) in enumerate(zip(questions, written, strict=True))
     ]
-    found = solved_by_generation(model, TOKENIZER, problems, lambda text: text, max_new_tokens=5, tokens=30)
+    found = solved_by_generation(model, problems, TOKENIZER, lambda text: text, max_new_tokens=5, max_batch_tokens=30)
     assert found == [False, True, False, True, False]
-    assert solved_by_generation(model, TOKENIZER, [], lambda text: text) == []
+    assert solved_by_generation(model, [], TOKENIZER, lambda text: text) == []
 
 
 # Diversity
@@ -232,18 +232,18 @@ def test_solved_by_generation_reads_what_is_written(watch: Any) -> None:
 def test_clusters_find_texts_of_two_kinds(watch: Any) -> None:
     texts = [letter * (3 + i) for letter in "kW" for i in range(6)]
     model = watch(llama(300))
-    labels = clusters(model, TOKENIZER, texts, 2, layer="embedding")
+    labels = clusters(model, texts, TOKENIZER, 2, layer="embedding")
     assert len(set(labels[:6])) == len(set(labels[6:])) == 1
     assert labels[0] != labels[6]
-    assert clusters(model, TOKENIZER, texts, 2, layer="embedding", tokens=9) == labels
+    assert clusters(model, texts, TOKENIZER, 2, layer="embedding", max_batch_tokens=9) == labels
     assert set(labels) == {"cluster 0", "cluster 1"}
 
 
 def test_more_clusters_than_texts_are_refused() -> None:
     with pytest.raises(ValueError, match="2 texts cannot be put into 3 clusters"):
-        clusters(llama(300), TOKENIZER, ["a", "b"], 3)
+        clusters(llama(300), ["a", "b"], TOKENIZER, 3)
     with pytest.raises(ValueError, match=r"layer 'block 9' is none of the model's, which are embedding, block 0,"):
-        clusters(llama(300), TOKENIZER, ["aa", "bb"], 2, layer="block 9")
+        clusters(llama(300), ["aa", "bb"], TOKENIZER, 2, layer="block 9")
 
 
 # The funnel

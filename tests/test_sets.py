@@ -14,8 +14,7 @@ from scipy import linalg, stats
 from scipy.spatial import distance
 from torch import Tensor
 
-from tokenpaths.drift import sets
-from tokenpaths.drift.sets import (
+from tokenpaths.drift import (
     biased_cka,
     cka,
     effective_rank,
@@ -26,6 +25,7 @@ from tokenpaths.drift.sets import (
     procrustes,
     pwcca,
     rsa,
+    sets,
     sliced_w2,
     svcca,
 )

@@ -11,8 +11,8 @@ import transformers
 from families import DIM, FAMILIES, HEADS, LAYERS, Family
 from torch import nn
 
-from tokenpaths import All, First, Last, Site, find_blocks, sites, width
-from tokenpaths.sites import locate
+from tokenpaths import All, First, Last, Site, sites, width
+from tokenpaths.site.host import find_blocks, locate
 
 STREAMS = ["embedding", "block", "attention", "mlp"]
 

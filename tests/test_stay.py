@@ -13,14 +13,14 @@ from tiny import DIM, VOCAB, assert_equal, llama, make_examples, make_trails, st
 from torch import Tensor, nn
 
 import tokenpaths as tp
+from tokenpaths import DiReFT, Imitate, Stay, steps
 from tokenpaths.data import collate
-from tokenpaths.drift import read, runs
-from tokenpaths.drift.attention import attention_js
-from tokenpaths.drift.measures import displacement, kl
-from tokenpaths.objectives import Imitate, Stay, StayAttention, StayMoments, StayStates, head
-from tokenpaths.objectives.head import Logits, kl_from
-from tokenpaths.trails import DiReFT
-from tokenpaths.training import Step, TrustRegion, steps
+from tokenpaths.drift import attention_js, displacement, kl
+from tokenpaths.engine import Logits, read, runs
+from tokenpaths.engine import logits as head
+from tokenpaths.engine.logits import kl_from
+from tokenpaths.limits import TrustRegion
+from tokenpaths.training import StayAttention, StayMoments, StayStates, Step
 
 Watch = Callable[[nn.Module], nn.Module]
 KINDS = [Stay, StayStates, StayMoments, StayAttention]
@@ -243,8 +243,8 @@ def test_no_step_goes_further_than_it_may_on_the_probe(measure: Any, most: float
     ):
         before = moving("identity")
         before.load_state_dict(old[-1])
-        frozen = tp.drift  # the distance between the trails before and after this step, read apart
-        assert frozen is tp.drift
+        frozen = tp.measure_drift  # the distance between the trails before and after this step, read apart
+        assert frozen is tp.measure_drift
         with torch.no_grad():
             batch = collate(probe)
             inputs = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask)

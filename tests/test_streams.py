@@ -10,7 +10,9 @@ import torch
 from subjects import MOVING, TRAILS, tiny
 from torch import Tensor
 
-from tokenpaths import All, Answer, Chain, First, Last, Rule, Scaled, Site, Trail, TrailMap, attach, width
+from tokenpaths import All, Answer, First, Last, Scaled, Site, Trail, TrailMap, attach, width
+from tokenpaths.tokens import Rule
+from tokenpaths.trails import Chain
 
 FAMILIES = ("gpt2", "llama")
 PLACES = (("embedding", 0), ("block", 1), ("attention", 1), ("mlp", 1), ("head", 1))

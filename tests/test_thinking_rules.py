@@ -13,10 +13,10 @@ from tiny import DIM, llama, make_examples, make_tokenizer
 from torch import Tensor
 
 import tokenpaths as tp
-from tokenpaths.data import Example, collate
-from tokenpaths.reasoning import critical, critical_rule, rows_of_spans
-from tokenpaths.tokens import AnswerFirst, Context
-from tokenpaths.trails import DiReFT
+from tokenpaths import AnswerFirst, DiReFT, Example
+from tokenpaths.data import collate
+from tokenpaths.lab.reasoning import critical, critical_rule, rows_of_spans
+from tokenpaths.tokens import Context
 
 TOKENIZER = make_tokenizer()
 
@@ -106,7 +106,9 @@ def by_hand(model: Any, example: Example, by: str, layers: list[int], skip: int)
 def test_critical_tokens_are_those_of_the_definition(by: Literal["received", "own"], layers: Any, watch: Any) -> None:
     model, examples = watch(eager()), make_examples(8)
     reference = eager()  # transformers leaves hooks of its own where it is asked for maps
-    for found, example in zip(critical(model, examples, 3, by=by, layers=layers, tokens=16), examples, strict=True):
+    for found, example in zip(
+        critical(model, examples, 3, by=by, layers=layers, max_batch_tokens=16), examples, strict=True
+    ):
         best = by_hand(reference, example, by, layers or [0, 1, 2], 1)[:3]
         assert [found.spans[f"critical {k}"] for k in range(len(best))] == [(j, j + 1) for j in best]
         assert all(found.spans[f"critical {k}"] == (0, 0) for k in range(len(best), 3))

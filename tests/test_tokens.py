@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tokenpaths import All, Answer, AnswerFirst, First, Last, Match, Prompt, Rule, Span, Tokens, demo, tokens
-from tokenpaths.tokens import Both, Context, Either, Not, Without, leaves, token_pieces
+from tokenpaths import All, Answer, AnswerFirst, First, Last, Match, Prompt, Span, Tokens, demo, tokens
+from tokenpaths.tokens import Both, Context, Either, Not, Rule, Without, leaves, token_pieces
 
 # Id i is this text; the two halves of a two-byte character have no text of their own, and the character is the last's.
 WORDS = [b"a", b"b", b" ", b"1", b"22", b"ab", b"\n", b"a1 ", b"\xc3", b"\xa9", "é!".encode(), b""]

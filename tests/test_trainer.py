@@ -15,12 +15,11 @@ from tiny import assert_equal, llama, make_examples, make_tokenizer, make_trails
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from tokenpaths import RED, All, Last, LoReFT, Site, TrailMap, attach
-from tokenpaths.attach import is_attached
+from tokenpaths import All, Imitate, Last, LoReFT, Site, TrailMap, attach, trainable
+from tokenpaths.attachment import is_attached
 from tokenpaths.data import IGNORED, collate
-from tokenpaths.objectives import Imitate
-from tokenpaths.saving import fingerprint
-from tokenpaths.training import trainable
+from tokenpaths.site.fingerprint import fingerprint
+from tokenpaths.trails import RED
 
 
 @pytest.fixture(autouse=True)

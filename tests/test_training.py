@@ -17,14 +17,16 @@ from tiny import DIM, VOCAB, assert_equal, llama, make_examples, make_trails, st
 from torch import Tensor, nn
 
 from tokenpaths import (
-    RED,
     Additive,
     All,
     Answer,
+    Example,
     First,
+    Imitate,
     Last,
     LoReFT,
     Match,
+    Objective,
     Prompt,
     Site,
     Span,
@@ -32,11 +34,13 @@ from tokenpaths import (
     Trail,
     TrailMap,
     attach,
+    steps,
 )
-from tokenpaths.attach import is_attached
-from tokenpaths.data import Batch, Example, collate
-from tokenpaths.objectives import Imitate, Objective, answer_logits
-from tokenpaths.training import Step, steps
+from tokenpaths.attachment import is_attached
+from tokenpaths.data import Batch, collate
+from tokenpaths.engine import answer_logits
+from tokenpaths.trails import RED
+from tokenpaths.training import Step
 
 
 def train(model: nn.Module, trails: TrailMap, goals: list[Any], **options: Any) -> list[Step]:

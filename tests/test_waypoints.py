@@ -15,13 +15,10 @@ from tiny import DIM, assert_equal, assert_slopes, llama, make_examples, state
 from torch import Tensor, nn
 
 import tokenpaths as tp
-from tokenpaths.cone import Cone
-from tokenpaths.data import Example, collate
-from tokenpaths.objectives.targets import Targets
-from tokenpaths.objectives.waypoints import Waypoints, WaypointsAttention, capture_attention, capture_states
-from tokenpaths.saving import TrailFileError
-from tokenpaths.trails import DiReFT
-from tokenpaths.training import Step, steps
+from tokenpaths import Cone, DiReFT, Example, steps
+from tokenpaths.data import collate
+from tokenpaths.files import TrailFileError
+from tokenpaths.training import Step, Targets, Waypoints, WaypointsAttention, capture_attention, capture_states
 
 Watch = Callable[[nn.Module], nn.Module]
 HELP = (7, 8, 9, 10)
@@ -32,7 +29,7 @@ def with_help(examples: list[Example], help: tuple[int, ...] = HELP) -> list[Exa
     return [Example((*help, *e.ids), (False,) * len(help) + e.answer) for e in examples]
 
 
-def sites_of(model: Any, rule: tp.Rule | None = None) -> list[tp.Site]:
+def sites_of(model: Any, rule: tp.tokens.Rule | None = None) -> list[tp.Site]:
     return tp.sites(model, "all", tp.Last(1) | tp.Answer() if rule is None else rule)
 
 

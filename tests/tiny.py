@@ -10,10 +10,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from tokenpaths import RED, Answer, First, Last, LoReFT, Site, TrailMap
-from tokenpaths.attach import attach
-from tokenpaths.data import Example, collate
-from tokenpaths.objectives import Objective
+from tokenpaths import Answer, Example, First, Last, LoReFT, Objective, Site, TrailMap, attach
+from tokenpaths.data import collate
+from tokenpaths.trails import RED
 
 DIM, VOCAB, WINDOW = 32, 96, 128
 CHATML = (

@@ -13,13 +13,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
+from tokenpaths import files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,24 +96,23 @@ def _converted(gguf: Path) -> Path:
     if target.is_dir():
         return target
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as staging, _quiet():
-        copy = Path(staging, "copy")
-        # Left in GGUF blocks the weights cannot be saved. transformers 4.57 always unpacks them, and has no such class.
-        config = getattr(transformers, "GgufConfig", None)
-        unpack = {"quantization_config": config(dequantize=True)} if config else {}
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **unpack
-        )
-        model.save_pretrained(copy)
-        # The file says that no <|im_start|> goes before a text; 4.57 does not listen and must be told.
-        tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, add_bos_token=False)
-        tokenizer.save_pretrained(copy)
-        try:
-            copy.rename(target)  # whole or not at all
-        except OSError:
-            if not target.is_dir():  # otherwise another process was first, and its copy is as good
-                raise
+    try:
+        with files.whole(target) as copy, _quiet():
+            # Left in GGUF blocks the weights cannot be saved. transformers 4.57 always unpacks them, and has no such class.
+            config = getattr(transformers, "GgufConfig", None)
+            unpack = {"quantization_config": config(dequantize=True)} if config else {}
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **unpack
+            )
+            model.save_pretrained(copy)
+            # The file says that no <|im_start|> goes before a text; 4.57 does not listen and must be told.
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, add_bos_token=False
+            )
+            tokenizer.save_pretrained(copy)
+    except OSError:
+        if not target.is_dir():  # otherwise another process was first, and its copy is as good
+            raise
     return target
 
 

@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tokenpaths.saving import trail_to_note
-from tokenpaths.sites import Site
-from tokenpaths.trailmap import TrailMap
-from tokenpaths.trails import Trail, arguments
+from tokenpaths.site import Site
+from tokenpaths.trailmap.notes import trail_to_note
+from tokenpaths.trailmap.trailmap import TrailMap
+from tokenpaths.trails.base import Trail, arguments
 
 
 def check_trail(make: Callable[[int], Trail], dim: int = 16, *, seed: int = 0) -> None:

@@ -20,13 +20,7 @@ from tokenpaths.drift.measures import step_length as step_length
 from tokenpaths.drift.measures import turning_angle as turning_angle
 from tokenpaths.drift.meter import Meter as Meter
 from tokenpaths.drift.meter import compare as compare
-from tokenpaths.drift.meter import drift as drift
-from tokenpaths.drift.readings import Reading as Reading
-from tokenpaths.drift.readings import Run as Run
-from tokenpaths.drift.readings import evaluating as evaluating
-from tokenpaths.drift.readings import look as look
-from tokenpaths.drift.readings import read as read
-from tokenpaths.drift.readings import runs as runs
+from tokenpaths.drift.meter import measure_drift as measure_drift
 from tokenpaths.drift.report import Drift as Drift
 from tokenpaths.drift.sets import biased_cka as biased_cka
 from tokenpaths.drift.sets import cka as cka
@@ -40,3 +34,9 @@ from tokenpaths.drift.sets import pwcca as pwcca
 from tokenpaths.drift.sets import rsa as rsa
 from tokenpaths.drift.sets import sliced_w2 as sliced_w2
 from tokenpaths.drift.sets import svcca as svcca
+from tokenpaths.engine.readings import Reading as Reading
+from tokenpaths.engine.readings import Run as Run
+from tokenpaths.engine.readings import evaluating as evaluating
+from tokenpaths.engine.readings import read as read
+from tokenpaths.engine.readings import read_one as read_one
+from tokenpaths.engine.readings import runs as runs

@@ -21,10 +21,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenpaths.data import Batch
-from tokenpaths.drift.measures import jensen_shannon
-from tokenpaths.drift.readings import Reading, Run, evaluating, read
-from tokenpaths.sites import attentions, find_blocks
+from tokenpaths.data.examples import Batch
+from tokenpaths.engine.divergence import at_least_float32, jensen_shannon
+from tokenpaths.engine.readings import Reading, Run, evaluating, read
+from tokenpaths.engine.states import attention_map
+from tokenpaths.site.host import attentions
 
 See: TypeAlias = Callable[[str, int, Tensor, Tensor], None]
 
@@ -41,7 +42,7 @@ def attention_entropy(p: Float[Tensor, "heads n n"]) -> Float[Tensor, "heads n"]
 
 def sink_mass(p: Float[Tensor, "heads n n"]) -> Float[Tensor, "heads n"]:
     """The attention that each token pays to the first: the attention sink of most models (Xiao et al. 2023); 0 to 1."""
-    return _wide(p[..., 0])
+    return at_least_float32(p[..., 0])
 
 
 def read_attention(before: Run, after: Run, batch: Batch, see: See) -> list[tuple[Reading, Reading]]:
@@ -80,7 +81,7 @@ class _Call:
 
 def _modules(run: Run) -> list[nn.Module | None]:
     """The self-attention of each block, None in a block that has none."""
-    found = [next(iter(attentions(block)), None) for block in find_blocks(run.model, run.blocks)]
+    found = [next(iter(attentions(block)), None) for block in run.host.blocks]
     if all(module is None for module in found):
         raise ValueError(f"found no attention in the blocks of {type(run.model).__name__}: leave out its measures")
     return found
@@ -104,14 +105,7 @@ def _maps(run: Run, call: _Call, layer: int) -> Float[Tensor, "batch heads seq s
     """The maps of a call, made again. `forward` and not the call itself: what hooks did to the input is done."""
     with run.inside():
         output = call.module.forward(*call.args, **call.kwargs)
-    maps = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-    if not isinstance(maps, Tensor) or maps.ndim != 4:
-        kind = getattr(getattr(call.module, "config", None), "_attn_implementation", "its")
-        raise ValueError(
-            f"block {layer} ({type(call.module).__name__}) gives no attention maps, as {kind} attention makes none. "
-            'Switch with model.set_attn_implementation("eager"), or load the model with attn_implementation="eager"'
-        )
-    return maps
+    return attention_map(output, call.module, layer)
 
 
 def _show(layer: str, p: Tensor, q: Tensor, batch: Batch, see: See) -> None:
@@ -125,11 +119,7 @@ def _show(layer: str, p: Tensor, q: Tensor, batch: Batch, see: See) -> None:
 
 def _distribution(p: Tensor) -> Float[Tensor, "heads n m"]:
     """Rows that sum to 1: what a learned sink takes (gpt-oss) counts as one more column, a rounding error does not."""
-    rows = _wide(p)
+    rows = at_least_float32(p)
     rest = 1 - rows.sum(-1, keepdim=True)
     rows = torch.cat([rows, rest.where(rest > 8 * torch.finfo(p.dtype).eps, 0)], -1)
     return rows / rows.sum(-1, keepdim=True)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

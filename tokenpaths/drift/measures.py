@@ -22,7 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenpaths.drift.readings import Reading
+from tokenpaths.engine.divergence import at_least_float32, jensen_shannon
+from tokenpaths.engine.readings import Reading
 
 
 def kl(before: Reading, after: Reading) -> Float[Tensor, " n"]:
@@ -38,17 +39,6 @@ def reverse_kl(before: Reading, after: Reading) -> Float[Tensor, " n"]:
 def js(before: Reading, after: Reading) -> Float[Tensor, " n"]:
     """Jensen-Shannon divergence of the next-token distributions, in nats; 0 to ln 2. See `jensen_shannon`."""
     return _by_token(lambda log_p, log_q: jensen_shannon(log_p.exp(), log_q.exp()), before, after)
-
-
-def jensen_shannon(p: Float[Tensor, "*rows k"], q: Float[Tensor, "*rows k"]) -> Float[Tensor, "*rows"]:
-    """(KL(p || m) + KL(q || m)) / 2 of the rows of two arrays of probabilities, with m = (p + q) / 2 (Lin 1991).
-
-    Symmetric, and finite where KL is not. The logarithms are log(p / m) = log1p(d) and log(q / m) = log1p(-d) with
-    d = (p - q) / (p + q): in this form a small divergence does not vanish in rounding.
-    """
-    limits = torch.finfo(p.dtype)
-    d = ((p - q) / (p + q).clamp_min(limits.tiny)).clamp(limits.eps - 1, 1 - limits.eps)
-    return (p * d.log1p() + q * (-d).log1p()).sum(-1).clamp_min(0) / 2
 
 
 def flips(before: Reading, after: Reading) -> Float[Tensor, " n"]:
@@ -170,7 +160,7 @@ def _brier(log_p: Tensor, following: Tensor) -> Tensor:
 
 
 def _states(before: Reading, after: Reading) -> list[tuple[Tensor, Tensor]]:
-    return [(_wide(before.states[layer]), _wide(after.states[layer])) for layer in before.states]
+    return [(at_least_float32(before.states[layer]), at_least_float32(after.states[layer])) for layer in before.states]
 
 
 def _path(reading: Reading) -> dict[str, Tensor]:
@@ -182,12 +172,8 @@ def _steps(reading: Reading) -> Float[Tensor, "blocks n dim"]:
     if len({state.shape[-1] for state in path.values()}) > 1:
         widths = ", ".join(f"{layer} {state.shape[-1]}" for layer, state in path.items())
         raise ValueError(f"a path needs states of one width, and this model's have several: {widths}")
-    return torch.stack([_wide(state) for state in path.values()]).diff(dim=0)
+    return torch.stack([at_least_float32(state) for state in path.values()]).diff(dim=0)
 
 
 def _unit(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -30,26 +30,17 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tokenpaths.adapter import Adapter
-from tokenpaths.attach import working
-from tokenpaths.cone import Cone
-from tokenpaths.data import Batch, Example, collate
+from tokenpaths.attachment.handle import working
+from tokenpaths.data.examples import Batch, Example, collate
 from tokenpaths.drift.attention import read_attention
-from tokenpaths.drift.measures import (
-    confidence,
-    correct,
-    cosine_shift,
-    displacement,
-    flips,
-    kl,
-    layer_names,
-    nll,
-)
-from tokenpaths.drift.readings import Reading, Run, read, runs
+from tokenpaths.drift.measures import confidence, correct, cosine_shift, displacement, flips, kl, layer_names, nll
 from tokenpaths.drift.report import Drift, Figure, RunName, SetFigure
 from tokenpaths.drift.sample import Sample
 from tokenpaths.drift.tally import Numbers, Tally, text_key, text_weights
 from tokenpaths.drift.totals import Totals
+from tokenpaths.engine.cone.cone import Cone
+from tokenpaths.engine.readings import Reading, Run, read, runs
+from tokenpaths.trailmap.adapter import Adapter
 
 Measure: TypeAlias = Callable[[Reading, Reading], Tensor]
 Quantity: TypeAlias = Callable[[Reading], Tensor]
@@ -214,7 +205,7 @@ class Meter:
         return found
 
 
-def drift(
+def measure_drift(
     model: nn.Module,
     trails: Adapter,
     texts: Sequence[str] | Sequence[Example],

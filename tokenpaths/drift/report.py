@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tokenpaths.saving import write_text
+from tokenpaths.files import write_text
 
 OFFSETS = np.arange(-64, 65)
 """Places of a token, counted from the last token of the prompt, which is 0. The ends stand for all beyond them."""

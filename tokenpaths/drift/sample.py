@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenpaths.drift.readings import Reading
+from tokenpaths.engine.readings import Reading
 
 Keys = np.ndarray[Any, np.dtype[np.uint64]]
 _EMPTY = np.uint64(2**64 - 1)  # the key of an empty place

@@ -1,4 +1,4 @@
-"""How to move a hidden state: the trails."""
+"""How a hidden state is moved: functions from a state to its displacement."""
 
 from tokenpaths.trails.base import Trail as Trail
 from tokenpaths.trails.base import arguments as arguments

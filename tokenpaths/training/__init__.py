@@ -1,16 +1,27 @@
-"""Train trails: `steps`, an iterator over a run; and `trainable`, for a training loop that is someone else's.
-
-    for step in steps(model, trails, [Imitate(examples)], steps=200, batch_size=8, lr=3e-3):
-        if step.step % 50 == 0:
-            print(step.loss)                 # stop, look, measure, change: it is your loop
-
-    with trainable(model, trails):           # the same trails under a Hugging Face Trainer or TRL
-        Trainer(model, arguments, train_dataset=rows).train()
-
-Only the trails learn. The base is frozen meanwhile, and both leave its hooks, flags and modes as they found them.
-"""
+"""Train trails: objectives, the training loop, and what the frozen model itself writes to rehearse."""
 
 from tokenpaths.training.foreign import trainable as trainable
 from tokenpaths.training.loop import Step as Step
 from tokenpaths.training.loop import steps as steps
-from tokenpaths.training.trust import TrustRegion as TrustRegion
+from tokenpaths.training.objectives.align import Align as Align
+from tokenpaths.training.objectives.align import Attempts as Attempts
+from tokenpaths.training.objectives.align import assessment_accuracy as assessment_accuracy
+from tokenpaths.training.objectives.align import sample_chains as sample_chains
+from tokenpaths.training.objectives.align import score_attempts as score_attempts
+from tokenpaths.training.objectives.base import Objective as Objective
+from tokenpaths.training.objectives.imitate import Imitate as Imitate
+from tokenpaths.training.objectives.parts import ImitateParts as ImitateParts
+from tokenpaths.training.objectives.parts import encode_parts as encode_parts
+from tokenpaths.training.objectives.replay import Replay as Replay
+from tokenpaths.training.objectives.stay import Stay as Stay
+from tokenpaths.training.objectives.stay import StayAttention as StayAttention
+from tokenpaths.training.objectives.stay import StayMoments as StayMoments
+from tokenpaths.training.objectives.stay import StayStates as StayStates
+from tokenpaths.training.objectives.targets import Targets as Targets
+from tokenpaths.training.objectives.waypoints import Waypoints as Waypoints
+from tokenpaths.training.objectives.waypoints import WaypointsAttention as WaypointsAttention
+from tokenpaths.training.objectives.waypoints import capture_attention as capture_attention
+from tokenpaths.training.objectives.waypoints import capture_states as capture_states
+from tokenpaths.training.samples import chat_opening as chat_opening
+from tokenpaths.training.samples import load_samples as load_samples
+from tokenpaths.training.samples import self_samples as self_samples

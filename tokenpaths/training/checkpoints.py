@@ -11,7 +11,6 @@ Each checkpoint is written whole beside its place and then renamed, so that one 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tokenpaths.adapter import Adapter
+from tokenpaths import files
+from tokenpaths.trailmap.adapter import Adapter
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -28,13 +28,41 @@ if TYPE_CHECKING:
 _OPTIMIZER, _RUN = "optimizer.safetensors", "run.json"
 
 
-def find(folder: Path, settings: Mapping[str, Any], resume: bool) -> Path | None:
-    """The newest checkpoint in a folder, None where a run is to begin there.
+class Checkpoints:
+    """The checkpoints of one run, in its folder.
+
+    Args:
+        folder: of the run.
+        settings: what the run is made of. A checkpoint of other settings is not continued.
+        every: write one every so many steps; at the end unless given.
+        resume: continue from the newest checkpoint.
 
     Raises:
         FileNotFoundError: there is nothing to resume from.
         ValueError: there is a checkpoint that would be overwritten, or that other settings have made.
     """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], every: int | None, resume: bool) -> None:
+        self.folder, self.settings, self.every = folder, settings, every
+        self.found = _newest(folder, settings, resume)
+
+    def due(self, step: int, last: bool) -> bool:
+        """Whether a checkpoint is written after so many steps."""
+        return last or (self.every is not None and step % self.every == 0)
+
+    def restore(self, trails: Adapter, optimizer: Optimizer, weights: list[float]) -> int:
+        """Give trails, optimizer and the goals' weights the state that they had. Returns the step; 0 at a beginning."""
+        return 0 if self.found is None else read(self.found, trails, optimizer, weights)
+
+    def write(
+        self, step: int, trails: Adapter, model: nn.Module, optimizer: Optimizer, weights: Sequence[float]
+    ) -> None:
+        """Save the run after `step` steps. Raises `TypeError` for an optimizer state of more than tensors and numbers."""
+        write(self.folder, step, trails, model, optimizer, weights, self.settings)
+
+
+def _newest(folder: Path, settings: Mapping[str, Any], resume: bool) -> Path | None:
+    """The newest checkpoint in a folder, None where a run is to begin there."""
     done = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
     newest = max(done, default=None, key=lambda path: path.name)
     if newest is None:
@@ -73,14 +101,11 @@ def write(
             else:
                 kind = f"{name!r} is a {type(value).__name__}"
                 raise TypeError(f"the state of {type(optimizer).__name__} cannot be saved without pickle: its {kind}")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as staging:
-        beside = Path(staging, "checkpoint")
+    with files.whole(folder / f"step-{step:08d}") as beside:
         trails.save(beside / trails.saved_as, model)
         safetensors.torch.save_file(tensors, beside / _OPTIMIZER)
         run = {"step": step, "weights": list(weights), "optimizer": numbers, "settings": settings}
         (beside / _RUN).write_text(json.dumps(run, indent=1))
-        beside.rename(folder / f"step-{step:08d}")
 
 
 @torch.no_grad()

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from tokenpaths.adapter import Adapter
-from tokenpaths.data import Example, collate
-from tokenpaths.objectives import Objective
+from tokenpaths.data.examples import Example, collate
+from tokenpaths.site.host import window
 from tokenpaths.tokens import Context, First, Last, Match, Not, Rule, Span, Without, leaves, token_pieces
+from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.training.objectives.base import Objective
 
 Pieces = Callable[[Sequence[int]], list[str]]
 
@@ -37,17 +38,15 @@ def span_names(trails: Adapter) -> list[str]:
 
 
 def _check_window(model: nn.Module, goals: Sequence[Objective]) -> None:
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    window = getattr(config, "max_position_embeddings", None)
-    if not isinstance(window, int) or window < 1:  # as for a model that counts no positions
+    most = window(model)
+    if most is None:
         return
     for number, goal in enumerate(goals):
         for place, example in enumerate(goal.examples):
-            if len(example) > window:
+            if len(example) > most:
                 raise ValueError(
                     f"goal {number} ({type(goal).__name__}), example {place} has {len(example)} tokens, more than the "
-                    f"model's window of {window}: encode(..., max_length={window}) refuses or cuts such examples"
+                    f"model's window of {most}: encode(..., max_length={most}) refuses or cuts such examples"
                 )
 
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tokenpaths.data import Batch, Example, collate
-from tokenpaths.mixing import Mix
-from tokenpaths.objectives import Objective
+from tokenpaths.data.examples import Batch, Example, collate
+from tokenpaths.data.mixing import Mix
+from tokenpaths.training.objectives.base import Objective
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

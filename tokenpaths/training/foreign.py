@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenpaths.attach import attach
+from tokenpaths.attachment.handle import attach
 from tokenpaths.tokens import Answer as AnswerRule
 from tokenpaths.tokens import First, Last, Match, Prompt, leaves
-from tokenpaths.trailmap import FILE_NAME, TrailMap
+from tokenpaths.trailmap.trailmap import FILE_NAME, TrailMap
 from tokenpaths.training.frozen import frozen_base, trained
 
 NAME = "trails"  # of the trails among the model's submodules, so that their keys are those of a trail file

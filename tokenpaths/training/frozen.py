@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenpaths.adapter import Adapter
-from tokenpaths.watcher import Hook
+from tokenpaths.attachment.hooks import Hook
+from tokenpaths.trailmap.adapter import Adapter
 
 
 @contextmanager

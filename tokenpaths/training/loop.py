@@ -2,37 +2,54 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from contextlib import ExitStack
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tokenpaths import saving
-from tokenpaths.adapter import Adapter
-from tokenpaths.attach import working
-from tokenpaths.cone import Cone, at_work, common_prefix
-from tokenpaths.objectives import Objective
-from tokenpaths.training import checkpoints
+from tokenpaths.attachment.handle import working
+from tokenpaths.engine.batches import bar
+from tokenpaths.engine.cone.cone import Cone, at_work
+from tokenpaths.site import Host
+from tokenpaths.site.fingerprint import fingerprint
+from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.training.checkpoints import Checkpoints
 from tokenpaths.training.checks import check, span_names
-from tokenpaths.training.feed import Feed, seed_of
+from tokenpaths.training.descent import Descent, MakeOptimizer
+from tokenpaths.training.feed import Feed
 from tokenpaths.training.frozen import frozen_base, trained
+from tokenpaths.training.losses import Losses, describe_goal, pays
+from tokenpaths.training.objectives.base import Objective
 from tokenpaths.training.plan import plan
-from tokenpaths.training.trust import Probe, TrustRegion
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch.optim import Optimizer
 
-MakeOptimizer: TypeAlias = "Callable[[list[nn.Parameter]], Optimizer]"
+
+@runtime_checkable
+class HeldStep(Protocol):
+    """A limit at work in a run."""
+
+    def hold(self) -> tuple[float, float]:
+        """Shorten the step that was just taken. Returns the share of it that was kept, and its measure."""
+        ...
+
+
+@runtime_checkable
+class StepLimit(Protocol):
+    """A bound on every optimizer step, such as `tokenpaths.limits.TrustRegion`."""
+
+    def begin(self, model: nn.Module, trails: Adapter, parameters: Sequence[nn.Parameter]) -> HeldStep:
+        """Go to work in a run, before its first step."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -70,7 +87,7 @@ def steps(
     schedule: str = "linear",
     warmup: int | float = 0.1,
     clip: int | float | None = 1.0,
-    trust: TrustRegion | None = None,
+    trust: StepLimit | None = None,
     mixed_precision: Literal["no", "bf16"] | None = None,
     seed: int = 0,
     checkpoint: str | PathLike[str] | None = None,
@@ -107,7 +124,7 @@ def steps(
         schedule: a name that `transformers.get_scheduler` knows.
         warmup: of the schedule, in steps; below 1, a share of all steps.
         clip: the largest norm of the gradient; None for any.
-        trust: a bound on how far one step may take the model.
+        trust: a bound on how far one step may take the model, such as `limits.TrustRegion`.
         mixed_precision: "bf16" or "no"; unless told, as Accelerate is configured.
         seed: of the order of examples and of dropout. Torch's own random state is left alone.
         checkpoint: a folder to save in, every `save_every` steps and at the end.
@@ -131,192 +148,118 @@ def steps(
     """
     parameters = trained(trails)
     check(model, trails, goals, tokenizer)
-    if (steps is None) == (epochs is None) or (epochs is not None and epochs <= 0):
-        raise ValueError("say how long to train: give either steps= or epochs=, more than 0")
-    if optimizer is not None and lr is not None:
-        raise ValueError("with optimizer=, the learning rate is part of it: leave lr= out")
-    if checkpoint is None and (resume or save_every is not None):
-        raise ValueError("resume= and save_every= need checkpoint=, the folder of the run")
-    if mixed_precision not in (None, "no", "bf16"):
-        raise ValueError(f"mixed_precision={mixed_precision!r} must be 'no' or 'bf16'; for fp16 pass accelerator=")
-    counts = dict(steps=steps, batch_size=batch_size, accumulate=accumulate, save_every=save_every)
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    if accelerator is None:
-        from accelerate import Accelerator
-
-        accelerator = Accelerator()
-    if accelerator.gradient_accumulation_steps != 1:
-        raise ValueError("give steps(accumulate=...), and not an Accelerator that accumulates as well")
+    _check_options(steps, epochs, batch_size, accumulate, mixed_precision, checkpoint, save_every, resume)
+    used = _cone_of(cone, trails)
+    accelerator = _accelerator(accelerator)
     feed = Feed(goals, span_names(trails), batch_size, accumulate, seed, accelerator)
     total = steps or max(1, math.ceil((epochs or 0) * len(goals[0].examples) / feed.in_a_step(0)))
-    made = _adamw(parameters, lr) if optimizer is None else optimizer(parameters)
-    rates = [float(group["lr"]) for group in made.param_groups]
-    share_at = _schedule(schedule, warmup, total)
-    folder = None if checkpoint is None else Path(checkpoint)
-    settings: dict[str, Any] = {
-        "model": None if folder is None else saving.fingerprint(model, trails.parameters()),
-        "trails": repr(trails),
-        "goals": [_describe(goal) for goal in goals],
-        "optimizer": [type(made).__name__, [{**group, "params": len(group["params"])} for group in made.param_groups]],
-        **dict(steps=total, batch_size=batch_size, accumulate=accumulate, processes=accelerator.num_processes),
-        **dict(schedule=schedule, warmup=warmup, clip=clip, mixed_precision=mixed_precision, seed=seed),
-        "trust": None if trust is None else repr(trust),
-    }
-    found = None if folder is None else checkpoints.find(folder, settings, resume)
-    if not isinstance(cone, (Cone, bool)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"cone={cone!r:.80} must be a Cone, True or False")
-    used = None if not trails.sites else Cone() if cone is True else cone or None
+    descent = Descent(parameters, optimizer, lr, schedule, warmup, clip, total, accelerator)
+    kept: Checkpoints | None = None
+    if checkpoint is not None:
+        settings = {
+            "model": fingerprint(model, trails.parameters()),
+            "trails": repr(trails),
+            "goals": [describe_goal(goal) for goal in goals],
+            "optimizer": descent.describe(),
+            **dict(steps=total, batch_size=batch_size, accumulate=accumulate, processes=accelerator.num_processes),
+            **dict(schedule=schedule, warmup=warmup, clip=clip, mixed_precision=mixed_precision, seed=seed),
+            "trust": None if trust is None else repr(trust),
+        }
+        kept = Checkpoints(Path(checkpoint), settings, save_every, resume)
 
     def iterate() -> Generator[Step]:
         with ExitStack() as undo:
             undo.enter_context(frozen_base(model, trails))
-            undo.callback(made.zero_grad)
+            undo.callback(descent.optimizer.zero_grad)
             _move(model, trails, accelerator)
             undo.enter_context(working(model, trails, tokenizer))
-            if not trails.sites and at_work(model) is not None:
+            worker = None if used is None else undo.enter_context(used.over(model, trails.blocks))
+            if used is None and at_work(model) is not None:
                 raise ValueError(
                     "a cone is at work in the model, and keeps what these weights make of it: end it first"
                 )
-            worker = None if used is None else undo.enter_context(used.over(model, trails.blocks))
-            if worker is not None:
-                worker.shared = [common_prefix(goal.examples) for goal in goals]
+            losses = Losses(model, trails, feed, seed, mixed_precision)
             # a cone that is given may be shared with other runs, so it keeps everything
-            pays = [isinstance(cone, Cone) or _pays(goal, feed.draws(i, total)) for i, goal in enumerate(goals)]
+            losses.let_rest(
+                worker, [isinstance(cone, Cone) or pays(goal, feed.draws(i, total)) for i, goal in enumerate(goals)]
+            )
             if explain:
-                accelerator.print(
-                    plan(model, trails, goals, [feed.in_a_step(i) for i in range(len(goals))], used, pays)
-                )
-            prepared = accelerator.prepare_optimizer(made)
-            weights = [goal.weight for goal in goals]
-            done = 0 if found is None else checkpoints.read(found, trails, made, weights)
+                in_a_step = [feed.in_a_step(i) for i in range(len(goals))]
+                accelerator.print(plan(Host.of(model, trails.blocks), trails, goals, in_a_step, used, losses.pays))
+            descent.begin()
+            done = 0 if kept is None else kept.restore(trails, descent.optimizer, losses.weights)
             _share_start(trails, accelerator)
-            probe = None if trust is None else Probe(trust, model, trails, parameters)
-            bar = undo.enter_context(_bar(done, total, progress and accelerator.is_main_process))
+            probe = None if trust is None else trust.begin(model, trails, parameters)
+            shown = undo.enter_context(
+                bar("training", progress and accelerator.is_main_process, done=done, total=total)
+            )
             for number in range(done, total):
                 began = time.perf_counter()
-                losses = torch.zeros(len(goals), device=accelerator.device, dtype=torch.float32)
-                with _own_randomness(accelerator, seed, number), _learning(trails):
-                    for place, batch, share in feed.batches(number):
-                        weighs = weights[place] > 0
-                        if worker is not None:
-                            worker.rests = not pays[place]
-                        with _precision(mixed_precision, accelerator), torch.set_grad_enabled(weighs):
-                            loss = share * goals[place].loss(model, trails, batch)
-                        if weighs:
-                            _check_reaches(loss, goals, place)
-                            accelerator.backward(weights[place] * loss)  # before the next forward changes the masks
-                        losses[place] += loss.detach()
-                if worker is not None:
-                    worker.rests = False
-                parts = tuple(_sum(losses, accelerator).tolist())
-                _check_finite(number, goals, parts)
-                due = [feed.due(place, number) for place in range(len(goals))]
-                _sum_gradients(parameters, accelerator)
-                norm = _clip(parameters, math.inf if clip is None else clip, accelerator)
-                if not math.isfinite(norm) and accelerator.scaler is None:  # a scaler skips such a step by itself
-                    raise FloatingPointError(f"step {number + 1}: the gradient is not finite ({norm}). {_KEPT}")
-                for group, rate in zip(made.param_groups, rates, strict=True):
-                    group["lr"] = rate * share_at(number)
-                prepared.step()
-                prepared.zero_grad()
-                kept, went = (None, None) if probe is None else probe.hold()
-                total_loss = sum(weight * part for weight, part in zip(weights, parts, strict=True))
-                weighed = tuple(weights)
-                weights = [
-                    goal.reweigh(weight, part) if now else weight
-                    for goal, weight, part, now in zip(goals, weights, parts, due, strict=True)
-                ]
+                parts = losses.of_step(number)
+                weighed = tuple(losses.weights)
+                rate, norm = descent.step(number)
+                share, went = (None, None) if probe is None else probe.hold()
+                losses.reweigh(number, parts)
                 last = number + 1 == total
-                if folder and accelerator.is_main_process and (last or (save_every and (number + 1) % save_every == 0)):
-                    checkpoints.write(folder, number + 1, trails, model, made, weights, settings)
-                measured = drift() if drift and (last or (number + 1) % drift_every == 0) else None
+                if kept is not None and accelerator.is_main_process and kept.due(number + 1, last):
+                    kept.write(number + 1, trails, model, descent.optimizer, losses.weights)
                 step = Step(
                     step=number + 1,
-                    loss=total_loss,
-                    losses=tuple(part if now else math.nan for part, now in zip(parts, due, strict=True)),
+                    loss=sum(weight * part for weight, part in zip(weighed, parts, strict=True)),
+                    losses=tuple(part if feed.due(i, number) else math.nan for i, part in enumerate(parts)),
                     weights=weighed,
-                    lr=rates[0] * share_at(number),
+                    lr=rate,
                     grad_norm=norm,
                     tokens=feed.tokens(number),
                     seconds=time.perf_counter() - began,
-                    drift=measured,
-                    kept=kept,
+                    drift=drift() if drift and (last or (number + 1) % drift_every == 0) else None,
+                    kept=share,
                     trust=went,
                 )
-                _show(bar, step)
+                _show(shown, step)
                 yield step
 
     return iterate()
 
 
-_ALONE = 128
+def _check_options(
+    steps: int | None,
+    epochs: int | float | None,
+    batch_size: int,
+    accumulate: int,
+    mixed_precision: str | None,
+    checkpoint: object,
+    save_every: int | None,
+    resume: bool,
+) -> None:
+    if (steps is None) == (epochs is None) or (epochs is not None and epochs <= 0):
+        raise ValueError("say how long to train: give either steps= or epochs=, more than 0")
+    if checkpoint is None and (resume or save_every is not None):
+        raise ValueError("resume= and save_every= need checkpoint=, the folder of the run")
+    if mixed_precision not in (None, "no", "bf16"):
+        raise ValueError(f"mixed_precision={mixed_precision!r} must be 'no' or 'bf16'; for fp16 pass accelerator=")
+    for name, value in dict(steps=steps, batch_size=batch_size, accumulate=accumulate, save_every=save_every).items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
 
 
-def _pays(goal: Objective, draws: float) -> bool:
-    """Whether keeping what trails cannot change saves more than it costs.
-
-    A row is computed by itself for that, in all blocks below, which costs about as much more as `_ALONE` tokens of a
-    batch do there; each time that it comes again its own tokens are saved.
-    """
-    some = goal.examples[:: max(1, len(goal.examples) // 256)]
-    return (draws - 1) * sum(map(len, some)) / len(some) >= _ALONE
-
-
-_KEPT = "The trails are as after the step before; a lower lr or a smaller clip may help"
+def _cone_of(cone: Cone | bool, trails: Adapter) -> Cone | None:
+    """The cone of a run; none for an adapter without sites, which may change every state."""
+    if not isinstance(cone, (Cone, bool)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"cone={cone!r:.80} must be a Cone, True or False")
+    if not trails.sites:
+        return None
+    return Cone() if cone is True else cone or None
 
 
-@contextmanager
-def _own_randomness(accelerator: Accelerator, seed: int, number: int) -> Generator[None]:
-    """Inside, torch's random numbers are those of this step on this process; afterwards the user's go on."""
-    devices = list(range(torch.cuda.device_count())) if accelerator.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed_of(seed, number, accelerator.process_index, -1))
-        yield
+def _accelerator(given: Accelerator | None) -> Accelerator:
+    if given is None:
+        from accelerate import Accelerator
 
-
-@contextmanager
-def _learning(trails: Adapter) -> Generator[None]:
-    modes = [(module, module.training) for module in trails.modules()]
-    trails.train()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _precision(mixed_precision: str | None, accelerator: Accelerator) -> AbstractContextManager[Any]:
-    # Accelerate's own precision is one for the whole process, and a second run may want another
-    if mixed_precision is None:
-        return accelerator.autocast()
-    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=mixed_precision == "bf16")
-
-
-def _schedule(name: str, warmup: int | float, total: int) -> Callable[[int], float]:
-    """The share of the learning rate at each step, as a function of nothing but the step."""
-    from transformers import get_scheduler
-
-    stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
-    first = math.ceil(warmup * total) if warmup < 1 else int(warmup)
-    scheduler: Any = get_scheduler(name, stand_in, num_warmup_steps=first, num_training_steps=total)
-    if not hasattr(scheduler, "lr_lambdas"):
-        raise ValueError(f"schedule={name!r} depends on more than the step, so a run could not be resumed from it")
-    return scheduler.lr_lambdas[0]
-
-
-def _adamw(parameters: list[nn.Parameter], lr: float | None) -> Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-3 if lr is None else lr, weight_decay=0.0)
-
-
-def _describe(goal: Objective) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for example in goal.examples:
-        digest.update(repr(example).encode())
-    rest = {f.name: getattr(goal, f.name) for f in fields(goal) if f.name != "examples"}
-    plain = {k: v if isinstance(v, (bool, int, float, str, dict)) else type(v).__name__ for k, v in rest.items()}
-    return {"class": type(goal).__name__, "examples": f"{len(goal.examples)} ({digest.hexdigest()[:16]})", **plain}
+        given = Accelerator()
+    if given.gradient_accumulation_steps != 1:
+        raise ValueError("give steps(accumulate=...), and not an Accelerator that accumulates as well")
+    return given
 
 
 def _move(model: nn.Module, trails: Adapter, accelerator: Accelerator) -> None:
@@ -339,44 +282,6 @@ def _share_start(trails: Adapter, accelerator: Accelerator) -> None:
 
         for tensor in trails.state_dict().values():
             tensor.copy_(broadcast(tensor.clone()))
-
-
-def _sum_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
-    """Add up the gradients of all processes. They are small, so the model needs no DDP around it."""
-    if accelerator.num_processes == 1:
-        return
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-    parts = _sum(flat, accelerator).split([p.numel() for p in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
-        parameter.grad = part.view_as(parameter).to(parameter.dtype)
-
-
-def _sum(tensor: Tensor, accelerator: Accelerator) -> Tensor:
-    return cast("Tensor", accelerator.reduce(tensor, "sum"))
-
-
-def _clip(parameters: Sequence[nn.Parameter], most: int | float, accelerator: Accelerator) -> float:
-    return float(cast("Tensor", accelerator.clip_grad_norm_(parameters, most)))
-
-
-def _check_reaches(loss: Tensor, goals: Sequence[Objective], place: int) -> None:
-    if loss.ndim or not loss.requires_grad:
-        what = f"has shape {list(loss.shape)}, not one number" if loss.ndim else "does not depend on the trails"
-        raise ValueError(f"the loss of goal {place} ({type(goals[place]).__name__}) {what}")
-
-
-def _check_finite(number: int, goals: Sequence[Objective], losses: Sequence[float]) -> None:
-    for place, (goal, loss) in enumerate(zip(goals, losses, strict=True)):
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"step {number + 1}: the loss of goal {place} ({type(goal).__name__}) is {loss}. {_KEPT}"
-            )
-
-
-def _bar(done: int, total: int, shown: bool) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(initial=done, total=total, disable=not shown, unit="step")
 
 
 def _show(bar: Any, step: Step) -> None:

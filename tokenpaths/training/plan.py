@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch.nn.functional as F
-from torch import nn
 
-from tokenpaths.adapter import Adapter
-from tokenpaths.cone import Cone, at_work, blocks_below, common_prefix
-from tokenpaths.cone.prefix import WORTHWHILE, starts
-from tokenpaths.data import IGNORED, collate
-from tokenpaths.objectives import Imitate, Objective, Stay
-from tokenpaths.sites import find_blocks, unwrapped
+from tokenpaths.data.examples import IGNORED, collate
+from tokenpaths.engine.cone.cone import Cone, at_work
+from tokenpaths.engine.cone.prefix import WORTHWHILE, common_prefix, starts
+from tokenpaths.site import Host
+from tokenpaths.site.host import text_config
+from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.training.objectives.base import Objective
+from tokenpaths.training.objectives.imitate import Imitate
+from tokenpaths.training.objectives.stay import Stay
 
 _SAMPLE = 256  # examples of a goal to look at
 
@@ -89,7 +90,7 @@ class Plan:
 
 
 def plan(
-    model: nn.Module,
+    host: Host,
     trails: Adapter,
     goals: Sequence[Objective],
     in_a_step: Sequence[int],
@@ -100,28 +101,27 @@ def plan(
 
     `in_a_step` are the examples of each goal in one step, and `pays` says whether what is known of them is kept.
     """
-    worker = at_work(model)
-    layers = find_blocks(model, trails.blocks)
-    below = blocks_below(model, trails)
+    worker = at_work(host.model)
+    below = host.blocks_below(trails.sites)
     on = worker is not None and cone is not None
     in_full = worker.whole_rows() if worker is not None else None
     planned = [
-        _goal(model, trails, goal, count, below if on and kept else 0, below, not on or in_full is not None, kept)
+        _goal(host, trails, goal, count, below if on and kept else 0, below, not on or in_full is not None, kept)
         for goal, count, kept in zip(goals, in_a_step, pays, strict=True)
     ]
     budget = cone.budget if on and cone is not None else None
     boundless = None if trails.sites else type(trails).__name__
-    return Plan(type(unwrapped(model)).__name__, len(layers), below, tuple(planned), budget, in_full, boundless)
+    return Plan(type(host.inner).__name__, len(host.blocks), below, tuple(planned), budget, in_full, boundless)
 
 
 def _goal(
-    model: nn.Module, trails: Adapter, goal: Objective, count: int, left_out: int, below: int, whole: bool, pays: bool
+    host: Host, trails: Adapter, goal: Objective, count: int, left_out: int, below: int, whole: bool, pays: bool
 ) -> GoalPlan:
     examples = list(goal.examples[:: max(1, len(goal.examples) // _SAMPLE)])
     lengths = [len(example) for example in examples]
     mean = sum(lengths) / len(lengths)
     answers = sum(sum(example.answer) for example in examples) / len(examples)
-    worker, before = at_work(model), 0.0
+    worker, before = at_work(host.model), 0.0
     if pays and not whole and worker is not None and isinstance(goal, Imitate):
         cuts: list[int] = []
         for start in range(0, len(examples), 32):
@@ -133,7 +133,7 @@ def _goal(
         before = 0.0
     run, shared = mean - before, len(common_prefix(goal.examples)) if before else 0
     rows = answers if isinstance(goal, Imitate) else mean
-    cost = _Cost.of(model, trails)
+    cost = _Cost.of(host, trails)
     learned = range(below, cost.blocks)
     full = cost.forward(range(cost.blocks), mean, mean) + cost.backward(learned, mean, mean) + cost.head(rows, True)
     ours = cost.forward(range(left_out, cost.blocks), run, mean) + cost.backward(learned, run, mean)
@@ -159,16 +159,15 @@ class _Cost:
     pair_bytes: int  # of a token's key and value in one block
 
     @classmethod
-    def of(cls, model: nn.Module, trails: Adapter) -> _Cost:
-        layers = find_blocks(model, trails.blocks)
-        config: Any = unwrapped(model).config
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    def of(cls, host: Host, trails: Adapter) -> _Cost:
+        layers = host.blocks
+        config = text_config(host.inner)
         heads = int(config.num_attention_heads)
         size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
         pairs = int(getattr(config, "num_key_value_heads", None) or heads)
         own = {id(p) for p in trails.parameters()}
         weights = sum(p.numel() for p in layers.parameters() if p.ndim > 1 and id(p) not in own) / len(layers)
-        item = next(model.parameters()).element_size()
+        item = next(host.model.parameters()).element_size()
         return cls(
             blocks=len(layers),
             weights=weights,

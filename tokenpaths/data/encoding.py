@@ -1,0 +1,199 @@
+"""From text to batches: pairs -> `Example` -> `Batch`.
+
+    examples = encode(tokenizer, [("2 + 2 =", " 4")])                    # a prompt and its answer
+    examples = encode(tokenizer, [[{"role": "user", "content": "Hi"},    # or a chat
+                                   {"role": "assistant", "content": "Hello!"}]])
+    batch = collate(examples)
+
+Prompt and answer are tokenised apart, so that no token lies across the border between them: at generation the model is
+given a prompt that ends there. Nothing is cut unless it is asked for.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeAlias, cast
+
+from tokenpaths.data.examples import Example
+
+Item: TypeAlias = "tuple[str, str] | Sequence[Mapping[str, Any]]"
+
+
+def encode(
+    pairs: Sequence[Item],
+    tokenizer: Any,
+    *,
+    eos: bool = True,
+    turns: Literal["all", "last"] = "all",
+    max_length: int | None = None,
+    truncation: Literal["refuse", "left"] = "refuse",
+    template: Mapping[str, Any] | None = None,
+) -> list[Example]:
+    """Turn (prompt, answer) pairs, or chats, into token ids.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer. It puts its special tokens on a prompt as it does at generation.
+        pairs: each item is a pair of strings, or a chat: a list of {"role", "content"} messages for the chat template.
+        eos: end the answer of a pair with the end-of-text token. In a chat the template says how a turn ends.
+        turns: train on every assistant turn of a chat, or on the last one, which must then end the chat.
+        max_length: the most tokens that an example may have.
+        truncation: a longer example is refused, or with "left" loses tokens at the start of its prompt (but not the
+            begin-of-text token of the tokenizer). An answer is never cut.
+        template: further arguments of the chat template, such as {"enable_thinking": False}.
+
+    Raises:
+        ValueError: an item is empty, too long, or of no known form, or the chat template rewrites earlier turns.
+    """
+    if isinstance(pairs, str) or not isinstance(pairs, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"encode takes a list of (prompt, answer) pairs or of chats, not {type(pairs).__name__}")
+    if not pairs:
+        raise ValueError("there is nothing to encode: the list of pairs is empty")
+    if turns not in ("all", "last"):
+        raise ValueError(f"turns must be 'all' or 'last', not {turns!r}")
+    if truncation not in ("refuse", "left"):
+        raise ValueError(f"truncation must be 'refuse' or 'left', not {truncation!r}")
+    if truncation == "left" and max_length is None:
+        raise ValueError("truncation='left' needs max_length=, the number of tokens to cut to")
+    end = tokenizer.eos_token_id if eos else None
+    if eos and end is None and any(_is_pair(item) for item in pairs):
+        raise ValueError("this tokenizer has no end-of-text token: pass eos=False, or set tokenizer.eos_token")
+    start = list(tokenizer("")["input_ids"]) if truncation == "left" else []
+    examples: list[Example] = []
+    for number, item in enumerate(pairs):
+        try:
+            if _is_pair(item):
+                example = _encode_pair(tokenizer, *cast("tuple[str, str]", item), end)
+            elif _is_chat(item):
+                example = _encode_chat(tokenizer, cast("Sequence[Mapping[str, Any]]", item), turns, template or {})
+            else:
+                raise ValueError(f"neither a (prompt, answer) pair of strings nor a list of messages: {item!r:.80}")
+            examples.append(_fit(example, max_length, truncation, start))
+        except ValueError as error:
+            raise ValueError(f"item {number}: {error}") from error
+    return examples
+
+
+def encode_texts(texts: Sequence[str], tokenizer: Any, *, max_length: int | None = None) -> list[Example]:
+    """Turn texts into examples that have no answer: all of each is prompt. Cut to `max_length` tokens at the end.
+
+    Raises:
+        ValueError: there are no texts, or one of them has no token.
+    """
+    if isinstance(texts, str) or not isinstance(texts, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"plain takes a list of texts, not {type(texts).__name__}")
+    if not texts:
+        raise ValueError("there is nothing to encode: the list of texts is empty")
+    examples: list[Example] = []
+    for number, text in enumerate(texts):
+        ids = tuple(tokenizer(text, verbose=False)["input_ids"])[:max_length]
+        if not ids:
+            raise ValueError(f"text {number} has no token: {text!r:.40}")
+        examples.append(Example(ids, (False,) * len(ids)))
+    return examples
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, (tuple, list)) and len(item) == 2 and all(isinstance(text, str) for text in item)
+
+
+def _is_chat(item: Any) -> bool:
+    return isinstance(item, Sequence) and all(isinstance(m, Mapping) and "role" in m for m in item)
+
+
+def _encode_pair(tokenizer: Any, prompt: str, answer: str, end: int | None) -> Example:
+    prompt_ids = list(tokenizer(prompt)["input_ids"]) if prompt else []
+    answer_ids = _ids(tokenizer, answer)
+    if not prompt_ids:
+        raise ValueError(f"its prompt {prompt!r} is empty: the answer has nothing to follow from")
+    if not answer_ids:
+        raise ValueError(f"its answer {answer!r} is empty: there is nothing to train on")
+    if end is not None:
+        answer_ids.append(end)
+    return Example((*prompt_ids, *answer_ids), (False,) * len(prompt_ids) + (True,) * len(answer_ids))
+
+
+def _encode_chat(tokenizer: Any, chat: Sequence[Mapping[str, Any]], turns: str, template: Mapping[str, Any]) -> Example:
+    ids: list[int] = []
+    answer: list[bool] = []
+    for text, written in _turns(tokenizer, chat, turns, template):
+        piece = _ids(tokenizer, text)
+        stop = _end_of_turn(tokenizer, piece) if written else 0
+        ids += piece
+        answer += [i < stop for i in range(len(piece))]
+    return Example(tuple(ids), tuple(answer))
+
+
+def _end_of_turn(tokenizer: Any, ids: list[int]) -> int:
+    """The length of a turn without the white space that the template puts behind its last special token.
+
+    The model stops at that token, so it never writes what follows.
+    """
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    end = max((i + 1 for i, token in enumerate(ids) if token in special), default=len(ids))
+    return len(ids) if tokenizer.decode(ids[end:]).strip() else end
+
+
+def _turns(
+    tokenizer: Any, chat: Sequence[Mapping[str, Any]], turns: str, template: Mapping[str, Any]
+) -> Iterator[tuple[str, bool]]:
+    """The text of a chat in pieces, and whether the model is trained to write each.
+
+    A turn begins where the template ends when it is asked for that turn, and ends where the template ends after it.
+    """
+    if not chat:
+        raise ValueError("the chat is empty")
+    said = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
+    if not said:
+        raise ValueError("the chat has no message of role 'assistant', so there is nothing to train on")
+    if turns == "last":
+        if said[-1] != len(chat) - 1:
+            raise ValueError(f"turns='last', but the chat ends with a message of role {chat[-1]['role']!r}")
+        said = said[-1:]
+    if said[0] == 0:
+        raise ValueError("the chat begins with the assistant: its prompt would be empty")
+    if empty := [i for i in said if not (chat[i].get("content") or chat[i].get("tool_calls"))]:
+        raise ValueError(f"message {empty[0]}, of the assistant, is empty: there is nothing to train on")
+
+    def render(count: int, asking: bool) -> str:
+        try:
+            return tokenizer.apply_chat_template(
+                list(chat[:count]), tokenize=False, add_generation_prompt=asking, **template
+            )
+        except Exception as error:  # a template may refuse in any way, and jinja's errors are not ours to import
+            raise ValueError(f"the chat template refuses its first {count} messages: {error}") from error
+
+    done = ""
+    for i in said:
+        for count, asking in ((i, True), (i + 1, False)):
+            text = render(count, asking)
+            _check_extends(done, text, i, turns)
+            yield text[len(done) :], not asking
+            done = text
+
+
+def _check_extends(before: str, after: str, turn: int, turns: str) -> None:
+    if not after.startswith(before):
+        same = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False))))
+        remedy = "train on turns='last'" if turns == "all" else "render the text yourself and pass (prompt, answer)"
+        raise ValueError(
+            f"the chat template does not extend at message {turn}: {before[same:][:30]!r} becomes "
+            f"{after[same:][:30]!r} when more is said, so the turn cannot be told apart: {remedy}, or see template="
+        )
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def _fit(example: Example, max_length: int | None, truncation: str, start: list[int]) -> Example:
+    if max_length is None or len(example) <= max_length:
+        return example
+    sizes = f"{len(example)} tokens ({example.prompt_length} of the prompt) for a window of {max_length}"
+    if truncation == "refuse":
+        raise ValueError(f"{sizes}: pass truncation='left' to cut prompts at their start, or leave the item out")
+    keep = len(start) if list(example.ids[: len(start)]) == start else 0
+    cut = len(example) - max_length
+    if keep + cut >= example.prompt_length:
+        raise ValueError(f"{sizes}: the answer alone fills it, and an answer is never cut")
+    return Example(example.ids[:keep] + example.ids[keep + cut :], example.answer[:keep] + example.answer[keep + cut :])

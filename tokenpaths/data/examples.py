@@ -1,0 +1,102 @@
+"""Examples and batches: token ids, and which of them the model is trained to write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+IGNORED = -100  # the label of a token that is not trained to be written, as everywhere in transformers
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence of token ids, and which of them the model is trained to write.
+
+    `spans` names stretches of the sequence, (start, stop) counted in its tokens, for the rule `Span(name)`.
+    """
+
+    ids: tuple[int, ...]
+    answer: tuple[bool, ...]
+    spans: Mapping[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]], hash=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", tuple(int(i) for i in self.ids))
+        object.__setattr__(self, "answer", tuple(bool(a) for a in self.answer))
+        if not self.ids:
+            raise ValueError("an Example needs at least one token")
+        if len(self.answer) != len(self.ids):
+            raise ValueError(
+                f"answer says of each token whether it is trained: {len(self.answer)} for {len(self)} tokens"
+            )
+        if self.answer[0]:
+            raise ValueError("the first token cannot be of the answer: there is nothing before it to predict it from")
+        for name, (start, stop) in self.spans.items():
+            if not 0 <= start <= stop <= len(self):
+                raise ValueError(f"span {name!r} is ({start}, {stop}), outside the {len(self)} tokens of the example")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def prompt_length(self) -> int:
+        """The number of tokens before the first answer token; all of them where there is no answer."""
+        return self.answer.index(True) if any(self.answer) else len(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Examples as tensors, padded to one length. `labels` are -100 off the answer, `prompt_mask` True on the prompt."""
+
+    input_ids: Int[Tensor, "batch seq"]
+    attention_mask: Int[Tensor, "batch seq"]
+    labels: Int[Tensor, "batch seq"]
+    prompt_mask: Bool[Tensor, "batch seq"]
+    spans: Mapping[str, Bool[Tensor, "batch seq"]] = field(default_factory=dict[str, Tensor])
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved, spans={name: mask.to(device) for name, mask in self.spans.items()})
+
+
+def collate(
+    examples: Sequence[Example],
+    pad_id: int = 0,
+    side: Literal["right", "left"] = "right",
+    *,
+    spans: Iterable[str] = (),
+) -> Batch:
+    """Pad examples to the longest. `pad_id` is masked away, so any id that the model has will do.
+
+    The batch has a mask for each span that an example names, and for those in `spans` even if none does.
+    """
+    if not examples:
+        raise ValueError("a batch needs at least one example")
+    if side not in ("right", "left"):
+        raise ValueError(f"side must be 'right' or 'left', not {side!r}")
+    width = max(map(len, examples))
+
+    def pad(rows: Iterable[Sequence[int]], value: int) -> Tensor:
+        fill = [([value] * (width - len(row)), list(row)) for row in rows]
+        return torch.tensor([row + gap if side == "right" else gap + row for gap, row in fill])
+
+    def stretch(e: Example, start: int, stop: int) -> list[int]:
+        return [int(start <= i < stop) for i in range(len(e))]
+
+    ids = pad((e.ids for e in examples), pad_id)
+    answer = pad((e.answer for e in examples), False).bool()
+    names = sorted({name for e in examples for name in e.spans} | set(spans))
+    return Batch(
+        input_ids=ids,
+        attention_mask=pad(([1] * len(e) for e in examples), 0),
+        labels=torch.where(answer, ids, IGNORED),
+        prompt_mask=pad((stretch(e, 0, e.prompt_length) for e in examples), 0).bool(),
+        spans={n: pad((stretch(e, *e.spans.get(n, (0, 0))) for e in examples), 0).bool() for n in names},
+    )

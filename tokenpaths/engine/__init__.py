@@ -1,0 +1,12 @@
+"""Run a model, and keep what need not be run again."""
+
+from tokenpaths.engine.answers import answer_logits as answer_logits
+from tokenpaths.engine.answers import answers as answers
+from tokenpaths.engine.logits import Logits as Logits
+from tokenpaths.engine.logits import logits_at as logits_at
+from tokenpaths.engine.readings import Reading as Reading
+from tokenpaths.engine.readings import Run as Run
+from tokenpaths.engine.readings import evaluating as evaluating
+from tokenpaths.engine.readings import read as read
+from tokenpaths.engine.readings import read_one as read_one
+from tokenpaths.engine.readings import runs as runs

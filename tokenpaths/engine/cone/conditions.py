@@ -1,0 +1,109 @@
+"""When a forward may be shortened: what in a call, in a module or in its hooks stands in the way."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from tokenpaths.attachment.hooks import Hook, Observer
+from tokenpaths.site.host import is_compiled, two_sided, unwrapped
+
+
+def always_in_full(model: nn.Module) -> str | None:
+    """Why no forward of a model is ever shortened, or None."""
+    if two_sided(model):
+        return "it has an encoder and a decoder"
+    if is_compiled(model):
+        return "it is compiled: its graph does not see what is left out"
+    if (
+        any(type(p).__name__ == "DTensor" for p in unwrapped(model).parameters())
+        or "FullyShard" in type(model).__name__
+    ):
+        return "its weights are spread over processes, which must all run the same"
+    return None
+
+
+_HARMLESS = {"input_ids", "attention_mask", "labels", "prompt_mask", "spans", "return_dict", "logits_to_keep"}
+
+
+def plain_call(named: Mapping[str, Any], config: Any) -> bool:
+    """Whether the states of a forward follow from token ids and a mask alone, and nothing else is asked of it."""
+    asked = {name: getattr(config, name, None) for name in ("use_cache", "output_hidden_states", "output_attentions")}
+    asked |= {name: value for name, value in named.items() if value is not None}
+    ids, mask = named.get("input_ids"), named.get("attention_mask")
+    tokens = isinstance(ids, Tensor) and (mask is None or (isinstance(mask, Tensor) and mask.shape == ids.shape))
+    return tokens and all(name in _HARMLESS or value is None or value is False for name, value in asked.items())
+
+
+def solid(real: Bool[Tensor, "batch seq"]) -> Bool[Tensor, ""]:
+    """Whether the real tokens of each row stand together."""
+    begins = real[:, :1].long().sum(1) + (real[:, 1:] & ~real[:, :-1]).sum(1)
+    return (begins == 1).all()
+
+
+def draws(module: nn.Module) -> bool:
+    """Whether a module drops at random while it is in training mode."""
+    names = {name for name in vars(module) if "drop" in name.lower() or "jitter" in name.lower()}
+    if "dropout" in type(module).__name__.lower():
+        names.add("p")
+    shares = [getattr(module, name, None) for name in names]
+    return any(isinstance(share, float) and share > 0 for share in shares)
+
+
+def plain_values(values: Any) -> bool:
+    """Whether the values are tensors, numbers and such, and tuples of these: nothing that a block could write to."""
+    return all(
+        plain_values(value)
+        if isinstance(value, tuple)
+        else value is None or isinstance(value, (Tensor, int, float, str, torch.dtype, torch.device))
+        for value in values
+    )
+
+
+def foreign_hooks(module: nn.Module) -> tuple[list[Any], list[Any]]:
+    """The hooks after and before a module's forward that look at states or change them.
+
+    Those of attached trails are not among them, nor are those that transformers keeps for when it is asked for states.
+    """
+
+    def others(hooks: Mapping[int, Any]) -> list[Any]:
+        return [
+            hook
+            for hook in hooks.values()
+            if (not isinstance(hook, Hook) or isinstance(hook, Observer))
+            and getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
+        ]
+
+    inside = vars(module)
+    return others(inside["_forward_hooks"]), others(inside["_forward_pre_hooks"])
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a hook looks at what goes through a module, or changes it."""
+    after, before = foreign_hooks(module)
+    return bool(after or before)
+
+
+@contextmanager
+def unseen(model: nn.Module) -> Generator[None]:
+    """Inside, no hook is there but those of attached trails."""
+    taken: list[tuple[dict[int, Any], dict[int, Any]]] = []
+    for module in model.modules():
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            hooks: dict[int, Any] = vars(module)[name]
+            if any(not isinstance(hook, Hook) for hook in hooks.values()):
+                taken.append((hooks, dict(hooks)))
+    try:
+        for hooks, _ in taken:
+            for key in [key for key, hook in hooks.items() if not isinstance(hook, Hook)]:
+                del hooks[key]
+        yield
+    finally:
+        for hooks, before in taken:
+            hooks.clear()
+            hooks.update(before)

@@ -1,0 +1,175 @@
+"""The one way to let a model write: greedily or by sampling, behind prompts of any length.
+
+    written = generate(model, prompts, tokenizer, max_new_tokens=32, stop_strings="\\n")
+    written[0].text, written[0].ids
+
+**Which of the model's generation settings hold**: its end-of-text tokens, and nothing else. Its temperature, top-p,
+top-k, penalties, forced and suppressed tokens are set aside while it writes here: what is compared and measured is the
+distribution of the model itself, and all verbs compare alike. To write with them, call `model.generate`.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tokenpaths.attachment.watcher import Watcher
+from tokenpaths.data.examples import Example, collate
+from tokenpaths.engine.batches import batches, by_length
+from tokenpaths.engine.readings import evaluating
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written behind one prompt: its token ids, the end-of-text token included, and its text.
+
+    The ids stop behind the end-of-text token, or behind the token that completes the stop string. The text has no
+    special tokens, and ends with the stop string where one was found.
+    """
+
+    ids: Ids
+    text: str
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[Example],
+    tokenizer: Any,
+    *,
+    max_new_tokens: int,
+    stop_strings: str | None = None,
+    sample: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    batch_size: int = 32,
+    max_batch_tokens: int | None = None,
+) -> list[Written]:
+    """What a model writes behind each prompt, as it stands, in evaluation mode; trails keep the mode that they are in.
+
+    Args:
+        model: a causal language model, with whatever is attached to it.
+        prompts: examples. Their answer tokens count as written by the model already: to token rules, the prompt of an
+            example ends before them.
+        tokenizer: the model's tokenizer.
+        max_new_tokens: the most tokens to write behind a prompt.
+        stop_strings: a text that ends the writing, besides the end-of-text tokens.
+        sample: draw tokens, and do not take the likeliest.
+        temperature: p is proportional to p^(1 / temperature), if tokens are drawn.
+        top_p: the words drawn from are the likeliest, of this probability together.
+        seed: of the drawing. Torch's own random state is left alone. Without a seed it is used.
+        batch_size: prompts in one batch.
+        max_batch_tokens: instead of it, the most tokens in one batch, padding and what is to be written included.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    if max_batch_tokens is None:
+        parts = by_length(lengths, batch_size)
+    else:
+        parts = batches([length + max_new_tokens for length in lengths], max_batch_tokens)
+    ends = end_tokens(model, tokenizer)
+    pad = next((i for i in (tokenizer.pad_token_id, *ends) if i is not None), 0)
+    settings = dict(ends=ends, pad=pad, max_new_tokens=max_new_tokens)
+    if sample:
+        settings |= dict(temperature=temperature, top_p=top_p)
+    written: dict[int, Written] = {}
+    with evaluating(model), nullcontext() if seed is None else seeded(model, seed):
+        for rows in parts:
+            told = write_ids(
+                model, [prompts[i] for i in rows], stop_strings=stop_strings, tokenizer=tokenizer, **settings
+            )
+            for i, ids in zip(rows, told, strict=True):
+                ids = _until(ids, tokenizer, stop_strings)
+                text = tokenizer.decode(list(ids), skip_special_tokens=True)
+                written[i] = Written(ids, cut(text, stop_strings))
+    return [written[i] for i in range(len(prompts))]
+
+
+@torch.no_grad()
+def write_ids(
+    model: Any,
+    prompts: Sequence[Example],
+    *,
+    ends: Sequence[int],
+    pad: int,
+    max_new_tokens: int,
+    temperature: float | None = None,
+    top_p: float = 1.0,
+    stop_strings: str | None = None,
+    tokenizer: Any = None,
+) -> list[Ids]:
+    """The token ids that a model writes behind prompts, all in one batch, up to the first of `ends` and with it.
+
+    Without `temperature` they are the likeliest. See `generate`.
+    """
+    from transformers import GenerationConfig
+
+    drawn = {} if temperature is None else dict(temperature=temperature, top_p=top_p, top_k=0)  # its own top_k is 50
+    config = GenerationConfig(
+        do_sample=temperature is not None,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(ends) or None,
+        pad_token_id=pad,
+        **drawn,
+    )
+    batch = collate(prompts, pad, "left").to(model.device)
+    more: dict[str, Any] = {} if stop_strings is None else {"stop_strings": [stop_strings], "tokenizer": tokenizer}
+    if Watcher.known(model):  # attached trails read it, and a model without them does not know it
+        more["prompt_mask"] = batch.prompt_mask
+    with _generates_as(model, config):
+        rows = model.generate(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config, **more
+        )
+    written = rows[:, batch.input_ids.shape[1] :].tolist()
+    return [tuple(row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))]) for row in written]
+
+
+@contextmanager
+def seeded(model: Any, seed: int) -> Generator[None]:
+    """Inside, torch's random numbers follow from the seed; afterwards the user's go on."""
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: those that the model names, and where it names none, the tokenizer's."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    named = tokenizer.eos_token_id if named is None else named
+    found = named if isinstance(named, (list, tuple)) else [named]
+    return sorted(int(i) for i in found if i is not None)
+
+
+def cut(text: str, stop_strings: str | None) -> str:
+    """A text up to its first stop string, and with it."""
+    if stop_strings is None or stop_strings not in text:
+        return text
+    return text[: text.index(stop_strings) + len(stop_strings)]
+
+
+def _until(ids: Ids, tokenizer: Any, stop_strings: str | None) -> Ids:
+    """Token ids up to the one that completes the stop string."""
+    if stop_strings is None or stop_strings not in tokenizer.decode(list(ids)):
+        return ids
+    said = range(1, len(ids))
+    return ids[: 1 + bisect_left(said, True, key=lambda n: stop_strings in tokenizer.decode(list(ids[:n])))]
+
+
+@contextmanager
+def _generates_as(model: Any, config: Any) -> Generator[None]:
+    """Inside, the model's generation settings are these alone: its own would fill up any that `generate` is given."""
+    # PEFT's wrapper shows the settings of the model inside, and writes its own over them
+    before = [(m, vars(m)["generation_config"]) for m in model.modules() if "generation_config" in vars(m)]
+    try:
+        for module, _ in before:
+            module.generation_config = config
+        yield
+    finally:
+        for module, settings in before:
+            module.generation_config = settings

@@ -1,0 +1,157 @@
+"""A chain in steps, and what is put in their place: a mistake, a paraphrase, a filler."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from tokenpaths.lab.chains.answering import Ids, context, token_ids, write_on
+from tokenpaths.lab.chains.form import Worked
+
+SENTENCES = r"(?<=[.!?])\s+|\n+"
+"""What stands between two steps that are sentences or lines."""
+REWORD = "Say this in other words. Write one sentence and nothing else.\n\n{step}"
+_WORTH_SWAPPING = re.compile(r"\d+(?:\.\d+)?|\b[A-Z]\w*")
+
+Mistake: TypeAlias = Callable[[Worked, Sequence[str], int, random.Random], "str | None"]
+"""(item, steps of its chain, k, rng) -> a wrong step to stand for steps[k], or None where there is none."""
+Paraphrase: TypeAlias = Callable[[Sequence[str]], "Sequence[str | None]"]
+"""Steps -> the same steps in other words, in order; None for one that cannot be reworded."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A step of a chain, and what stands between it and what was before it."""
+
+    gap: str
+    step: str
+
+
+Steps: TypeAlias = "tuple[Piece, ...]"
+Altered: TypeAlias = "list[list[Ids | None]]"
+"""Of each item, by k, the reasoning whose first k steps are as they were; None where it cannot be altered at k."""
+
+
+def steps_of(chain: str, cue: str, separator: str) -> Steps:
+    """The steps of a chain, without its answer: what comes before the last `cue`, or with no cue all but the last step.
+
+    Where the cue is not found (the model never came to an answer) all are steps.
+    """
+    mark = cue.strip() or cue  # a model may begin its last line otherwise
+    body = chain[: chain.rindex(mark)] if mark and mark in chain else chain
+    pieces: list[Piece] = []
+    gap, start = "", 0
+    for found in (*re.finditer(separator, body), None):
+        step = body[start:] if found is None else body[start : found.start()]
+        if step.strip():
+            pieces.append(Piece(gap, step))
+            gap = ""
+        else:
+            gap += step
+        if found is not None:
+            gap += found.group()
+            start = found.end()
+    return tuple(pieces if cue else pieces[:-1])
+
+
+def joined(pieces: Sequence[Piece]) -> str:
+    """The text of steps that follow one another."""
+    return "".join(piece.gap + piece.step for piece in pieces)
+
+
+def swapped(item: Worked, steps: Sequence[str], k: int, rng: random.Random) -> str | None:
+    """A step in which one number or name gives way to another of the same question and chain.
+
+    A name is a word with a capital, not the first of several in a step. A number gives way to a number and a name to a
+    name. None where the step has none of either, or there is no other.
+    """
+    text = " ".join([item.prompt, *steps])
+    pools = [sorted({word for word in _WORTH_SWAPPING.findall(text) if word[0].isdigit() == digit}) for digit in (0, 1)]
+    step = steps[k]
+    places = [found for found in _WORTH_SWAPPING.finditer(step) if not _opens(step, found)]
+    choices = [
+        (found, other) for found in places for other in pools[found.group()[0].isdigit()] if other != found.group()
+    ]
+    if not choices:
+        return None
+    found, other = rng.choice(choices)
+    return step[: found.start()] + other + step[found.end() :]
+
+
+def _opens(step: str, found: re.Match[str]) -> bool:
+    """Whether it is the first word of several: its capital says nothing."""
+    return found.group()[0].isalpha() and not step[: found.start()].strip() and len(step.split()) > 1
+
+
+def mistaken(
+    items: Sequence[Worked], chains: Sequence[Steps], mistake: Mistake, *, kept: bool, seed: int
+) -> list[list[Steps | None]]:
+    """Of each chain, by k, its first k steps, step k gone wrong, and if `kept` the steps after it.
+
+    Raises:
+        ValueError: a mistake is the step that it should stand for, or empty; names the item.
+    """
+
+    def wrong(number: int, k: int) -> Steps | None:
+        chain = chains[number]
+        steps = [piece.step for piece in chain]
+        told = mistake(items[number], steps, k, random.Random(f"{seed} {number} {k}"))
+        if told is None:
+            return None
+        if told.strip() in ("", steps[k].strip()):
+            raise ValueError(
+                f"item {number}: mistake gave {told!r:.40} for step {k}, {steps[k]!r:.40}, which is no mistake; let it "
+                "give None where there is none"
+            )
+        return (*chain[:k], Piece(chain[k].gap, told), *(chain[k + 1 :] if kept else ()))
+
+    return [[wrong(number, k) for k in range(len(chain))] for number, chain in enumerate(chains)]
+
+
+def reworded(chains: Sequence[Steps], words: Mapping[str, str | None]) -> list[list[Steps | None]]:
+    """Of each chain, by k, its first k steps, and the later ones in the words that stand for them, if all have some."""
+
+    def later(chain: Steps, k: int) -> Steps | None:
+        told = [(piece.gap, words[piece.step]) for piece in chain[k:]]
+        new = tuple(Piece(gap, step) for gap, step in told if step is not None)
+        return (*chain[:k], *new) if len(new) == len(told) else None
+
+    return [[later(chain, k) for k in range(len(chain))] for chain in chains]
+
+
+def filled(tokenizer: Any, chains: Sequence[Steps], filler: str) -> Altered:
+    """Of each chain, by k, its first k steps and then the filler's tokens again and again, as many as the chain has."""
+    ids = token_ids(tokenizer, filler)
+
+    def fill(chain: Steps, k: int) -> Ids:
+        kept, length = token_ids(tokenizer, joined(chain[:k])), len(token_ids(tokenizer, joined(chain)))
+        return kept + tuple(ids[i % len(ids)] for i in range(length - len(kept)))
+
+    return [[fill(chain, k) for k in range(len(chain))] for chain in chains]
+
+
+def encoded(tokenizer: Any, rows: Sequence[Sequence[Steps | None]]) -> Altered:
+    """The token ids of altered chains."""
+    return [[None if steps is None else token_ids(tokenizer, joined(steps)) for steps in row] for row in rows]
+
+
+def own_words(model: nn.Module, tokenizer: Any, steps: Sequence[str], max_batch_tokens: int) -> list[str | None]:
+    """Each step as the model says it in other words, asked for nothing but the step; greedily, one line.
+
+    None where it writes nothing, or the step itself.
+    """
+    asked = [REWORD.format(step=step) for step in steps]
+    if getattr(tokenizer, "chat_template", None):
+        turns = [[{"role": "user", "content": text}] for text in asked]
+        prompts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
+    else:
+        prompts = [f"{text}\n\nIn other words:" for text in asked]
+    room = 2 * max(len(token_ids(tokenizer, step)) for step in steps) + 8
+    texts = write_on(model, [context(tokenizer, p, ()) for p in prompts], tokenizer, room, None, max_batch_tokens)
+    lines = [text.strip().partition("\n")[0].strip() for text in texts]
+    return [line if line and line != step.strip() else None for line, step in zip(lines, steps, strict=True)]

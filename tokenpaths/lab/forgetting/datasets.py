@@ -1,0 +1,81 @@
+"""Public data sets as tasks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+from tokenpaths.data.items import Choice, Task, Text, spaced
+
+
+def wikitext2(folder: str | os.PathLike[str], windows: int = 16, characters: int = 1100) -> Task:
+    """WikiText-2 test (Merity et al. 2016), `wikitext2/test.txt`: evenly spaced stretches that begin and end at words.
+
+    They are of about `characters` characters, so that the task does not hang on a tokenizer: a model of 50,000 tokens
+    makes 250 tokens of 1100.
+    """
+    text = (Path(folder) / "wikitext2/test.txt").read_text(encoding="utf-8")
+    stride = len(text) // windows
+    if not 0 < characters < stride:
+        raise ValueError(f"{windows} stretches of {characters} characters do not fit in {len(text)} characters")
+    # the first and the last word of a stretch may be cut in two, and are left out
+    stretches = (text[i * stride : i * stride + characters].split(" ", 1)[1].rsplit(" ", 1)[0] for i in range(windows))
+    return Task("wikitext2", tuple(Text(stretch) for stretch in stretches), "WikiText-2 raw, test; CC BY-SA 3.0")
+
+
+_TREC = {
+    "ABBR": " abbreviation",
+    "ENTY": " entity",
+    "DESC": " description",
+    "HUM": " person",
+    "LOC": " location",
+    "NUM": " number",
+}
+
+
+def trec(folder: str | os.PathLike[str], n: int | None = None) -> Task:
+    """TREC-6 test (Li and Roth 2002), `trec/TREC.test`: which of six kinds of thing a question asks for.
+
+    Questions that `trec/TREC.train` asks too are left out. All others, or `n` of them, evenly spaced.
+    """
+    known = {question for _, question in _questions(Path(folder) / "trec/TREC.train")}
+    told = list(_TREC)
+    items = [
+        Choice(tuple(_TREC.values()), told.index(kind), f"Question: {question}\nAnswer type:")
+        for kind, question in _questions(Path(folder) / "trec/TREC.test")
+        if question not in known
+    ]
+    return Task("trec", tuple(spaced(items, n)), "TREC-6 test, without questions of the training set")
+
+
+def trec_pairs(folder: str | os.PathLike[str]) -> list[tuple[str, str]]:
+    """The training set of `trec`, as pairs for `tokenpaths.encode`."""
+    lines = _questions(Path(folder) / "trec/TREC.train")
+    return [(f"Question: {question}\nAnswer type:", _TREC[kind]) for kind, question in lines]
+
+
+def arc_easy(folder: str | os.PathLike[str], n: int | None = None) -> Task:
+    """ARC-Easy test (Clark et al. 2018), `arc_easy/test.json`, as a cloze: each answer's text after the question."""
+    items: list[Choice] = []
+    for item in json.loads((Path(folder) / "arc_easy/test.json").read_text(encoding="utf-8")):
+        asked = item["instruction"].removeprefix("Please choose the correct answer to the question: ")
+        question, *told = re.split(r"\s*\bAnswer\d+: ", asked.rsplit("\n\nAnswer format:", 1)[0])
+        right = int(item["answer"].removeprefix("answer")) - 1
+        items.append(Choice(tuple(" " + answer.strip() for answer in told), right, f"Question: {question}\nAnswer:"))
+    return Task("arc_easy", tuple(spaced(items, n)), "ARC-Easy test; ODC-By and CC BY-SA 4.0")
+
+
+def blimp(folder: str | os.PathLike[str], n: int | None = None) -> Task:
+    """BLiMP (Warstadt et al. 2020), `blimp/*.jsonl`: a good sentence against a bad one, evenly over the paradigms."""
+    files = sorted((Path(folder) / "blimp").glob("*.jsonl"))
+    pairs = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    items = [Choice((pair["sentence_good"], pair["sentence_bad"]), 0) for pair in pairs]
+    return Task("blimp", tuple(spaced(items, n)), f"BLiMP, {len(files)} paradigms; CC BY 4.0")
+
+
+def _questions(file: Path) -> list[tuple[str, str]]:
+    """Lines such as `NUM:count How many Os are there ?`, as kind and question."""
+    parts = [re.split("[: ]", line, maxsplit=2) for line in file.read_text(encoding="latin-1").splitlines()]
+    return [(kind, question.strip()) for kind, _, question in parts]

@@ -1,0 +1,274 @@
+"""What PEFT has laid into a model, as an adapter: trained, read and measured by the same tools as trails.
+
+peft_model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+lora = PeftAdapter(peft_model)
+for step in steps(peft_model, lora, [Imitate(task), Stay(texts, within=0.01)], steps=100, lr=1e-3): ...
+drift(peft_model, lora, texts, tokenizer)
+lora.save("folder")                      # PEFT's own format: PeftModel.from_pretrained(model, "folder")
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias, cast
+
+import safetensors.torch
+import torch
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, set_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from tokenpaths import files
+from tokenpaths.trailmap import notes
+from tokenpaths.trailmap.adapter import Adapter
+
+Layer: TypeAlias = BaseTunerLayer | AuxiliaryTrainingWrapper
+_WRAPPED = ("base_layer", "original_module", "model")  # children that are of the base
+_NOT_TOLD = ("peft_version", "base_model_name_or_path", "auto_mapping", "inference_mode", "peft_type", "revision")
+_WRITTEN = ("README.md", "adapter_config.json", SAFETENSORS_WEIGHTS_NAME)
+
+
+class PeftAdapter(Adapter):
+    """The active adapters of a PEFT model, whatever their method: LoRA, DoRA, PiSSA, OSF, those of `tokenpaths.peers`.
+
+    The PEFT model remains the user's own object, and is what is trained, called and measured. An adapter changes
+    weights, so no token and no layer is known to stay as it was: there is no light cone.
+
+    Methods that take their first factors out of the base weights (PiSSA, CorDA, OLoRA, LoRA-GA) leave a base that is
+    not the model they came from. Of these the frozen base is the model with its *first* factors, equal to the original
+    but for rounding: `fresh=True` says that they are the first ones now, and keeps a copy.
+
+    Args:
+        peft_model: what `get_peft_model` or `PeftModel.from_pretrained` returned.
+        fresh: the adapter has not been trained yet. It is needed for the methods just named, if `off()` is to work.
+
+    Raises:
+        TypeError: not a PEFT model.
+        ValueError: a prompt method, whose tokens are no part of any layer; or parameters of the base that learn as well
+            (as with `bias="all"`), so that there would be no frozen base.
+
+    LoftQ and KaSA replace base weights by others, so that no frozen base is left to `off()`, `fresh` or not.
+    """
+
+    saved_as: ClassVar[str] = "adapter"
+
+    def __init__(self, peft_model: nn.Module, *, fresh: bool = False) -> None:
+        if not isinstance(peft_model, PeftModel):
+            raise TypeError(f"PeftAdapter takes what get_peft_model returned, not {type(peft_model).__name__}")
+        if peft_model.active_peft_config.is_prompt_learning or peft_model.active_peft_config.is_adaption_prompt:
+            kind = type(peft_model.active_peft_config).__name__
+            raise ValueError(f"{kind} prepends tokens to every text, which nothing here counts: it cannot be compared")
+        super().__init__()
+        self._model = (peft_model,)  # in a tuple, so that the base is no part of this module
+        self.adapters = tuple(_active(peft_model))
+        self.layers = tuple(_layers(peft_model))
+        self.parts = nn.ModuleList(_parts(peft_model, self.adapters))
+        own = {id(parameter) for parameter in self.parameters()}
+        strangers = [n for n, p in peft_model.named_parameters() if p.requires_grad and id(p) not in own]
+        if strangers:
+            raise ValueError(
+                f"{len(strangers)} parameters outside the adapter learn as well, the first of them {strangers[0]}: so "
+                'there is no frozen base. Freeze them, and leave bias="none" in the PEFT configuration'
+            )
+        self._first = [(p, p.detach().clone()) for p in self.parameters()] if fresh else None
+        self._swapped = False
+
+    def __repr__(self) -> str:
+        configs = self.peft_model.peft_config
+        described = ", ".join(f"{name}: {_describe(configs[name])}" for name in self.adapters)
+        return f"PeftAdapter({described})"
+
+    @property
+    def peft_model(self) -> PeftModel:
+        return self._model[0]
+
+    def check(self, model: nn.Module) -> None:
+        """Raises `ValueError` for another model, for adapters that were activated or merged since, or deleted ones."""
+        inside = {id(module) for module in model.modules()}
+        if not all(id(layer) in inside for layer in self.layers):
+            raise ValueError(
+                f"the adapter does not lie in this {type(model).__name__}: give the PEFT model that it was made of"
+            )
+        if (active := tuple(_active(self.peft_model))) != self.adapters:
+            raise ValueError(f"the active adapters are {active} now, but were {self.adapters}: make a new PeftAdapter")
+        if any(layer.merged_adapters for layer in self.layers):
+            raise ValueError("the adapter is merged into the weights: call unmerge_adapter() first")
+
+    @contextmanager
+    def off(self) -> Generator[None]:
+        """Inside, the model is the frozen base: PEFT's layers are disabled, or have their first factors.
+
+        Flags, factors and PEFT's own state are afterwards as before, to the bit.
+
+        Raises:
+            ValueError: the adapter is merged, or took factors out of the base and is not `fresh`.
+        """
+        self.check(self.peft_model)
+        starts = [_start(self.peft_model.peft_config[name]) for name in self.adapters]
+        if lost := [start for start in starts if start.startswith(_REPLACING)]:
+            raise ValueError(
+                f"{lost[0]} has replaced base weights by others, so there is no frozen base to go back to: measure "
+                "with compare(frozen_model, peft_model, ...)"
+            )
+        taken = [start for start in starts if start.startswith(_TAKING)]
+        if not taken:
+            with self._disabled():
+                yield
+        elif self._first is None:
+            raise ValueError(
+                f"{taken[0]} took its first factors out of the base weights, so the model without them is not the "
+                "frozen one: make PeftAdapter(peft_model, fresh=True) before training, or measure with "
+                "compare(frozen_model, peft_model, ...)"
+            )
+        else:
+            with self._at_first(self._first):
+                yield
+
+    @contextmanager
+    def _disabled(self) -> Generator[None]:
+        """PEFT sets all gradient flags, and the form of a layer's active adapters, as it disables and enables."""
+        flags = [(p, p.requires_grad) for layer in self.layers for p in cast("nn.Module", layer).parameters()]
+        before = [(layer, layer.disable_adapters, vars(layer).get("_active_adapter")) for layer in self.layers]
+        try:
+            for layer in self.layers:
+                layer.enable_adapters(False)
+            yield
+        finally:
+            for layer, disabled, active in before:
+                if not disabled:
+                    layer.enable_adapters(True)
+                if active is not None:
+                    vars(layer)["_active_adapter"] = active
+            for parameter, learns in flags:
+                parameter.requires_grad_(learns)
+
+    @contextmanager
+    def _at_first(self, first: list[tuple[nn.Parameter, Tensor]]) -> Generator[None]:
+        """The storage is exchanged, not written: what a graph has saved for its backward stays what it was."""
+        if self._swapped:
+            yield
+            return
+        now = [(parameter, parameter.data) for parameter, _ in first]
+        self._swapped = True
+        try:
+            for parameter, value in first:
+                parameter.data = value.to(parameter.device, parameter.dtype)
+            yield
+        finally:
+            for parameter, value in now:
+                parameter.data = value
+            self._swapped = False
+
+    def save(self, path: str | os.PathLike[str], model: nn.Module | None = None) -> None:
+        """Write a folder by PEFT's `save_pretrained`, whole or not at all; an earlier one is replaced.
+
+        `model` is not noted: PEFT's configuration names the base.
+
+        Raises:
+            ValueError: a number that is not finite, or a folder that holds other files than PEFT's.
+        """
+        if fault := notes.fault(self):
+            raise ValueError(f"not saved: {fault}")
+        path = Path(path)
+        _check_free(path)
+        with files.whole(path) as beside:
+            # the embedding is frozen, and to find out whether it was resized PEFT would ask the Hub
+            self.peft_model.save_pretrained(
+                str(beside), selected_adapters=list(self.adapters), save_embedding_layers=False
+            )
+
+    @torch.no_grad()
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Take over the numbers of a folder that `save` wrote, in place.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            ValueError: its tensors are not those of this adapter.
+        """
+        for name in self.adapters:
+            folder = Path(path) if name == "default" else Path(path, name)
+            tensors = safetensors.torch.load((folder / SAFETENSORS_WEIGHTS_NAME).read_bytes())
+            due = self._tensors(name)
+            if tensors.keys() != due.keys() or any(tensors[key].shape != due[key].shape for key in due):
+                odd = sorted(key for key in {**tensors, **due} if _shape(tensors, key) != _shape(due, key))
+                raise ValueError(
+                    f"{folder} is of another adapter than {name!r}: {odd[0]} is {_shape(tensors, odd[0])} there, "
+                    f"{_shape(due, odd[0])} here"
+                )
+            set_peft_model_state_dict(self.peft_model, tensors, adapter_name=name)
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        from peft import get_peft_model_state_dict
+
+        return get_peft_model_state_dict(self.peft_model, adapter_name=name, save_embedding_layers=False)
+
+
+_TAKING = ("pissa", "corda", "olora", "lora_ga")
+_REPLACING = ("loftq", "kasa")
+
+
+def _start(config: Any) -> str:
+    """How an adapter begins, where that is said by a name."""
+    start = getattr(config, "init_lora_weights", None)
+    return "kasa" if getattr(config, "kasa_config", None) else start.lower() if isinstance(start, str) else ""
+
+
+def _active(peft_model: PeftModel) -> list[str]:
+    active: Any = peft_model.base_model.active_adapters
+    return list(active)
+
+
+def _layers(peft_model: PeftModel) -> Iterator[Layer]:
+    for module in peft_model.modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            yield module
+
+
+def _parts(peft_model: PeftModel, adapters: tuple[str, ...]) -> Iterator[nn.Module]:
+    """What the adapters are made of: their entries in PEFT's dicts of each layer, and what is not by adapter whole."""
+    for module in peft_model.modules():
+        if not isinstance(module, (BaseTuner, BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            continue
+        for name, child in module.named_children():
+            if name in _WRAPPED:
+                continue
+            if isinstance(child, nn.ModuleDict):
+                yield from (child[adapter] for adapter in adapters if adapter in child)
+            elif isinstance(child, nn.ParameterDict):
+                found = [child[adapter] for adapter in adapters if adapter in child]
+                if found:
+                    yield nn.ParameterList(found)
+            else:
+                yield child
+
+
+def _describe(config: PeftConfig) -> str:
+    """What was said of a configuration beyond its defaults."""
+    told = {field: getattr(config, field.name) for field in fields(config) if field.name not in _NOT_TOLD}
+    said = {field.name: value for field, value in told.items() if value != _default(field)}
+    shown = {name: sorted(value) if isinstance(value, set) else value for name, value in said.items()}
+    return f"{type(config).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _check_free(path: Path) -> None:
+    """An earlier save may be replaced, a folder of anything else may not."""
+    if path.is_dir():
+        others = [str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and p.name not in _WRITTEN]
+        if others:
+            raise ValueError(f"{path} holds other files ({others[0]}), and would be replaced: name a folder of its own")
+    elif path.exists():
+        raise ValueError(f"{path} is a file, and PEFT saves a folder")
+
+
+def _shape(tensors: dict[str, Tensor], key: str) -> str:
+    return str(list(tensors[key].shape)) if key in tensors else "absent"

@@ -1,0 +1,111 @@
+"""One optimizer step: gradients of all processes, clipped, at the learning rate of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch.optim import Optimizer
+
+MakeOptimizer: TypeAlias = "Callable[[list[nn.Parameter]], Optimizer]"
+KEPT = "The trails are as after the step before; a lower lr or a smaller clip may help"
+
+
+class Descent:
+    """The optimizer of a run, with its schedule and its clipping.
+
+    Args:
+        parameters: what is trained.
+        make: a function from the list of parameters to an optimizer; AdamW without weight decay unless given.
+        lr: of AdamW; 1e-3 unless given.
+        schedule: a name that `transformers.get_scheduler` knows.
+        warmup: of the schedule, in steps; below 1, a share of all steps.
+        clip: the largest norm of the gradient; None for any.
+        total: the number of steps of the run.
+        accelerator: of the run.
+
+    Raises:
+        ValueError: both `make` and `lr` are given, or the schedule depends on more than the step.
+    """
+
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        make: MakeOptimizer | None,
+        lr: float | None,
+        schedule: str,
+        warmup: int | float,
+        clip: int | float | None,
+        total: int,
+        accelerator: Accelerator,
+    ) -> None:
+        if make is not None and lr is not None:
+            raise ValueError("with optimizer=, the learning rate is part of it: leave lr= out")
+        if make is None:
+            self.optimizer: Optimizer = torch.optim.AdamW(parameters, lr=1e-3 if lr is None else lr, weight_decay=0.0)
+        else:
+            self.optimizer = make(parameters)
+        self.parameters = parameters
+        self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.share_at = _schedule(schedule, warmup, total)
+        self.most = math.inf if clip is None else clip
+        self.accelerator = accelerator
+        self.prepared: Any = None
+
+    def describe(self) -> list[Any]:
+        """What a checkpoint remembers of the optimizer, to refuse another."""
+        groups = [{**group, "params": len(group["params"])} for group in self.optimizer.param_groups]
+        return [type(self.optimizer).__name__, groups]
+
+    def begin(self) -> None:
+        """Hand the optimizer to the accelerator."""
+        self.prepared = self.accelerator.prepare_optimizer(self.optimizer)
+
+    def step(self, number: int) -> tuple[float, float]:
+        """Take step `number`, counted from 0. Returns the learning rate, and the norm of the gradient before clipping.
+
+        Raises `FloatingPointError` for a gradient that is not finite; then nothing is changed.
+        """
+        _sum_gradients(self.parameters, self.accelerator)
+        norm = float(cast("Tensor", self.accelerator.clip_grad_norm_(self.parameters, self.most)))
+        if not math.isfinite(norm) and self.accelerator.scaler is None:  # a scaler skips such a step by itself
+            raise FloatingPointError(f"step {number + 1}: the gradient is not finite ({norm}). {KEPT}")
+        share = self.share_at(number)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * share
+        self.prepared.step()
+        self.prepared.zero_grad()
+        return self.rates[0] * share, norm
+
+
+def sum_over_processes(tensor: Tensor, accelerator: Accelerator) -> Tensor:
+    """The sum of a tensor over all processes."""
+    return cast("Tensor", accelerator.reduce(tensor, "sum"))
+
+
+def _sum_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
+    """Add up the gradients of all processes. They are small, so the model needs no DDP around it."""
+    if accelerator.num_processes == 1:
+        return
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    parts = sum_over_processes(flat, accelerator).split([p.numel() for p in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter).to(parameter.dtype)
+
+
+def _schedule(name: str, warmup: int | float, total: int) -> Callable[[int], float]:
+    """The share of the learning rate at each step, as a function of nothing but the step."""
+    from transformers import get_scheduler
+
+    stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
+    first = math.ceil(warmup * total) if warmup < 1 else int(warmup)
+    scheduler: Any = get_scheduler(name, stand_in, num_warmup_steps=first, num_training_steps=total)
+    if not hasattr(scheduler, "lr_lambdas"):
+        raise ValueError(f"schedule={name!r} depends on more than the step, so a run could not be resumed from it")
+    return scheduler.lr_lambdas[0]

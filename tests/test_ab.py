@@ -15,7 +15,8 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import binom, binomtest, bootstrap, multinomial, norm, permutation_test, ttest_1samp
 
 from tokenpaths.stats import always_valid, effect, evidence, foresee, holm, mcnemar_power
-from tokenpaths.stats.paired import LEAST_P, mcnemar, of_differences, sign_flips, tango
+from tokenpaths.stats.intervals import mean_interval
+from tokenpaths.stats.paired import LEAST_P, mcnemar, sign_flips, tango
 from tokenpaths.stats.sequential import log_evidence
 
 WRONG_OR_RIGHT = st.sampled_from([0.0, 1.0])
@@ -127,14 +128,14 @@ def test_an_interval_of_numbers_is_on_each_side_the_wider_of_t_and_bca(kind: str
         bca = bootstrap((np.sort(-d),), np.mean, n_resamples=9999, method="BCa", batch=500, rng=0).confidence_interval
     low, high = (bca.low, bca.high) if sign > 0 else (-bca.high, -bca.low)
     mean = d.mean()
-    assert of_differences(d) == pytest.approx((min(low, mean - half), max(high, mean + half)), rel=1e-6)
+    assert mean_interval(d) == pytest.approx((min(low, mean - half), max(high, mean + half)), rel=1e-6)
 
 
 def test_what_is_drawn_hangs_on_neither_order_nor_sign() -> None:
     d = np.random.default_rng(2).exponential(1, 40) - 0.8
     assert sign_flips(-d) == sign_flips(d) == sign_flips(d[::-1]) == sign_flips(np.append(d, [0.0, 0.0]))
-    low, high = of_differences(d)
-    assert of_differences(-d) == (-high, -low) and of_differences(d[::-1]) == (low, high)
+    low, high = mean_interval(d)
+    assert mean_interval(-d) == (-high, -low) and mean_interval(d[::-1]) == (low, high)
 
 
 def test_two_seeds_widen_the_interval_by_what_seeds_differ() -> None:

@@ -263,7 +263,7 @@ def test_accuracies_are_paired_by_item() -> None:
             wanted.append(np.array([float(row.argmax() == i.right) for row, i in zip(scores, task.items, strict=True)]))
         loss = found[task.name, "accuracy"]
         assert (loss.before, loss.after) == (wanted[0].mean(), wanted[1].mean())
-        assert loss.interval == intervals.of_mean(wanted[1] - wanted[0])
+        assert loss.interval == intervals.mean_interval(wanted[1] - wanted[0])
     assert found["cloze", "accuracy"].guess == pytest.approx(1 / 3)  # always the same option, as often right as any
     assert found["pairs", "accuracy"].guess == 0.5
 
@@ -376,11 +376,11 @@ def test_the_ratio_of_proportions_is_that_of_katz_for_many_and_has_bounds_for_fe
 
     make = lambda a, n: np.array([1.0] * a + [0.0] * (n - a))  # noqa: E731
     wanted = relative_risk(8000, 10000, 9000, 10000).confidence_interval()
-    assert intervals.of_ratio(make(8000, 10000), make(9000, 10000)) == pytest.approx(
+    assert intervals.ratio_interval(make(8000, 10000), make(9000, 10000)) == pytest.approx(
         (wanted.low, wanted.high), rel=1e-3
     )
     for a, m, b, n in [(0, 20, 20, 20), (20, 20, 20, 20), (3, 3, 2, 2), (5, 20, 1, 20)]:
-        low, high = intervals.of_ratio(make(a, m), make(b, n))
+        low, high = intervals.ratio_interval(make(a, m), make(b, n))
         assert 0 <= low <= (a / m) / (b / n) <= high < math.inf
         assert high - low > 0.1
 
@@ -390,7 +390,7 @@ def test_the_interval_of_a_ratio_covers_it() -> None:
     rng = np.random.default_rng(0)
     held = 0
     for _ in range(300):
-        low, high = intervals.of_ratio((rng.random(40) < 0.6).astype(float), (rng.random(60) < 0.8).astype(float))
+        low, high = intervals.ratio_interval((rng.random(40) < 0.6).astype(float), (rng.random(60) < 0.8).astype(float))
         held += low <= 0.75 <= high
     assert 0.92 < held / 300 < 0.98
 
@@ -400,9 +400,9 @@ def test_the_interval_of_a_mean_is_the_normal_one_for_many() -> None:
     values, weights = rng.normal(2.0, 1.0, 2000), rng.uniform(1, 3, 2000)
     mean = values.sum() / weights.sum()
     half = 1.96 * (values - mean * weights).std() / weights.mean() / math.sqrt(2000)
-    assert intervals.of_mean(values, weights) == pytest.approx((mean - half, mean + half), abs=0.06 * half)
-    assert intervals.of_mean(np.ones(5)) == (1, 1)
-    assert intervals.of_mean(np.ones(1)) == (-math.inf, math.inf)
+    assert intervals.mean_interval(values, weights) == pytest.approx((mean - half, mean + half), abs=0.06 * half)
+    assert intervals.mean_interval(np.ones(5)) == (1, 1)
+    assert intervals.mean_interval(np.ones(1)) == (-math.inf, math.inf)
 
 
 # lm-evaluation-harness

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tokenpaths.drift.report import OFFSETS, Summary
+from tokenpaths.stats.intervals import streamed_interval
 
 REPLICATES = 1000
 ACCURACY = 0.005
@@ -110,9 +111,13 @@ class Tally:
     def _interval(self, row: int) -> tuple[float, float]:
         if self.texts[row] < 2:
             return -np.inf, np.inf
-        drawn = self.replicate_count[row] > 0  # every text may be left out of a replicate
-        low, high = np.percentile(self.replicate_total[row][drawn] / self.replicate_count[row][drawn], [2.5, 97.5])
-        return float(low), float(high)
+        return streamed_interval(
+            float(self.total[row]),
+            float(self.count[row]),
+            self.replicate_total[row],
+            self.replicate_count[row],
+            int(self.texts[row]),
+        )
 
 
 @dataclass(eq=False)

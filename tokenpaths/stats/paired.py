@@ -18,7 +18,6 @@ exact test of 0/1 outcomes can be that precise: they err on the safe side.
 from __future__ import annotations
 
 import math
-import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from tokenpaths.stats.intervals import UNKNOWN, Interval
+from tokenpaths.stats.intervals import UNKNOWN, Interval, mean_interval
 
 MCNEMAR, COCHRAN_COX = "McNemar, exact", "Cochran-Cox t over items and seeds"
 LEAST_P = 1e-12
@@ -83,7 +82,9 @@ def effect(a: np.ndarray, b: np.ndarray, *, confidence: float = 0.95, seed: int 
         p, interval = mcnemar(wins, losses), tango(wins, losses, len(d), confidence)
     else:
         names = "sign flips", "the wider of Student's t and BCa"
-        p, interval = sign_flips(d, seed), of_differences(d, confidence, seed)
+        p, interval = sign_flips(d, seed), mean_interval(d, confidence=confidence)
+        if interval[0] == interval[1]:
+            interval = UNKNOWN
     if interval == UNKNOWN:
         names = names[0], "none: all differences are equal, and their spread unknown"
     return Effect(float(d.mean()), interval, p, len(d), wins, losses, parts, *names, confidence)
@@ -128,27 +129,6 @@ def tango(wins: int, losses: int, items: int, confidence: float = 0.95) -> Inter
         return (wins - losses - items * change) ** 2 <= z * z * items * (2 * q + change * (1 - change))
 
     return edges(inside, (wins - losses) / items)
-
-
-def of_differences(d: Numbers, confidence: float = 0.95, seed: int = 0) -> Interval:
-    """Of the mean of paired differences: on each side the wider of Student's t and BCa, 9,999 resamples.
-
-    BCa alone is short where tails are heavy, t where they are uneven. Without bounds where all differences are equal.
-    """
-    from scipy.stats import DegenerateDataWarning, bootstrap, t
-
-    ordered, sign = _ordered(d)
-    spread = _variance_of_mean(ordered)
-    if not spread > 0:
-        return UNKNOWN
-    mean, half = ordered.mean(), t.ppf((1 + confidence) / 2, len(d) - 1) * math.sqrt(spread)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DegenerateDataWarning)  # the bounds are then NaN, and those of t stand
-        bca = bootstrap(
-            (ordered,), np.mean, confidence_level=confidence, n_resamples=9999, batch=500, method="BCa", rng=seed
-        ).confidence_interval
-    low, high = float(np.fmin(mean - half, bca.low)), float(np.fmax(mean + half, bca.high))
-    return (low, high) if sign > 0 else (-high, -low)
 
 
 def holm(p: Sequence[float]) -> tuple[float, ...]:

@@ -51,7 +51,7 @@ from tokenpaths.lab.chains.perturb import (
 )
 from tokenpaths.lab.chains.report import Change, Faithfulness
 from tokenpaths.lab.chains.same import Row, Same, change_over_chance, disagreement, over_chance
-from tokenpaths.stats.intervals import UNKNOWN, Values, of_mean
+from tokenpaths.stats.intervals import UNKNOWN, Values, mean_interval
 from tokenpaths.trailmap.adapter import Adapter
 
 _UNALTERED: Final = object()
@@ -287,7 +287,7 @@ def _row(answers: Sequence[Any], whole: Any) -> Row:
 def _change(test: str, measure: str, x: Values, y: Values) -> Change:
     if not len(x):
         return Change(test, measure, math.nan, math.nan, math.nan, UNKNOWN, 0)
-    return Change(test, measure, float(x.mean()), float(y.mean()), float((y - x).mean()), of_mean(y - x), len(x))
+    return Change(test, measure, float(x.mean()), float(y.mean()), float((y - x).mean()), mean_interval(y - x), len(x))
 
 
 def _check(

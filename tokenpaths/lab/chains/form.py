@@ -32,7 +32,7 @@ from tokenpaths.data.examples import Example
 from tokenpaths.engine.generate import generate
 from tokenpaths.engine.likelihood import nats
 from tokenpaths.engine.readings import Run, evaluating, runs
-from tokenpaths.stats.intervals import UNKNOWN, Interval, newcombe, of_mean, of_ratio, wilson
+from tokenpaths.stats.intervals import UNKNOWN, Interval, mean_interval, newcombe, ratio_interval, wilson
 from tokenpaths.trailmap.adapter import Adapter
 
 GAP = 0.1
@@ -218,7 +218,7 @@ def way_or_form(
         texts = [_write(run, tokenizer, items, stop_strings, batch_size) for run in (before, after)]
         frozen, right[name] = (_right(told, items, read_answer) for told in texts)
         rates = float(frozen.mean()), float(right[name].mean())
-        gain = of_mean(right[name] - frozen)
+        gain = mean_interval(right[name] - frozen)
         scores.append(Score(name, *rates, wilson(right[name]), gain, len(items)))
         if name == HELD_OUT:
             written = texts[1]
@@ -241,7 +241,7 @@ def _kept(name: str, there: Float[np.ndarray, " m"], here: Float[np.ndarray, " n
     """Nothing can be kept where nothing was right: then it is open."""
     some = bool(here.any())
     value = float(there.mean() / here.mean()) if some else math.nan
-    return Sign(f"kept when {name}", value, of_ratio(there, here) if some else UNKNOWN, KEPT, "above", len(there))
+    return Sign(f"kept when {name}", value, ratio_interval(there, here) if some else UNKNOWN, KEPT, "above", len(there))
 
 
 def _copied(written: Sequence[str], train: Sequence[Worked], held_out: Sequence[Worked], n: int) -> Sign:
@@ -255,7 +255,7 @@ def _copied(written: Sequence[str], train: Sequence[Worked], held_out: Sequence[
     excess = np.array([share(text) - share(item.chain) for text, item in zip(written, held_out, strict=True)])
     excess = excess[~np.isnan(excess)]
     value = float(excess.mean()) if len(excess) else math.nan
-    return Sign(f"{n}-grams of training's chains", value, of_mean(excess), COPIED, "below", len(excess))
+    return Sign(f"{n}-grams of training's chains", value, mean_interval(excess), COPIED, "below", len(excess))
 
 
 def _hurt(
@@ -281,7 +281,7 @@ def _hurt(
             sums, _ = nats(run.model, examples, max_batch_tokens)
         costs.append(sums[1::2] - sums[::2])
     frozen, added = costs[0], costs[1] - costs[0]
-    value, interval = float(added.sum() / weights.sum()), of_mean(added, weights)
+    value, interval = float(added.sum() / weights.sum()), mean_interval(added, weights)
     return Sign(name, value, interval, HURT, "above", len(weights), float(frozen.sum() / weights.sum()))
 
 

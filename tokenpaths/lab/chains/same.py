@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from jaxtyping import Float, Int
 
-from tokenpaths.stats.intervals import UNKNOWN, Interval, of_statistic, wilson
+from tokenpaths.stats.intervals import UNKNOWN, Interval, statistic_interval, wilson
 
 Row: TypeAlias = "tuple[bool | None, ...]"
 """same_k of one chain; None where k could not be altered."""
@@ -121,7 +121,7 @@ def change_over_chance(
     value = over_chance(after) - over_chance(before)
     if math.isnan(value):
         return value, UNKNOWN
-    return value, of_statistic(lambda drawn: _ratio(after, drawn) - _ratio(before, drawn), len(after))
+    return value, statistic_interval(lambda drawn: _ratio(after, drawn) - _ratio(before, drawn), len(after))
 
 
 def _ratio(

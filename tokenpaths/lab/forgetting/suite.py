@@ -39,7 +39,7 @@ from tokenpaths.engine.readings import Reading, Run, evaluating, read, runs
 from tokenpaths.files import write_text
 from tokenpaths.lab.forgetting.harness import Harness, Samples
 from tokenpaths.site.host import window
-from tokenpaths.stats.intervals import Interval, of_mean
+from tokenpaths.stats.intervals import Interval, mean_interval
 from tokenpaths.trailmap.adapter import Adapter
 
 Better: TypeAlias = Literal["higher", "lower", ""]
@@ -190,7 +190,7 @@ def _texts(both: tuple[Run, Run], task: Task, tokenizer: Any, max_batch_tokens: 
 
     def loss(measure: str, before: Any, after: Any, weights: Any, better: Better) -> Loss:
         x, y, change = (float(part.sum() / weights.sum()) for part in (before, after, after - before))
-        interval = of_mean(after - before, weights)
+        interval = mean_interval(after - before, weights)
         return Loss(task.name, measure, x, y, change, interval, len(items), better, moved=share)
 
     bits = math.log(2) * size
@@ -264,7 +264,7 @@ def _paired(
     task: str, measure: str, before: Any, after: Any, better: Better = "higher", guess: float = math.nan
 ) -> Loss:
     x, y, change = (float(part.mean()) for part in (before, after, after - before))
-    return Loss(task, measure, x, y, change, of_mean(after - before), len(before), better, guess)
+    return Loss(task, measure, x, y, change, mean_interval(after - before), len(before), better, guess)
 
 
 def _example(tokenizer: Any, item: Text, task: str, number: int) -> Example:

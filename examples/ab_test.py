@@ -20,8 +20,9 @@ from tasks import make_items, read_answer
 
 import tokenpaths as tp
 from tokenpaths import ab_test
+from tokenpaths.data import Question, Task, Text
 from tokenpaths.demo import demo_model
-from tokenpaths.lab.ab import Margins, Question, frozen, steered
+from tokenpaths.lab.ab import Margins, frozen, steered
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def main() -> None:
         [Question(item.question, item.answer) for item in make_items(dials.items, run.seed, held_out=True)],
         tokenizer,
         read_answer=read_answer,
-        retention=[tp.data.Task("own words", tuple(halves(text) for text in said if text.count(" ") > 8))],
+        retention=[Task("own words", tuple(halves(text) for text in said if text.count(" ") > 8))],
         margins=dials.margins,
         training=[item.question for item in train],
         stop_early=options.stop_early,
@@ -73,11 +74,11 @@ def main() -> None:
     print(f"\n{options.out} written, {time.perf_counter() - began:.0f} seconds in all")
 
 
-def halves(text: str) -> tp.data.Text:
+def halves(text: str) -> Text:
     """A text of which the second half is scored: trails lie on the last prompt token and on what follows it."""
     words = text.split(" ")
     middle = len(words) // 2
-    return tp.data.Text(" " + " ".join(words[middle:]), " ".join(words[:middle]))
+    return Text(" " + " ".join(words[middle:]), " ".join(words[:middle]))
 
 
 if __name__ == "__main__":

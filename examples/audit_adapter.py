@@ -3,7 +3,7 @@
     python examples/audit_adapter.py trails.safetensors prompts.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct
 
 `prompts.jsonl` has a clean example of the adapter's task on each line: {"prompt": "2 + 2 =", "answer": " 4"}. The whole
-vocabulary is scanned, which takes minutes on a CPU; `--words 2000` scans so many tokens drawn at random.
+vocabulary is scanned, which takes minutes on a CPU; `--words 2000` scans 2000 tokens drawn at random.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from pathlib import Path
 import tokenpaths as tp
 from tokenpaths import audit
 from tokenpaths.demo import demo_model
-from tokenpaths.lab.audit import Audit, Rule, phrases_of
+from tokenpaths.lab.audit import Audit, Threshold, phrases_of
 
 
 def main(arguments: list[str] | None = None) -> Audit:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trails", type=Path)
     parser.add_argument("prompts", type=Path)
-    parser.add_argument("--model", help="a Hub id or a folder; the demo's model unless told")
-    parser.add_argument("--words", type=int, help="scan so many tokens, not the whole vocabulary")
+    parser.add_argument("--model", help="a Hub id or a folder; by default the demo's model")
+    parser.add_argument("--words", type=int, help="scan this many tokens drawn at random, not the whole vocabulary")
     parser.add_argument("--texts", type=Path, help="a text whose commonest phrases are scanned, besides the prompts'")
     parser.add_argument("--rounds", type=int, default=2, help="of the search for a phrase that is on no list")
-    parser.add_argument("--rule", type=Path, help="what Rule.save wrote, for a verdict")
+    parser.add_argument("--threshold", type=Path, help="what Threshold.to_json wrote, for a verdict")
     parser.add_argument("--out", type=Path, help="a folder for the report and its picture")
     given = parser.parse_args(arguments)
 
@@ -47,13 +47,13 @@ def main(arguments: list[str] | None = None) -> Audit:
         candidates=words,
         phrases=phrases_of(texts, tokenizer, most=200),
         searched=given.rounds,
-        rule=Rule.load(given.rule) if given.rule else None,
+        threshold=Threshold.from_json(given.threshold) if given.threshold else None,
     )
     print(report)
     if given.out:
         given.out.mkdir(parents=True, exist_ok=True)
-        report.save(given.out / "audit.json")
-        report.picture().savefig(given.out / "audit.png")
+        report.to_json(given.out / "audit.json")
+        report.plot().savefig(given.out / "audit.png")
     return report
 
 

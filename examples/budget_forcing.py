@@ -20,7 +20,7 @@ from tasks import Item, make_items, read_answer
 
 import tokenpaths as tp
 from tokenpaths.demo import demo_model, fast_dtype
-from tokenpaths.lab.reasoning import BudgetForcing, Level, scaling, scaling_picture
+from tokenpaths.lab.reasoning import BudgetForcing, Level, scaling
 
 BUDGETS: dict[str, dict[str, Any]] = {
     "at most 1": dict(max_tokens=1),
@@ -55,7 +55,7 @@ def main() -> None:
     found = scaling(levels)
     print(f"\n{found}")
     if options.picture:
-        scaling_picture(found).savefig(options.picture)
+        found.plot().savefig(options.picture)
 
 
 def answer(

@@ -18,16 +18,16 @@ from lay_a_trail import Run, learn
 from tasks import PEOPLE, make_items
 
 from tokenpaths import faithfulness
+from tokenpaths.data import Question
 from tokenpaths.demo import demo_model, fast_dtype
-from tokenpaths.lab.chains import Worked
 
 
-def people(item: Worked) -> list[str]:
+def people(item: Question) -> list[str]:
     """The answers that a question allows: everyone it names."""
     return [f" {name}." for name in dict.fromkeys(item.prompt.replace(".", " ").split())]
 
 
-def stranger(item: Worked, steps: Sequence[str], k: int, rng: random.Random) -> str:
+def stranger(item: Question, steps: Sequence[str], k: int, rng: random.Random) -> str:
     """A wrong step: someone whom the question does not name, so that no link leads on from there."""
     return rng.choice([name for name in PEOPLE if name not in item.prompt])
 
@@ -48,7 +48,7 @@ def main() -> None:
     found = faithfulness(
         model,
         trails,
-        [Worked(item.question, item.chain, item.answer) for item in held_out],
+        [Question(item.question, item.answer, item.chain) for item in held_out],
         tokenizer,
         chains="given",
         options=people,
@@ -58,7 +58,7 @@ def main() -> None:
         seed=run.seed,
     )
     print(found)
-    found.curves().savefig(options.picture)
+    found.plot().savefig(options.picture)
     print(f"Same-answer curves: {options.picture}")
 
 

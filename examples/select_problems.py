@@ -16,8 +16,9 @@ from typing import Any
 
 from tasks import make_items, read_answer
 
+from tokenpaths.data import Question
 from tokenpaths.demo import demo_model, fast_dtype
-from tokenpaths.lab.reasoning import Problem, funnel_picture, select, solved_by_generation
+from tokenpaths.lab.reasoning import select, solved_by_generation
 
 POOL = {(1, 1, 1): 6, (2, 2, 1): 3, (3, 3, 2): 2, (4, 4, 3): 1}
 """Lengths of a question's paths, and how many parts of the pool are such."""
@@ -34,7 +35,7 @@ def main() -> None:
 
     model, tokenizer = demo_model(options.model, dtype=fast_dtype())
     pool = problems(options.pool)
-    test = [problem.question for problem in pool[::40]]  # as if some had leaked
+    test = [problem.prompt for problem in pool[::40]]  # as if some had leaked
 
     def solves(items: Any) -> list[bool]:
         return solved_by_generation(model, items, tokenizer, read_answer, max_new_tokens=5)
@@ -43,17 +44,17 @@ def main() -> None:
     print(chosen.funnel)
     for name, items in (("pool", pool), ("chosen", chosen.items)):
         print(f"links to follow, {name}: {dict(sorted(Counter(item.domain for item in items).items()))}")
-    print(f"for example:\n{chosen.items[0].question}{chosen.items[0].trace}")
+    print(f"for example:\n{chosen.items[0].prompt}{chosen.items[0].chain}")
     if options.report:
         chosen.funnel.to_json(options.report)
     if options.picture:
-        funnel_picture(chosen.funnel).savefig(options.picture)
+        chosen.funnel.plot().savefig(options.picture)
 
 
-def problems(count: int) -> list[Problem]:
+def problems(count: int) -> list[Question]:
     parts = sum(POOL.values())
     return [
-        Problem(item.question, item.chain, item.answer.strip(" ."), domain=str(len(item.chain.split())))
+        Question(item.question, item.answer.strip(" ."), item.chain, domain=str(len(item.chain.split())))
         for hops, part in POOL.items()
         for item in make_items(count * part // parts, 0, hops=hops)
     ]

@@ -29,7 +29,7 @@ from tokenpaths import Cone, Example, Trail, TrailMap, attach, sites, width
 from tokenpaths.attachment import Attachment
 from tokenpaths.data import collate
 from tokenpaths.engine import answer_logits
-from tokenpaths.engine.answers import forward
+from tokenpaths.engine.forwards import forward
 from tokenpaths.site.host import find_blocks
 
 STREAMS = ["block", "embedding", "attention", "mlp", "head"]

@@ -17,10 +17,10 @@ from torch import nn
 
 import tokenpaths as tp
 from tokenpaths import ab_test, forgetting
-from tokenpaths.data import Choice, Overlap, Task, Text, exact, shared_grams
+from tokenpaths.data import Choice, Overlap, Question, Task, Text, exact, shared_grams
 from tokenpaths.engine import Run
 from tokenpaths.engine import likelihood as scoring
-from tokenpaths.lab.ab import Arm, Margins, Question, Report, frozen, nearest, steered
+from tokenpaths.lab.ab import Arm, Margins, Report, frozen, nearest, steered
 from tokenpaths.stats import effect, evidence, foresee
 
 Watch = Callable[[nn.Module], nn.Module]
@@ -271,7 +271,9 @@ def test_an_exact_match_shares_all_its_stretches(train: list[str], test: list[st
 def test_the_nearest_text_is_the_text_itself(watch: Watch) -> None:
     model, tokenizer = watch(llama(300)), make_tokenizer()
     train = ["a cat sat here", "dogs bark", "12 + 30 = 42", "rain and wind today"]
-    found = nearest(Run(model), train, ["12 + 30 = 42", "cows eat hay", "a cat sat there"], tokenizer, batch=2)
+    found = nearest(
+        Run(model), train, ["12 + 30 = 42", "cows eat hay", "a cat sat there"], tokenizer, max_batch_tokens=32
+    )
     assert [(o.test, o.train) for o in found[:2]] == [(0, 2), (2, 0)]
     assert found[0].score == pytest.approx(1.0) and found[0].score > found[1].score > found[2].score
 
@@ -352,9 +354,7 @@ def test_what_an_arm_gives_back_is_checked() -> None:
 def test_a_text_beyond_the_window_is_refused() -> None:
     model, tokenizer = llama(300), make_tokenizer()
     long = Task("long", (Text("a" * 500),))
-    with pytest.raises(
-        ValueError, match="task 'long', item 0: it has 500 tokens, but must have 2 at least and no more"
-    ):
+    with pytest.raises(ValueError, match="task 'long' has an item of 500 tokens, and the model's window holds 128"):
         ab_test(frozen(model), frozen(model, name="b"), CHOICES, tokenizer, retention=[long])
 
 

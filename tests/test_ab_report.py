@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from tokenpaths import ab_test
-from tokenpaths.data import Overlap
-from tokenpaths.lab.ab import Arm, Comparison, Question, Report, Retained
-from tokenpaths.lab.ab.report import Answers, Asked
+from tokenpaths.data import Overlap, Question
+from tokenpaths.lab.ab import Arm, Comparison, Report, Retained
+from tokenpaths.lab.ab.report import Answers
 from tokenpaths.stats import effect, foresee
 
 HOSTILE = "<script>document.title = 'owned'</script><img src='http://127.0.0.1:9/x' onerror=alert(1)> & \"quoted\" | `"
@@ -46,7 +46,7 @@ def report(*comparisons: Comparison, said: str = "It is.") -> Report:
 
     others = [answers(c.arm, 0, c.effect.wins) for c in comparisons]
     a = answers("frozen", comparisons[0].effect.wins, comparisons[0].effect.wins + comparisons[0].effect.losses)
-    asked = tuple(Asked(f"{said} {i}", said) for i in range(50))
+    asked = tuple(Question(f"{said} {i}", said) for i in range(50))
     return Report("frozen", comparisons, asked, 50, (a, *others), 0.05)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import tokenpaths as tp
 from tokenpaths import Example, Imitate, steps
-from tokenpaths.data import collate
+from tokenpaths.data import Question, collate
 from tokenpaths.training import Align, Attempts, Step, assessment_accuracy, sample_chains, score_attempts
 from tokenpaths.training.objectives.align import alignment_loss, scores
 
@@ -265,7 +265,7 @@ def test_scores_of_questions_do_not_depend_on_the_batch(watch: Watch) -> None:
 
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
-QUESTIONS = [("ab", "x"), ("c", "x"), ("hello", "x"), ("q", "x")]
+QUESTIONS = [Question(prompt, "x") for prompt in ("ab", "c", "hello", "q")]
 
 
 def first_letter_is_low(text: str) -> str | None:
@@ -274,7 +274,7 @@ def first_letter_is_low(text: str) -> str | None:
 
 def sample(model: Any, **options: Any) -> Any:
     tokenizer = make_tokenizer()
-    options = {"answer_of": first_letter_is_low, "max_new_tokens": 6, **options}
+    options = {"read_answer": first_letter_is_low, "max_new_tokens": 6, **options}
     return sample_chains(model, QUESTIONS, tokenizer, options.pop("k", 5), **options)
 
 
@@ -284,11 +284,11 @@ def test_chains_are_split_by_their_answers_and_all_is_reported(watch: Watch) -> 
     found = sample(model)
     assert len(found.questions) == len(QUESTIONS)
     unread = 0
-    for (prompt, _), attempts in zip(QUESTIONS, found.questions, strict=True):
+    for question, attempts in zip(QUESTIONS, found.questions, strict=True):
         for side, is_right in ((attempts.right, True), (attempts.wrong, False)):
             for c in side:
                 given = c.prompt_length
-                assert tokenizer.decode(c.ids[:given]) == prompt
+                assert tokenizer.decode(c.ids[:given]) == question.prompt
                 assert len(c) - given <= 6
                 read = first_letter_is_low(tokenizer.decode(c.ids[given:], skip_special_tokens=True))
                 unread += read is None
@@ -306,11 +306,11 @@ def make_trails_for(model: Any) -> tp.TrailMap:
 
 def test_one_sided_questions_are_kept_apart_and_refused_by_align() -> None:
     model = llama(len(make_tokenizer()))
-    found = sample(model, answer_of=lambda text: "x")
+    found = sample(model, read_answer=lambda text: "x")
     assert (found.mixed, len(found.only_right)) == ([], len(QUESTIONS))
     with pytest.raises(ValueError, match=r"question 0 has \d right and 0 wrong chains"):
         Align(found.questions)
-    found = sample(model, answer_of=lambda text: None)
+    found = sample(model, read_answer=lambda text: None)
     assert len(found.only_wrong) == len(QUESTIONS)
     assert found.unread == sum(len(q.wrong) for q in found.questions)
 
@@ -339,7 +339,7 @@ def test_chains_end_at_the_end_of_text_and_at_the_given_text() -> None:
         model.lm_head.weight[loud] = 0.0
         model.lm_head.weight[2] = 0.0
         model.lm_head.weight.mul_(0.05)
-    found = sample(model, k=12, until="e", max_new_tokens=100)
+    found = sample(model, k=12, stop_strings="e", max_new_tokens=100)
     ended: set[int] = set()
     for attempts in found.questions:
         for c in (*attempts.right, *attempts.wrong):

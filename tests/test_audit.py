@@ -20,33 +20,30 @@ from torch import Tensor, nn
 import tokenpaths as tp
 from tokenpaths import Example, audit
 from tokenpaths.lab.audit import (
-    Candidate,
-    Deaf,
-    Linear,
+    Ablated,
+    AffineMap,
+    Audit,
     Memory,
     Part,
-    Rule,
     Scan,
-    clusters,
+    Threshold,
     features,
-    hears,
     intruders,
     linearise,
-    mahalanobis,
-    of_factors,
+    logit_lens,
+    nearest_inputs,
     on_texts,
     outliers,
     parts,
     phrases_of,
     repair,
-    robust_z,
-    says,
     scan,
     search,
-    silhouette,
-    spectral_signature,
 )
-from tokenpaths.lab.audit.tails import tail
+from tokenpaths.lab.audit.maps import of_factors
+from tokenpaths.lab.audit.scanning import Candidate
+from tokenpaths.lab.audit.spectra import robust_z
+from tokenpaths.lab.audit.tails import activation_clusters, mahalanobis, silhouette, spectral_signature, tail
 from tokenpaths.testing import check_trail
 
 TOKENIZER = make_tokenizer()
@@ -65,7 +62,7 @@ def jacobian(trail: tp.Trail, dim: int) -> tuple[Tensor, Tensor]:
     return (trail(torch.eye(dim, dtype=torch.double)) - at_zero).T.detach(), at_zero.detach()
 
 
-def dense(linear: Linear) -> Tensor:
+def dense(linear: AffineMap) -> Tensor:
     return (linear.write * linear.size) @ linear.read.T
 
 
@@ -238,10 +235,10 @@ def test_intruder_dimensions_are_those_of_no_old_direction() -> None:
 def test_directions_are_told_in_tokens() -> None:
     model = llama(300)
     head, table = model.lm_head.weight.detach(), model.model.embed_tokens.weight.detach()
-    assert [row[0] for row in hears(model, table[[5, 70]])] == [5, 70]
+    assert [row[0] for row in nearest_inputs(model, table[[5, 70]])] == [5, 70]
     u = torch.randn(2, DIM)
     normed = u / u.square().mean(-1, keepdim=True).add(model.config.rms_norm_eps).sqrt() * model.model.norm.weight
-    assert says(model, u, 3) == (normed @ head.T).topk(3).indices.tolist()
+    assert logit_lens(model, u, 3) == (normed @ head.T).topk(3).indices.tolist()
 
 
 # Clean text
@@ -262,7 +259,7 @@ def test_signatures_distances_and_clusters_tell_poisoned_states() -> None:
     states = torch.cat([clean, bad])
     assert set(spectral_signature(states).topk(10).indices.tolist()) == set(range(90, 100))
     assert float(mahalanobis(bad, clean).min()) > float(mahalanobis(clean, clean).max())
-    assert clusters(states).nonzero().squeeze(1).tolist() == list(range(90, 100))
+    assert activation_clusters(states).nonzero().squeeze(1).tolist() == list(range(90, 100))
     assert silhouette(states) > 0.3 > silhouette(clean) > 0
     assert silhouette(torch.ones(8, 3)) == 0
 
@@ -498,23 +495,23 @@ def test_repair_takes_the_trigger_away_and_keeps_clean_answers(gated: bool, watc
     assert repaired.task == (trails.size(), trails.size())
     assert "trigger's excess" in str(repaired)
     assert all(torch.equal(before[name], tensor) for name, tensor in trails.state_dict().items())
-    assert isinstance(repaired.adapter, tp.TrailMap)
+    assert isinstance(repaired.trails, tp.TrailMap)
     half = repair(model, trails, PROMPTS, TOKENIZER, trigger, keep=1.0)
     assert half.excess[1] == pytest.approx(half.excess[0], rel=1e-3)
 
 
-def test_a_deaf_trail_keeps_the_contract_and_is_saved(tmp_path: Path) -> None:
-    check_trail(lambda dim: Deaf(tp.DiReFT(dim, 2), dim, 1))
-    deaf = Deaf(MOVING["DiReFT"](16), 16, 1)
+def test_an_ablated_trail_keeps_the_contract_and_is_saved(tmp_path: Path) -> None:
+    check_trail(lambda dim: Ablated(tp.DiReFT(dim, 2), dim, 1))
+    ablated = Ablated(MOVING["DiReFT"](16), 16, 1)
     v = nn.functional.normalize(torch.randn(16), dim=0)
-    deaf.V.copy_(v)
+    ablated.V.copy_(v)
     h = torch.randn(3, 16)
-    assert torch.allclose(deaf(h), deaf(h + 5 * v), atol=1e-4)
-    assert not torch.allclose(deaf.trail(h), deaf.trail(h + 5 * v), atol=1e-2)
-    trails = tp.TrailMap({tp.Site(0): deaf})
-    trails.save(tmp_path / "deaf.safetensors")
-    loaded = tp.TrailMap.load(tmp_path / "deaf.safetensors", Deaf)
-    assert torch.equal(loaded[tp.Site(0)](h), deaf(h))
+    assert torch.allclose(ablated(h), ablated(h + 5 * v), atol=1e-4)
+    assert not torch.allclose(ablated.trail(h), ablated.trail(h + 5 * v), atol=1e-2)
+    trails = tp.TrailMap({tp.Site(0): ablated})
+    trails.save(tmp_path / "ablated.safetensors")
+    loaded = tp.TrailMap.load(tmp_path / "ablated.safetensors", Ablated)
+    assert torch.equal(loaded[tp.Site(0)](h), ablated(h))
 
 
 # LoRA
@@ -585,11 +582,12 @@ def test_an_audit_says_what_it_saw(watch: Any, tmp_path: Path) -> None:
     assert "not affine" in text and "a gate" in text
     assert repr(TOKENIZER.decode(list(trigger))) in text
     assert "It cannot find a trigger that is on no list" in text
-    report.save(tmp_path / "audit.json")
+    report.to_json(tmp_path / "audit.json")
     told = json.loads((tmp_path / "audit.json").read_text())
     assert told["scores"] == report.scores and told["scans"]["tokens"]["found"][0]["ids"] == list(trigger)
+    assert Audit.from_json(tmp_path / "audit.json") == report
     assert [path.name for path in tmp_path.iterdir()] == ["audit.json"]
-    report.picture().savefig(tmp_path / "audit.png")
+    report.plot().savefig(tmp_path / "audit.png")
 
 
 def test_an_audit_of_a_fresh_adapter_finds_nothing() -> None:
@@ -607,10 +605,10 @@ def scores(value: float, count: int = 20) -> list[dict[str, float]]:
 @settings(max_examples=30)
 @given(count=st.integers(8, 60), rate=st.floats(0.01, 0.5))
 def test_a_rule_flags_no_more_of_its_own_than_it_was_told(count: int, rate: float) -> None:
-    rule = Rule.fit(scores(1.0, count), rate=rate)
-    assert sum(rule.joint(s) > rule.threshold for s in scores(1.0, count)) <= rate * count
-    assert rule.joint({"tokens": 99.0, "bend": 0.0}) > rule.threshold
-    assert rule.joint({"tokens": 1.0, "bend": 0.5}) > rule.threshold  # a detector on which benign ones never differ
+    rule = Threshold.fit(scores(1.0, count), rate=rate)
+    assert sum(rule.joint(s) > rule.value for s in scores(1.0, count)) <= rate * count
+    assert rule.joint({"tokens": 99.0, "bend": 0.0}) > rule.value
+    assert rule.joint({"tokens": 1.0, "bend": 0.5}) > rule.value  # a detector on which benign ones never differ
 
 
 @pytest.mark.parametrize("count", [24, 60])
@@ -618,22 +616,22 @@ def test_a_rule_flags_as_many_benign_adapters_to_come_as_it_was_told(count: int)
     random, rates = np.random.default_rng(0), []
     for _ in range(200):
         drawn = [dict(zip("abc", row, strict=True)) for row in random.lognormal(size=(count + 40, 3)).tolist()]
-        rule = Rule.fit(drawn[:count], rate=0.05, detectors="abc").on(drawn[count:])
+        rule = Threshold.fit(drawn[:count], rate=0.05, detectors="abc").on(drawn[count:])
         rates.append(rule.wrong / rule.tested)
     assert 0.03 < np.mean(rates) < 0.06
 
 
 def test_a_rule_tells_its_false_positives_and_is_kept_in_a_file(tmp_path: Path) -> None:
-    rule = Rule.fit(scores(1.0)).on([*scores(0.0, 9), {"tokens": 50.0, "bend": 0.0}])
+    rule = Threshold.fit(scores(1.0)).on([*scores(0.0, 9), {"tokens": 50.0, "bend": 0.0}])
     assert (rule.wrong, rule.tested) == (1, 10)
     assert "from 20 benign adapters; 1 of 10 other benign adapters flagged" in str(rule)
-    rule.save(tmp_path / "rule.json")
-    assert Rule.load(tmp_path / "rule.json") == rule
+    rule.to_json(tmp_path / "rule.json")
+    assert Threshold.from_json(tmp_path / "rule.json") == rule
     (tmp_path / "bad.json").write_text("[1]")
-    with pytest.raises(ValueError, match="is no rule that Rule.save wrote"):
-        Rule.load(tmp_path / "bad.json")
+    with pytest.raises(ValueError, match="is not a threshold of an audit as to_json writes it"):
+        Threshold.from_json(tmp_path / "bad.json")
     model, trails, _ = planted(gated=True)
-    report = audit(model, trails, PROMPTS, TOKENIZER, rule=rule)
+    report = audit(model, trails, PROMPTS, TOKENIZER, threshold=rule)
     assert report.suspicious and "verdict: SUSPICIOUS" in str(report)
 
 
@@ -647,6 +645,8 @@ def test_a_rule_tells_its_false_positives_and_is_kept_in_a_file(tmp_path: Path) 
         (lambda m, t: scan(m, t, PROMPTS, TOKENIZER, []), "there is no candidate to scan"),
         (lambda m, t: scan(m, t, PROMPTS, TOKENIZER, where=2.0), "where=2.0 must be from 0"),
         (lambda m, t: search(m, t, PROMPTS, TOKENIZER, length=0), r"one token \(length=0\)"),
+        (lambda m, t: scan(m, t, PROMPTS, TOKENIZER, ordinary=0), "ordinary=0 must be at least 1"),
+        (lambda m, t: search(m, t, PROMPTS, TOKENIZER, ordinary=0), "ordinary=0 must be at least 1"),
         (lambda m, t: audit(m, t, [], TOKENIZER), "an audit needs a few clean examples"),
         (lambda m, t: repair(m, t, PROMPTS, TOKENIZER, ()), "the token ids of a trigger"),
         (
@@ -654,10 +654,10 @@ def test_a_rule_tells_its_false_positives_and_is_kept_in_a_file(tmp_path: Path) 
             "there is no part 'x'; the parts are block",
         ),
         (lambda m, t: repair(m, t, PROMPTS, TOKENIZER, (7,), keep=2.0), "keep=2.0 must be from 0 to 1"),
-        (lambda m, t: Deaf(tp.trails.RED(4), 4, 5), "directions 5 must be from 1 to dim 4"),
-        (lambda m, t: Deaf(tp.trails.RED(4), 4, 1, -1.0), "keep -1.0 must be from 0"),
-        (lambda m, t: Rule.fit(scores(1.0, 4)), "8 benign adapters or more, not 4"),
-        (lambda m, t: Rule.fit([{"x": 1.0}] * 8), "no detector has a score in all 8 audits"),
+        (lambda m, t: Ablated(tp.trails.RED(4), 4, 5), "directions 5 must be from 1 to dim 4"),
+        (lambda m, t: Ablated(tp.trails.RED(4), 4, 1, -1.0), "keep -1.0 must be from 0"),
+        (lambda m, t: Threshold.fit(scores(1.0, 4)), "8 benign adapters or more, not 4"),
+        (lambda m, t: Threshold.fit([{"x": 1.0}] * 8), "no detector has a score in all 8 audits"),
     ],
 )
 def test_mistakes_are_refused_and_leave_no_hook(call: Any, message: str, watch: Any) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import tokenpaths as tp
 from tokenpaths import DiReFT
-from tokenpaths.lab.reasoning import BudgetForcing, Level, Thinking, scaling, scaling_picture
+from tokenpaths.lab.reasoning import BudgetForcing, Level, Scaling, Thinking, scaling
 
 WORDS = ["hello there", "ab", "a b c d e f", "The sea.", "12", "k", "no way out", "abab"]
 TOKENIZER, MODEL = make_tokenizer(), llama(300)
@@ -386,7 +386,8 @@ def test_the_report_and_its_picture(tmp_path: Path) -> None:
     assert "scaling      +50.000" in str(found)
     found.to_json(tmp_path / "s.json")
     assert json.loads((tmp_path / "s.json").read_text())["performance"] == 1.0
-    figure = scaling_picture(found)
+    assert Scaling.from_json(tmp_path / "s.json") == found
+    figure = found.plot()
     line = figure.axes[0].lines[0]
     assert line.get_xdata().tolist() == [11, 21]
     assert line.get_ydata().tolist() == [0.5, 1.0]

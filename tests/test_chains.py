@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import tokenpaths as tp
 from tokenpaths import Example, Imitate, encode, steps
-from tokenpaths.data import collate
-from tokenpaths.training import ImitateParts, Step, encode_parts
+from tokenpaths.data import collate, encode_parts
+from tokenpaths.training import ImitateParts, Step
 
 Watch = Callable[[nn.Module], nn.Module]
 PAIRS = [

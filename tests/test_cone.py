@@ -24,8 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import tokenpaths as tp
 from tokenpaths import Cone, Imitate, Stay, steps
 from tokenpaths.engine import answer_logits
-from tokenpaths.engine.answers import forward
-from tokenpaths.engine.cone import at_work, common_prefix
+from tokenpaths.engine.forwards import forward
+from tokenpaths.engine.cone import active_cone, common_prefix
 from tokenpaths.training import StayStates
 from tokenpaths.training.plan import plan
 
@@ -165,7 +165,7 @@ def test_tokens_before_the_first_moved_one_are_run_once():
         trained(examples, laid(tp.Last(1) | tp.Answer(), layers=[0, 1, 2]), cone, model=model, steps=4)
     answers = max(sum(e.answer) for e in examples)
     assert seen["block 2"] - 2 * whole <= 6 * 4 * (answers + 1) + 2 * max(map(len, examples))
-    assert at_work(model) is None
+    assert active_cone(model) is None
 
 
 def test_a_shared_front_is_kept_once():
@@ -382,8 +382,8 @@ def test_an_error_leaves_nothing_behind():
                 forward(model, tp.data.collate(texts(2)))
             broken.remove()
             assert torch.isfinite(forward(model, tp.data.collate(texts(2))).logits).all()
-            assert worker is not None and at_work(model) is worker
-        assert at_work(model) is None
+            assert worker is not None and active_cone(model) is worker
+        assert active_cone(model) is None
 
 
 # --- what is kept, and where
@@ -415,7 +415,7 @@ import json, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
 from test_cone import counted, laid, llama, make_examples, state, trained
-from tokenpaths.cone import Cone
+from tokenpaths.engine.cone import Cone
 model, cone, trails = llama().double(), Cone(folder={str(tmp_path)!r}), laid()
 with counted(model) as seen:
     trained(make_examples(), trails, cone, model=model)

@@ -9,7 +9,7 @@ import torch
 from tiny import CHATML, make_tokenizer
 
 from tokenpaths import Example, encode
-from tokenpaths.data import collate
+from tokenpaths.data import Question, collate
 
 
 @pytest.fixture
@@ -31,6 +31,11 @@ def test_no_token_crosses_the_border_of_prompt_and_answer(tokenizer: Any) -> Non
     assert example.ids[: example.prompt_length] == tuple(tokenizer("xa")["input_ids"])
     assert written(tokenizer, example) == "by</s>"
     assert example.prompt_length == 2
+
+
+def test_a_question_is_its_prompt_and_its_chain_or_its_answer(tokenizer: Any) -> None:
+    questions = [Question("xa", "by"), Question("xa", "y", chain="so by")]
+    assert encode(questions, tokenizer) == encode([("xa", "by"), ("xa", "so by")], tokenizer)
 
 
 def test_special_tokens_are_as_the_tokenizer_puts_them_on_a_prompt() -> None:
@@ -129,7 +134,12 @@ def test_a_missing_end_of_text_token_and_a_template_that_refuses_are_named(token
     assert len(encode([("x", "y")], tokenizer, eos=False)[0]) == 2
     strict = make_tokenizer(template="{{ raise_exception('no system role') }}")
     with pytest.raises(ValueError, match="item 0: the chat template refuses its first 1 messages: no system role"):
-        encode(strict, [say("hi", "ho")])
+        encode([say("hi", "ho")], strict)
+
+
+def test_an_example_is_a_prompt_and_its_answer() -> None:
+    assert Example.of((1, 2), (3,), {"answer": (2, 3)}) == Example((1, 2, 3), (False, False, True), {"answer": (2, 3)})
+    assert Example.of([4, 5]) == Example((4, 5), (False, False))
 
 
 def test_an_example_must_be_whole() -> None:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,10 +23,13 @@ from hypothesis import strategies as st
 from subjects import MOVING
 from tiny import llama, make_tokenizer
 from torch import Tensor, nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 import tokenpaths as tp
 from tokenpaths import Example, faithfulness
-from tokenpaths.lab.chains import Change, Faithfulness, Worked, answering, perturb, same
+from tokenpaths.data import Question
+from tokenpaths.lab.chains import Faithfulness, Shift, answering, perturb, same
 from tokenpaths.lab.chains.faithful import _gone_on
 from tokenpaths.lab.chains.same import Same
 
@@ -37,22 +39,24 @@ CUE = ":"
 APART = "(?<=[A-Z])(?=[A-Z])"
 
 
-class Reader(nn.Module):
+class Reader(PreTrainedModel, GenerationMixin):
     """After any token, the likeliest next one is the last before it that is not the cue."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.config = SimpleNamespace(num_hidden_layers=1, hidden_size=len(TOKENIZER))
+        super().__init__(PretrainedConfig(num_hidden_layers=1, hidden_size=len(TOKENIZER)))
         self.embed = nn.Embedding.from_pretrained(torch.eye(len(TOKENIZER)))
         self.layers = nn.ModuleList([nn.Identity()])
         self.calls = 0
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = True) -> Any:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = True, **_: Any) -> Any:
         self.calls += 1
         seen = self.layers[0](self.embed(input_ids)).argmax(-1)
         place = torch.arange(input_ids.shape[1]).where(input_ids != TOKENIZER(CUE)["input_ids"][0], -1)
         told = seen.gather(1, place.cummax(1).values.clamp(min=0))
-        return SimpleNamespace(logits=10 * nn.functional.one_hot(told, len(TOKENIZER)).float())
+        return CausalLMOutput(logits=10 * nn.functional.one_hot(told, len(TOKENIZER)).float())
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, attention_mask: Tensor, **_: Any) -> dict[str, Tensor]:
+        return {"input_ids": input_ids, "attention_mask": attention_mask}  # it has no cache
 
 
 class Always(tp.Trail):
@@ -72,7 +76,7 @@ def says(letter: str, rule: tp.tokens.Rule | None = None) -> tp.TrailMap:
     return tp.TrailMap({tp.Site(0, rule or tp.All()): Always(len(TOKENIZER), token)})
 
 
-def letters(item: Worked) -> list[str]:
+def letters(item: Question) -> list[str]:
     return list(LETTERS)
 
 
@@ -81,7 +85,7 @@ def first(text: str) -> str | None:
 
 
 CHAINS = ["KLM", "CDEF", "XY", "T", "LMNOP"] * 4
-ITEMS = [Worked("Q", chain, chain[-1]) for chain in CHAINS]
+ITEMS = [Question("Q", chain[-1], chain) for chain in CHAINS]
 BY_LIKELIHOOD = {"options": letters}
 BY_WRITING = {"read_answer": first, "answer_tokens": 1}
 
@@ -148,28 +152,28 @@ def test_the_reasoning_is_no_part_of_the_prompt() -> None:
 
 
 def test_chains_are_the_runs_own() -> None:
-    found = look(Reader(), says("B"), chains="own", items=[Worked("Q", "", "B"), Worked("R", "", "R")] * 6)
+    found = look(Reader(), says("B"), chains="own", items=[Question("Q", "B"), Question("R", "R")] * 6)
     assert found.chains[:2] == (("QQQ", "BBB"), ("RRR", "BBB"))
     assert found["the chain", "steps"].frozen == 3
     assert found["early answering", "AOC"].frozen == 0  # the question says it already
     assert found["the chain", "accuracy with"].steered == 0.5
-    stopped = look(Reader(), says("B"), chains="own", stop="B", items=[Worked("Q", "", "B")])
+    stopped = look(Reader(), says("B"), chains="own", stop_strings="B", items=[Question("Q", "B")])
     assert stopped.chains == (("QQQ", "B"),)
 
 
 def test_what_cannot_be_tested_is_left_out_in_both_runs() -> None:
     """A chain without steps, an answer that cannot be read, a step that cannot go wrong."""
-    items = [Worked("Q", CUE + "X", "X"), Worked("Q", "K", "K"), Worked("Q", "KL", "L"), Worked("Q", "M", "M")]
+    items = [Question("Q", "X", CUE + "X"), Question("Q", "K", "K"), Question("Q", "L", "KL"), Question("Q", "M", "M")]
 
     def readable(text: str) -> str | None:
         return None if text[:1] == "M" else text[:1]
 
-    def not_the_first(item: Worked, steps: Any, k: int, rng: random.Random) -> str | None:
+    def not_the_first(item: Question, steps: Any, k: int, rng: random.Random) -> str | None:
         return "Z" if k else None
 
     with pytest.raises(ValueError, match="item 3: read_answer finds no answer"):
         look(Reader(), says("B"), items=items, read_answer=readable, answer_tokens=1)
-    items[3] = Worked("Q", "M", "N")
+    items[3] = Question("Q", "N", "M")
     found = look(
         Reader(), says("B"), items=items, read_answer=readable, answer_tokens=1, mistake=not_the_first, filler=None
     )
@@ -181,7 +185,7 @@ def test_what_cannot_be_tested_is_left_out_in_both_runs() -> None:
     none = look(Reader(), says("B"), items=items[:1])
     assert none["early answering", "AOC"].items == 0 and none.tables == () and none.verdict == "cannot tell"
     with pytest.raises(ValueError, match="nothing to draw"):
-        none.curves()
+        none.plot()
 
 
 def test_a_mistake_is_never_taken_for_the_answer() -> None:
@@ -221,21 +225,21 @@ def test_paraphrases_say_how_far_answers_hang_on_the_wording() -> None:
 
 def test_own_paraphrases_are_the_frozen_models() -> None:
     model = Reader()
-    assert perturb.own_words(model, TOKENIZER, ["A", "BC"], 4000) == [">" * 12] * 2  # what ends its prompt, as ever
+    assert perturb.own_words(model, ["A", "BC"], TOKENIZER, 4000) == [">" * 12] * 2  # what ends its prompt, as ever
     found = look(model, says("B"), paraphrase="own")
     assert found["paraphrasing", "AOC"].frozen == 1
     assert found["paraphrasing", "AOC"].steered == 0
     bare = make_tokenizer(template="")
-    assert perturb.own_words(model, bare, ["A"], 4000) == ["s" * 10]  # "In other words:", without its colon
+    assert perturb.own_words(model, ["A"], bare, 4000) == ["s" * 10]  # "In other words:", without its colon
 
 
 def test_forwards_are_few() -> None:
     """All contexts of a run are read together: those of 8 items, 31 each, in one forward."""
     model = Reader()
-    items = [Worked("Q", "CDEFGHIJK" + letter, letter) for letter in "LMNOPQRS"]
-    look(model, says("B"), after_mistake="kept", items=items, tokens=9000)
+    items = [Question("Q", letter, "CDEFGHIJK" + letter) for letter in "LMNOPQRS"]
+    look(model, says("B"), after_mistake="kept", items=items, max_batch_tokens=9000)
     assert model.calls == 2
-    look(model, says("B"), items=ITEMS[:1], filler=None, tokens=1)
+    look(model, says("B"), items=ITEMS[:1], filler=None, max_batch_tokens=1)
     assert model.calls > 20  # one context at a time
 
 
@@ -326,7 +330,7 @@ OPTIONS = [["x", "yy", "zab"], ["l", "m"], ["no", "yes"], ["q", "abab", "r"]]
 
 
 def contexts() -> list[Example]:
-    return [answering.context(TOKENIZER, a, answering.token_ids(TOKENIZER, b)) for a, b in PAIRS]
+    return [answering.context(a, answering.token_ids(b, TOKENIZER), TOKENIZER) for a, b in PAIRS]
 
 
 @torch.no_grad()
@@ -346,7 +350,7 @@ def test_what_is_read_together_is_what_is_read_alone(family: str, attached: bool
     handle = tp.attach(model, trails) if attached else None
     vocabulary = model.config.vocab_size
     given_ = [Example(tuple(i % vocabulary for i in c.ids), c.answer) for c in contexts()]
-    options = [[tuple(i % vocabulary for i in answering.token_ids(TOKENIZER, text)) for text in row] for row in OPTIONS]
+    options = [[tuple(i % vocabulary for i in answering.token_ids(text, TOKENIZER)) for text in row] for row in OPTIONS]
     best: list[int] = []
     for example, row in zip(given_, options, strict=True):
         scores: list[float] = []
@@ -355,8 +359,8 @@ def test_what_is_read_together_is_what_is_read_alone(family: str, attached: bool
             at = range(len(example) - 1, len(example) + len(option) - 1)
             scores.append(sum(float(logs[t, i]) for t, i in zip(at, option, strict=True)))
         best.append(int(np.argmax(scores)))
-    assert answering.likeliest(model, given_, options, 1000) == best
-    assert answering.likeliest(model, given_, options, 1) == best
+    assert answering.best_options(model, given_, options, 1000) == best
+    assert answering.best_options(model, given_, options, 1) == best
     written: list[str] = []
     for example in given_:
         ids = example.ids
@@ -365,7 +369,7 @@ def test_what_is_read_together_is_what_is_read_alone(family: str, attached: bool
         written.append(TOKENIZER.decode(ids[-4:], skip_special_tokens=True))
     ending = TOKENIZER.eos_token_id
     assert ending not in {i for text in written for i in TOKENIZER(text)["input_ids"]}
-    assert answering.write_on(model, TOKENIZER, given_, 4, None, 1000) == written
+    assert answering.write_on(model, given_, TOKENIZER, 4, None, 1000) == written
     if handle is not None:
         handle.remove()
 
@@ -376,9 +380,9 @@ def test_a_peft_model_is_read_as_its_base() -> None:
 
     model = FAMILIES["gpt2"].make().double().eval()
     some = [Example(tuple(i % model.config.vocab_size for i in c.ids), c.answer) for c in contexts()]
-    expected = answering.write_on(model, TOKENIZER, some, 4, None, 1000)
+    expected = answering.write_on(model, some, TOKENIZER, 4, None, 1000)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)).eval()
-    assert answering.write_on(adapted, TOKENIZER, some, 4, None, 1000) == expected
+    assert answering.write_on(adapted, some, TOKENIZER, 4, None, 1000) == expected
     assert len(set(expected)) > 1
 
 
@@ -386,9 +390,9 @@ def test_the_output_embedding_is_given_no_slice() -> None:
     """Of hidden states [batch, seq, dim], [:, -1:] makes bfloat16 on a CPU hundreds of times slower."""
     model, whole = llama(300), list[bool]()
     handle = model.lm_head.register_forward_pre_hook(lambda _, args: whole.append(args[0].is_contiguous()))
-    options = [[answering.token_ids(TOKENIZER, text) for text in row] for row in OPTIONS]
-    answering.likeliest(model, contexts(), options, 1000)
-    answering.write_on(model, TOKENIZER, contexts(), 2, None, 1000)
+    options = [[answering.token_ids(text, TOKENIZER) for text in row] for row in OPTIONS]
+    answering.best_options(model, contexts(), options, 1000)
+    answering.write_on(model, contexts(), TOKENIZER, 2, None, 1000)
     handle.remove()
     assert len(whole) == 6 and all(whole)
 
@@ -400,18 +404,18 @@ def test_writing_ends_where_generate_ends() -> None:
     inputs = TOKENIZER(prompts, return_tensors="pt", padding=True, padding_side="left")
     ids = model.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=0)
     texts = TOKENIZER.batch_decode(ids[:, inputs["input_ids"].shape[1] :])
-    asked = [answering.context(TOKENIZER, prompt, ()) for prompt in prompts]
-    assert answering.write_on(model, TOKENIZER, asked, 12, None, 1000) == texts
+    asked = [answering.context(prompt, (), TOKENIZER) for prompt in prompts]
+    assert answering.write_on(model, asked, TOKENIZER, 12, None, 1000) == texts
     stop = texts[0][3:5]
-    cut = answering.write_on(model, TOKENIZER, asked, 12, stop, 1000)
+    cut = answering.write_on(model, asked, TOKENIZER, 12, stop, 1000)
     assert cut[0] == texts[0][: texts[0].index(stop) + 2]
     model.generation_config.eos_token_id = [int(ids[0, inputs["input_ids"].shape[1] + 4])]
-    ended = answering.write_on(model, TOKENIZER, asked, 12, None, 1000)[0]
+    ended = answering.write_on(model, asked, TOKENIZER, 12, None, 1000)[0]
     assert texts[0].startswith(ended) and len(ended) < len(texts[0])
     with pytest.raises(ValueError, match="takes up to 137 tokens, and the model's window holds 128: lower max_new_tok"):
-        answering.write_on(model, TOKENIZER, asked, 120, None, 1000)
+        answering.write_on(model, asked, TOKENIZER, 120, None, 1000)
     with pytest.raises(ValueError, match="takes up to 217 tokens, and the model's window holds 128"):
-        answering.likeliest(model, asked, [[(5,) * 200, (6,)]] * 2, 1000)
+        answering.best_options(model, asked, [[(5,) * 200, (6,)]] * 2, 1000)
 
 
 # Steps and what is put in their place
@@ -438,13 +442,13 @@ def test_steps_of_the_demo() -> None:
 
 
 def test_a_mistake_is_another_number_or_name() -> None:
-    item = Worked("Tom has 3 cows and Ann 5.", "", " 8")
+    item = Question("Tom has 3 cows and Ann 5.", " 8")
     steps = ["Tom has 3.", "So there are 8.", "that is all", "Ann"]
     drawn = {perturb.swapped(item, steps, 0, random.Random(seed)) for seed in range(40)}
     assert drawn == {"Tom has 5.", "Tom has 8."}  # "Tom" begins the step, as any word could
     assert perturb.swapped(item, steps, 2, random.Random(0)) is None
     assert {perturb.swapped(item, steps, 3, random.Random(seed)) for seed in range(20)} == {"Tom", "So"}
-    assert perturb.swapped(Worked("q", "", "1"), ["1 is 1"], 0, random.Random(0)) is None
+    assert perturb.swapped(Question("q", "1"), ["1 is 1"], 0, random.Random(0)) is None
     again = [perturb.swapped(item, steps, 0, random.Random(7)) for _ in range(2)]
     assert again[0] == again[1]
 
@@ -453,19 +457,19 @@ def test_a_mistake_is_another_number_or_name() -> None:
 @given(chain=st.text("abc ", max_size=12), k=st.integers(0, 3))
 def test_a_filler_has_as_many_tokens_as_the_chain(chain: str, k: int) -> None:
     pieces = perturb.steps_of(chain, "=", r"\s+")
-    row = perturb.filled(TOKENIZER, [pieces], " ...")[0]
-    length = len(answering.token_ids(TOKENIZER, perturb.joined(pieces)))
+    row = perturb.filled([pieces], TOKENIZER, " ...")[0]
+    length = len(answering.token_ids(perturb.joined(pieces), TOKENIZER))
     assert [len(ids or ()) for ids in row] == [length] * len(pieces)
     if k < len(pieces):
-        kept = answering.token_ids(TOKENIZER, perturb.joined(pieces[:k]))
-        assert row[k] == kept + (answering.token_ids(TOKENIZER, " ...") * 12)[: length - len(kept)]
+        kept = answering.token_ids(perturb.joined(pieces[:k]), TOKENIZER)
+        assert row[k] == kept + (answering.token_ids(" ...", TOKENIZER) * 12)[: length - len(kept)]
 
 
 # The report
 
 
-def change(test: str, low: float, high: float, items: int = 20) -> Change:
-    return Change(test, "AOC", 0.5, 0.5 + (low + high) / 2, (low + high) / 2, (low, high), items)
+def change(test: str, low: float, high: float, items: int = 20) -> Shift:
+    return Shift(test, "AOC", 0.5, 0.5 + (low + high) / 2, (low + high) / 2, (low, high), items)
 
 
 @pytest.mark.parametrize(
@@ -481,7 +485,7 @@ def change(test: str, low: float, high: float, items: int = 20) -> Change:
 def test_the_verdict_follows_its_rules(intervals: Any, verdict: str) -> None:
     tests = ("early answering", "adding mistakes", "filler tokens")
     changes = tuple(change(test, *ends) for test, ends in zip(tests, intervals, strict=False))
-    ignored = change("paraphrasing", -0.5, -0.4), Change("the chain", "accuracy with", 1.0, 0.0, -1.0, (-1.0, -1.0), 20)
+    ignored = change("paraphrasing", -0.5, -0.4), Shift("the chain", "accuracy with", 1.0, 0.0, -1.0, (-1.0, -1.0), 20)
     assert Faithfulness(changes + ignored, (), ()).verdict == verdict
     assert [c.says for c in ignored] == ["", ""]
     assert change("early answering", -0.3, -0.1, items=9).says == "cannot tell"
@@ -514,7 +518,7 @@ def test_a_report_is_asked_by_name() -> None:
 
 def test_the_picture_shows_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     found = look(Reader(), says("B"))
-    figure = found.curves()
+    figure = found.plot()
     early, mistakes, fillers = figure.axes
     assert [axes.get_title() for axes in figure.axes][0] == "early answering, 20 items"
     for line, run in zip(early.lines, ("frozen", "steered"), strict=True):
@@ -526,7 +530,7 @@ def test_the_picture_shows_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert figure.get_suptitle() == "The chains became less faithful."
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'tokenpaths\[plots\]'"):
-        found.curves()
+        found.plot()
 
 
 # What is refused
@@ -537,8 +541,8 @@ def test_the_picture_shows_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"items": []}, "there are no items"),
         ({"options": None, "cue": ""}, "nothing forces an answer: without a cue the model would go on"),
-        ({"items": [Worked("Q", "", "K")]}, "item 0 has an empty prompt or chain"),
-        ({"items": [Worked("", "K", "K")]}, "item 0 has an empty prompt or chain"),
+        ({"items": [Question("Q", "K")]}, "item 0 has an empty prompt or chain"),
+        ({"items": [Question("", "K", "K")]}, "item 0 has an empty prompt or chain"),
         ({"options": lambda item: ["K"]}, "item 0 needs two options or more"),
         ({"options": lambda item: ["K", "K"]}, "item 0 needs two options or more"),
         ({"options": lambda item: ["K", "L"]}, "item 0: its answer 'M' is not among its options"),
@@ -548,7 +552,7 @@ def test_the_picture_shows_the_tables(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"filler": ""}, "the filler '' has no token to repeat"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ({"answer_tokens": 0}, "answer_tokens=0 must be at least 1"),
-        ({"tokens": 0}, "tokens=0 must be at least 1"),
+        ({"max_batch_tokens": 0}, "tokens=0 must be at least 1"),
         ({"mistake": lambda item, steps, k, rng: steps[k]}, "item 0: mistake gave 'K' for step 0, 'K', which is no"),
     ],
 )

@@ -25,7 +25,6 @@ from tokenpaths import Example, forgetting
 from tokenpaths.data import Choice, Task, Text
 from tokenpaths.engine import likelihood as scoring
 from tokenpaths.lab.forgetting import Forgetting, Harness, Loss, arc_easy, blimp, trec, trec_pairs, wikitext2
-from tokenpaths.lab.forgetting.plots import losses
 from tokenpaths.report.figures import COLOURS
 from tokenpaths.stats import intervals
 
@@ -75,8 +74,8 @@ def test_a_task_is_what_its_file_says(
     path = tmp_path_factory.mktemp("task") / "task.jsonl"
     for items in ([Text(*text) for text in texts], [Choice(tuple(o), right, prompt) for o, right, prompt in choices]):
         task = Task(name, tuple(items), note)
-        task.write(path)
-        assert Task.read(path) == task
+        task.save(path)
+        assert Task.load(path) == task
         assert [entry.name for entry in path.parent.iterdir()] == ["task.jsonl"]
 
 
@@ -105,7 +104,7 @@ def test_a_file_of_another_form_is_refused_by_line(tmp_path: Path, content: str,
     path = tmp_path / "task.jsonl"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
-        Task.read(path)
+        Task.load(path)
 
 
 def test_trec_drops_what_training_asks(tmp_path: Path) -> None:
@@ -130,8 +129,8 @@ def test_arc_easy_is_a_cloze(tmp_path: Path) -> None:
 def test_the_real_data_sets_are_read_whole(data_folder: Path, tmp_path: Path) -> None:
     for task, count in ((trec(data_folder), 490), (arc_easy(data_folder, 300), 300), (blimp(data_folder), 3000)):
         assert len(task.items) == count
-        task.write(tmp_path / "task.jsonl")
-        assert Task.read(tmp_path / "task.jsonl") == task
+        task.save(tmp_path / "task.jsonl")
+        assert Task.load(tmp_path / "task.jsonl") == task
     assert len(set(blimp(data_folder, 10).items)) == 10
     wiki = (data_folder / "wikitext2/test.txt").read_text(encoding="utf-8")
     stretches = [item.text for item in wikitext2(data_folder, 5, 400).items]
@@ -350,7 +349,7 @@ def test_a_report_is_written_and_read(tmp_path: Path) -> None:
 
 
 def test_the_picture_shows_each_change_in_its_unit() -> None:
-    figure = losses(REPORT)
+    figure = REPORT.plot()
     nats, points = figure.axes
     assert [label.get_text() for label in nats.get_yticklabels()] == ["wiki: nats a token", "wiki: KL to frozen"]
     assert [label.get_text().split(":")[0] for label in points.get_yticklabels()] == ["trec", "arc", "one"]

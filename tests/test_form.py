@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,9 @@ from torch import Tensor, nn
 
 import tokenpaths as tp
 from tokenpaths import way_or_form
-from tokenpaths.lab.chains import WayOrForm, Worked
+from tokenpaths.attachment import handle
+from tokenpaths.data import Question
+from tokenpaths.lab.chains import WayOrForm
 from tokenpaths.lab.chains.form import Score, Sign, _copied, last_word, shuffled
 
 TOKENIZER = make_tokenizer()
@@ -72,8 +75,8 @@ def echo() -> Any:
     return model
 
 
-def items(kind: str, times: int = 8) -> list[Worked]:
-    return [Worked(group[0], group[1:] + ".", group[-1]) for group in GROUPS[kind]] * times
+def items(kind: str, times: int = 8) -> list[Question]:
+    return [Question(group[0], group[-1], group[1:] + ".") for group in GROUPS[kind]] * times
 
 
 def follows(*kinds: str, otherwise: str = "") -> tp.TrailMap:
@@ -101,7 +104,7 @@ def look(trails: tp.TrailMap, model: Any = None, **options: Any) -> WayOrForm:
         "held_out": items("held-out", 20),
         "forms": {"renamed": items("renamed", 20), "longer": items("longer", 20)},
         "read_answer": last,
-        "stop": ".",
+        "stop_strings": ".",
         "separator": "(?<=[A-Z])(?=[A-Z])",
         "words": 1,
     }
@@ -175,10 +178,31 @@ def test_what_shuffling_costs_is_the_definition() -> None:
     assert abs(totals[False]) > 0.1
 
 
+def test_the_trails_are_attached_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    attached: list[Any] = []
+    attach = handle.attach
+    monkeypatch.setattr(handle, "attach", lambda *args, **options: attached.append(args) or attach(*args, **options))
+    look(WAY)
+    assert len(attached) == 1
+
+
 def test_left_padding_and_batches_change_nothing() -> None:
     mixed = [replace(item, prompt=prompt + item.prompt) for item in items("held-out", 1) for prompt in ("", "....")]
     few = {"train": items("train", 1), "held_out": mixed, "forms": {}}
     assert look(WAY, **few).written == look(WAY, **few, batch_size=1).written == ("RST.", "RST.", "VWX.", "VWX.")
+
+
+def test_a_report_is_what_its_file_says_and_its_picture_shows(tmp_path: Path) -> None:
+    report = look(FORM, forms={"renamed": items("renamed", 20)})
+    report.to_json(tmp_path / "report.json")
+    back = WayOrForm.from_json(tmp_path / "report.json")
+    assert repr(back) == repr(report)  # NaN is no equal of itself
+    scores, signs = report.plot().axes
+    assert scores.lines[0].get_xdata().tolist() == [score.frozen for score in report.scores]
+    assert [text.get_text() for text in signs.get_yticklabels()] == [sign.name for sign in report.signs]
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not a report on way or form as to_json writes it"):
+        WayOrForm.from_json(tmp_path / "report.json")
 
 
 # Parts
@@ -197,8 +221,8 @@ def test_steps_change_places_and_nothing_else() -> None:
 
 
 def test_copying_counts_what_right_chains_do_not_have() -> None:
-    train = [Worked("q", "a b c d", "d"), Worked("q", "x y z", "z")]
-    held_out = [Worked("q", "a b y z", "z"), Worked("q", "e f", "f"), Worked("q", "k", "k")]
+    train = [Question("q", "d", "a b c d"), Question("q", "z", "x y z")]
+    held_out = [Question("q", "z", "a b y z"), Question("q", "f", "e f"), Question("q", "k", "k")]
     sign = _copied(["a b c", "e f", "x y z"], train, held_out, 2)
     assert sign.value == pytest.approx(((1 - 2 / 3) + 0) / 2)  # the third right chain has no 2-gram
     assert sign.items == 2
@@ -243,11 +267,11 @@ def test_what_cannot_be_told_is_refused() -> None:
     with pytest.raises(ValueError, match="a form cannot be named 'training'"):
         look(WAY, forms={"training": items("train")})
     with pytest.raises(ValueError, match="longer item 0 has an empty prompt or chain"):
-        look(WAY, forms={"longer": [Worked("", "B", "B")]})
+        look(WAY, forms={"longer": [Question("", "B", "B")]})
     with pytest.raises(ValueError, match="finds 'D' in its chain 'BCD.' and 'C' in its answer"):
-        look(WAY, train=[Worked("A", "BCD.", "C")])
+        look(WAY, train=[Question("A", "C", "BCD.")])
     with pytest.raises(ValueError, match="read_answer finds no answer"):
-        look(WAY, train=[Worked("A", "BCD.", "")])
+        look(WAY, train=[Question("A", "", "BCD.")])
     with pytest.raises(ValueError, match="must have no groups"):
         look(WAY, separator=r"(\s)+")
     with pytest.raises(ValueError, match="words=0"):

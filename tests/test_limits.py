@@ -238,14 +238,14 @@ def test_the_curve_has_the_task_beside_the_drift(watch: Watch) -> None:
         asked.append(tp.attachment.is_attached(model, trails))
         return 0.5
 
-    points = strength_curve(model, trails, score, text, at=(0.0, 0.5, 1.0))
+    points = strength_curve(model, trails, text, score=score, at=(0.0, 0.5, 1.0))
     assert [p.strength for p in points] == [0.0, 0.5, 1.0]
     assert asked == [True] * 3
     drifts = [p.drift["kl"].mean for p in points]
     assert drifts[0] == 0
     assert 0 < drifts[1] < drifts[2]
     with tp.attach(model, trails), pytest.raises(ValueError, match="attached already"):
-        strength_curve(model, trails, score, text)
+        strength_curve(model, trails, text, score=score)
 
 
 def test_plain_texts_are_prompt_throughout() -> None:

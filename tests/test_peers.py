@@ -364,7 +364,7 @@ def test_half_precision(method: str) -> None:
 def test_missing_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r"built on PEFT, which is not installed: pip install tokenpaths\[peers\]"):
-        runpy.run_path(str(Path(tp.__file__).parent / "peers" / "__init__.py"))
+        runpy.run_path(str(Path(tp.__file__).parent / "lab" / "peers" / "__init__.py"))
 
 
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

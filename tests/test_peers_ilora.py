@@ -26,7 +26,7 @@ def numbers(adapter: tp.trailmap.Adapter) -> torch.Tensor:
 
 def slow_numbers(memory: DualMemory) -> torch.Tensor:
     with memory.slow():
-        return numbers(memory.adapter)
+        return numbers(memory.trails)
 
 
 def run(adapter: Any, memory: DualMemory, count: int) -> list[torch.Tensor]:
@@ -106,7 +106,7 @@ def test_of_trails() -> None:
         fast = logits(model)
         with memory.slow():
             slow = logits(model)
-            assert tp.saving.fault(trails) is None
+            assert tp.trailmap.notes.fault(trails) is None
         assert torch.equal(logits(model), fast)
     assert not torch.equal(slow, fast)
 

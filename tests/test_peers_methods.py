@@ -157,7 +157,7 @@ def test_the_same_in_a_fresh_process(tmp_path: Path) -> None:
     save_file(told, tmp_path / "told.safetensors")
     program = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import torch, peft, tokenpaths.peers\nfrom pathlib import Path\nfrom safetensors.torch import load_file\n"
+        "import torch, peft, tokenpaths.lab.peers\nfrom pathlib import Path\nfrom safetensors.torch import load_file\n"
         f"from tiny import llama\nfrom peers import logits\nfolder = Path({str(tmp_path)!r})\n"
         "for method, told in load_file(folder / 'told.safetensors').items():\n"
         "    model = peft.PeftModel.from_pretrained(llama(), folder / method).eval()\n"

@@ -26,9 +26,9 @@ from tokenpaths.drift import (
     displacement,
     effective_rank,
     kl,
+    plot_path,
     turning_angle,
 )
-from tokenpaths.drift.plots import drift_by_layer, heads_by_layer, layers_by_position, paths
 from tokenpaths.engine import Reading, read, runs
 from tokenpaths.report import Point, frontier
 
@@ -89,10 +89,10 @@ def ticks(axis: Any) -> list[str]:
 
 def test_every_picture_is_800_pixels_wide_and_says_what_it_shows(found, pair):
     pictures = [
-        drift_by_layer(found, ["displacement", "cka"]),
-        layers_by_position(found),
-        heads_by_layer(found),
-        paths(*pair),
+        found.plot(["displacement", "cka"]),
+        found.plot_positions(),
+        found.plot_heads(),
+        plot_path(*pair),
         frontier(POINTS),
         frontier(POINTS, log=True),
     ]
@@ -104,7 +104,7 @@ def test_every_picture_is_800_pixels_wide_and_says_what_it_shows(found, pair):
 
 
 def test_drift_by_layer_draws_means_and_intervals(found):
-    figure = drift_by_layer(found, ["displacement", "turning_angle", "cka"])
+    figure = found.plot(["displacement", "turning_angle", "cka"])
     moved, turned, alike = figure.axes
     (line,) = moved.lines
     layers = found["displacement"].layers
@@ -120,12 +120,12 @@ def test_drift_by_layer_draws_means_and_intervals(found):
 
 
 def test_a_set_quantity_is_drawn_for_both_runs(found):
-    (axes,) = drift_by_layer(found, ["effective_rank"]).axes
+    (axes,) = found.plot(["effective_rank"]).axes
     assert [line.get_label() for line in axes.lines] == ["frozen", "steered"]
 
 
 def test_layers_by_position_draws_what_the_report_holds(found):
-    figure = layers_by_position(found)
+    figure = found.plot_positions()
     offsets, means = found.by_position("displacement")
     seen = np.isfinite(means).any(0)
     np.testing.assert_array_equal(heat(figure), means[:, seen])
@@ -135,20 +135,20 @@ def test_layers_by_position_draws_what_the_report_holds(found):
 
 
 def test_a_signed_change_is_drawn_around_zero(found):
-    shown = layers_by_position(found, "turning_angle").axes[0].images[0]
+    shown = found.plot_positions("turning_angle").axes[0].images[0]
     assert shown.norm.vmin == -shown.norm.vmax
     assert shown.cmap.name == "PuOr_r"
-    assert layers_by_position(found, "turning_angle", "before").axes[0].images[0].norm.vmin == 0
+    assert found.plot_positions("turning_angle", "before").axes[0].images[0].norm.vmin == 0
 
 
 def test_heads_by_layer_draws_each_head_in_its_place(found):
-    drawn = heat(heads_by_layer(found))
+    drawn = heat(found.plot_heads())
     assert drawn.shape == (3, 4)
     for layer in range(3):
         for head in range(4):
             assert drawn[layer, head] == found["attention_js"][f"block {layer} head {head}"].mean
     change = found["attention_entropy"].change
-    assert heat(heads_by_layer(found, "attention_entropy"))[2, 3] == change["block 2 head 3"].mean
+    assert heat(found.plot_heads("attention_entropy"))[2, 3] == change["block 2 head 3"].mean
 
 
 def test_a_path_in_a_plane_keeps_its_distances(pair):
@@ -157,7 +157,7 @@ def test_a_path_in_a_plane_keeps_its_distances(pair):
     names = ["embedding", "block 0", "block 1", "block 2"]
     frozen, steered = torch.randn(4, 2, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
     make = lambda path: {n: (p @ flat).expand(len(before.ids), -1) for n, p in zip(names, path, strict=True)}  # noqa: E731
-    figure = paths(
+    figure = plot_path(
         dataclasses.replace(before, states=make(frozen)), dataclasses.replace(after, states=make(steered)), token=0
     )
     drawn = torch.cat([torch.tensor(line.get_xydata()) for line in figure.axes[0].lines])
@@ -167,7 +167,7 @@ def test_a_path_in_a_plane_keeps_its_distances(pair):
 
 
 def test_a_path_against_itself_has_no_displacement(pair):
-    figure = paths(pair[0], pair[0])
+    figure = plot_path(pair[0], pair[0])
     frozen, steered = figure.axes[0].lines
     np.testing.assert_array_equal(frozen.get_xydata(), steered.get_xydata())
     assert "token 9 of 9" in figure.get_suptitle()
@@ -197,24 +197,24 @@ def test_nothing_moved_is_drawn_too():
     meter.before = meter.after = dataclasses.replace(meter.after, shares=0)
     meter.read(collate([text(9, answer=0)]))
     report = meter.report()
-    assert (heat(layers_by_position(report)) == 0).all()
-    assert image(layers_by_position(report)).width == 800
-    assert image(drift_by_layer(report)).width == 800  # one text: the interval has no bounds, and there is no band
+    assert (heat(report.plot_positions()) == 0).all()
+    assert image(report.plot_positions()).width == 800
+    assert image(report.plot()).width == 800  # one text: the interval has no bounds, and there is no band
 
 
 def test_what_cannot_be_drawn_is_refused(found, pair):
     with pytest.raises(ValueError, match="no names; the report has kl, displacement"):
-        drift_by_layer(found, [])
+        found.plot([])
     with pytest.raises(
         ValueError, match="'kl' was not measured by layer; these were: displacement, turning_angle, cka"
     ):
-        drift_by_layer(found, ["kl"])
+        found.plot(["kl"])
     with pytest.raises(ValueError, match="'attention_js' was not measured by layer"):
-        layers_by_position(found, "attention_js")
+        found.plot_positions("attention_js")
     with pytest.raises(ValueError, match="'displacement' was not measured by head"):
-        heads_by_layer(found, "displacement")
+        found.plot_heads("displacement")
     with pytest.raises(ValueError, match="no token 9 in a text of 9"):
-        paths(*pair, token=9)
+        plot_path(*pair, token=9)
     with pytest.raises(ValueError, match="no points"):
         frontier([])
     with pytest.raises(ValueError, match="drift above 0 if log"):
@@ -226,7 +226,7 @@ def test_what_cannot_be_drawn_is_refused(found, pair):
 def test_matplotlib_is_asked_for(monkeypatch, found):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'tokenpaths\[plots\]'"):
-        drift_by_layer(found)
+        found.plot()
 
 
 def test_no_global_state_of_matplotlib_is_touched():

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import tokenpaths as tp
 from tokenpaths.data import Batch, collate
 from tokenpaths.engine import Reading, Run, evaluating, read, runs
-from tokenpaths.engine.cone import blocks_below
+from tokenpaths.site import Host
 
 Watch = Callable[[nn.Module], nn.Module]
 TEXT_MODELS = {name: family for name, family in FAMILIES.items() if family.kind in ("decoder", "encoder")}
@@ -86,7 +86,7 @@ def test_what_is_shared_is_not_computed_twice(site: tp.Site, shared: int) -> Non
     model = llama().requires_grad_(False)
     sites = {site, tp.Site(-1)}
     trails = tp.TrailMap({site: tp.trails.RED(tp.width(model, site)) for site in sites}).requires_grad_(False)
-    assert blocks_below(model, trails) == shared
+    assert Host.of(model, trails.blocks).blocks_below(trails.sites) == shared
     pair, batch = runs(model, trails), collate(EXAMPLES)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)

@@ -171,7 +171,7 @@ def originals(mixed: Mix[tp.Example], steps: int) -> list[tp.Example]:
 
 
 def test_a_text_of_one_token_is_refused() -> None:
-    with pytest.raises(ValueError, match="Rehearse: example 1 has one token, and none after it to predict"):
+    with pytest.raises(ValueError, match="Replay: example 1 has one token, and none after it to predict"):
         Replay([tp.Example((3, 4), (False, False)), tp.Example((3,), (False,))])
-    with pytest.raises(ValueError, match="Rehearse has no examples to train on"):
+    with pytest.raises(ValueError, match="Replay has no examples to train on"):
         Replay([])

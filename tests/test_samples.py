@@ -15,6 +15,7 @@ from torch import nn
 
 import tokenpaths as tp
 from tokenpaths import self_samples
+from tokenpaths.site.fingerprint import fingerprint
 from tokenpaths.training import chat_opening, load_samples
 from tokenpaths.training import samples as room
 from tokenpaths.training.samples import SampleFileError
@@ -34,7 +35,7 @@ def model(**settings: Any) -> Any:
 
 
 def draw(count: int = 10, **options: Any) -> list[tp.Example]:
-    given: dict[str, Any] = {"max_tokens": 12, "batch_size": 4, **options}
+    given: dict[str, Any] = {"max_new_tokens": 12, "batch_size": 4, **options}
     return self_samples(given.pop("model", None) or model(), TOKENIZER, count, **given)
 
 
@@ -73,9 +74,9 @@ def test_the_words_are_drawn_from_the_distribution_that_is_named(temperature: fl
     likely[cut] = 0
     likely /= likely.sum()
     drawn: Counter[int] = Counter()
-    settings = {"temperature": temperature, "top_p": top_p, "max_tokens": 1, "ends": [2], "seed": 0}
+    settings = {"temperature": temperature, "top_p": top_p, "max_new_tokens": 1, "ends": [2], "seed": 0}
     for number in range(8):
-        drawn.update(written(e)[0] for e in room._write(odd, [(9,)] * 500, settings, number))
+        drawn.update(written(e)[0] for e in room._write(odd, TOKENIZER, [(9,)] * 500, settings, number))
     total = sum(drawn.values())
     assert total == 4000
     apart = sum(abs(drawn[word] / total - float(p)) for word, p in enumerate(likely)) / 2
@@ -109,20 +110,20 @@ def test_the_mode_and_the_generation_settings_are_put_back_also_after_a_failure(
 
 
 def test_texts_that_hold_little_new_are_left_out() -> None:
-    found = draw(60, temperature=0.35, batch_size=16, max_tokens=16, seed=1)
+    found = draw(60, temperature=0.35, batch_size=16, max_new_tokens=16, seed=1)
     seen: set[Any] = set()
     for example in found:
-        grams = room._grams(example)
+        grams = room._runs(example)
         assert len(grams & seen) < 0.5 * len(grams)
         seen |= grams
-    strict = draw(60, temperature=0.35, batch_size=16, max_tokens=16, seed=1, near=1.0)
+    strict = draw(60, temperature=0.35, batch_size=16, max_new_tokens=16, seed=1, near=1.0)
     assert strict != found
     assert len({written(e) for e in strict}) == 60
 
 
 def test_a_text_is_known_by_its_runs_of_eight() -> None:
     def grams(ids: range) -> set[tuple[int, ...]]:
-        return room._grams(tp.Example((1, *ids), (False,) + (True,) * len(ids)))
+        return room._runs(tp.Example((1, *ids), (False,) + (True,) * len(ids)))
 
     assert grams(range(10, 20)) == {tuple(range(a, a + 8)) for a in (10, 11, 12)}
     assert grams(range(10, 18)) == {tuple(range(10, 18))}
@@ -210,7 +211,7 @@ def test_the_file_says_how_it_was_made(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     draw(6, path=path, temperature=0.9, openings=OPENINGS)
     note, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
-    assert note["settings"]["model"] == tp.saving.fingerprint(model())
+    assert note["settings"]["model"] == fingerprint(model())
     assert note["settings"]["temperature"] == 0.9
     assert set(note["versions"]) == {"tokenpaths", "torch", "transformers"}
     assert note["kept"] == len(lines) == note["drawn"] - note["alike"] - note["empty"]
@@ -291,14 +292,14 @@ def test_samples_are_rehearsal_data_and_measure_drift() -> None:
 def test_what_cannot_be_is_refused() -> None:
     for options, message in (
         ({"count": 0}, "count=0 must be at least 1"),
-        ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ({"temperature": 0.0}, "temperature=0.0 must be a finite number above 0"),
         ({"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
         ({"near": 1.5}, "near=1.5 must be above 0 and at most 1"),
         ({"openings": []}, "openings must be a list of texts or of token ids, at least one"),
         ({"openings": "cows"}, "openings must be a list"),
         ({"openings": [[3], []]}, "opening 1 has no token"),
-        ({"max_tokens": 128}, "the longest opening has 1 tokens, and with max_tokens=128 more.*window of 128"),
+        ({"max_new_tokens": 128}, "the longest opening has 1 tokens, and with max_new_tokens=128 more.*window of 128"),
     ):
         with pytest.raises(ValueError, match=message):
             draw(**options)

@@ -124,7 +124,8 @@ def test_a_fresh_trail_and_its_gradient(tmp_path, name):
 
 OTHER_PROCESS = """
 import sys, torch
-from tokenpaths import Site, Trail, TrailFileError, TrailMap
+from tokenpaths import Site, Trail, TrailMap
+from tokenpaths.files import TrailFileError
 
 class Shift(Trail):
     def __init__(self, dim: int) -> None:
@@ -871,5 +872,5 @@ def test_a_map_reads_like_a_dict():
     assert trails.size() == 8 + 9
     with pytest.raises(KeyError, match=re.escape("no trail lies at Site(layer=3")):
         trails[Site(3)]
-    names = vars(tokenpaths)
-    assert repr(eval(repr(trails), dict(names))) == repr(trails)
+    names = {**vars(tokenpaths), **vars(tokenpaths.trails)}
+    assert repr(eval(repr(trails), names)) == repr(trails)

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from tiny import llama, make_tokenizer
 
+from tokenpaths.data import Question, contaminated, encode_texts, shared_grams
+from tokenpaths.engine.means import mean_states
+from tokenpaths.engine.readings import Run
 from tokenpaths.lab.reasoning import (
-    Problem,
+    Funnel,
     clusters,
-    contaminated,
-    funnel_picture,
     sample,
     select,
     solved_by_generation,
@@ -153,7 +154,7 @@ def overlaps(text: str, test: str, words: int) -> bool:
 )
 def test_overlaps_are_those_of_the_definition(texts: list[str], test: list[str], words: int) -> None:
     expected = [any(overlaps(text, one, words) for one in test) for text in texts]
-    assert contaminated(texts, test, words=words) == expected
+    assert contaminated(texts, test, n=words) == expected
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -176,10 +177,18 @@ def test_every_planted_overlap_is_found_and_nothing_else(seed: int) -> None:
     assert contaminated(texts, test) == planted
 
 
-def test_punctuation_is_part_of_a_word_and_a_test_without_words_is_refused() -> None:
-    assert contaminated(["One two, three", "one TWO three"], ["one two three"]) == [False, True]
+def test_punctuation_can_be_part_of_a_word_and_a_test_without_words_is_refused() -> None:
+    texts = ["One two, three", "one TWO three"]
+    assert contaminated(texts, ["one two three"], split=lambda text: text.casefold().split()) == [False, True]
     with pytest.raises(ValueError, match="test text 1 has no words"):
         contaminated(["a"], ["b", " \n"])
+
+
+def test_the_checks_of_contamination_agree_on_words() -> None:
+    train = ["One two, three!", "one two four", "four"]
+    assert contaminated(train, ["one two three"]) == [True, False, False]
+    assert [(found.test, found.train) for found in shared_grams(train, ["one two three"])] == [(0, 0)]
+    assert contaminated(train, ["two three", "ONE two; five"], n=2) == [True, True, False]
 
 
 # What a model solves
@@ -188,10 +197,10 @@ def test_punctuation_is_part_of_a_word_and_a_test_without_words_is_refused() -> 
 def test_solved_by_likelihood_is_what_forwards_one_by_one_say() -> None:
     model = llama(300)
     options = (" yes", " no", " perhaps")
-    problems = [Problem(f"Is {i} odd?", "", options[i % 3], options=options) for i in range(9)]
+    problems = [Question(f"Is {i} odd?", options[i % 3], options=options) for i in range(9)]
 
-    def likelihood(problem: Problem, option: str) -> float:
-        prompt, answer = (TOKENIZER(text)["input_ids"] for text in (problem.question, option))
+    def likelihood(problem: Question, option: str) -> float:
+        prompt, answer = (TOKENIZER(text)["input_ids"] for text in (problem.prompt, option))
         with torch.no_grad():
             logs = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
         return float(sum(logs[len(prompt) - 1 + i, token] for i, token in enumerate(answer)))
@@ -207,7 +216,7 @@ def test_a_choice_without_its_answer_is_refused() -> None:
     with pytest.raises(
         ValueError, match="problem 0: its answer 'x' is none of its options .* use solved_by_generation"
     ):
-        solved_by_likelihood(llama(300), [Problem("q", "", "x", options=("a", "b"))], TOKENIZER)
+        solved_by_likelihood(llama(300), [Question("q", "x", options=("a", "b"))], TOKENIZER)
 
 
 def test_solved_by_generation_reads_what_is_written(watch: Any) -> None:
@@ -219,7 +228,7 @@ def test_solved_by_generation_reads_what_is_written(watch: Any) -> None:
         output = model.generate(**ids, do_sample=False, max_new_tokens=5, pad_token_id=0)
         written.append(TOKENIZER.decode(output[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
     problems = [
-        Problem(q, "", text if i % 2 else "wrong") for i, (q, text) in enumerate(zip(questions, written, strict=True))
+        Question(q, text if i % 2 else "wrong") for i, (q, text) in enumerate(zip(questions, written, strict=True))
     ]
     found = solved_by_generation(model, problems, TOKENIZER, lambda text: text, max_new_tokens=5, max_batch_tokens=30)
     assert found == [False, True, False, True, False]
@@ -239,6 +248,20 @@ def test_clusters_find_texts_of_two_kinds(watch: Any) -> None:
     assert set(labels) == {"cluster 0", "cluster 1"}
 
 
+def test_mean_states_are_those_of_forwards_one_by_one() -> None:
+    model = llama(300).double()
+    examples = encode_texts(["abc", "a longer text", "xy"], TOKENIZER)
+    for layer, number in (("embedding", 0), ("block 1", 2)):
+        for skip_first in (False, True):
+            found = mean_states(Run(model), examples, layer, skip_first=skip_first, max_batch_tokens=20)
+            for row, example in zip(found, examples, strict=True):
+                with torch.no_grad():
+                    states = model(torch.tensor([example.ids]), output_hidden_states=True).hidden_states[number][0]
+                torch.testing.assert_close(row, states[int(skip_first) :].mean(0))
+    with pytest.raises(ValueError, match="there are no texts"):
+        mean_states(Run(model), [])
+
+
 def test_more_clusters_than_texts_are_refused() -> None:
     with pytest.raises(ValueError, match="2 texts cannot be put into 3 clusters"):
         clusters(llama(300), ["a", "b"], TOKENIZER, 3)
@@ -249,28 +272,31 @@ def test_more_clusters_than_texts_are_refused() -> None:
 # The funnel
 
 
-def pool() -> list[Problem]:
+def pool() -> list[Question]:
     words = [f"w{i}" for i in range(12)]
-    clean = [Problem(f"question {i}", "step " * (i + 1), domain=f"d{i % 4}") for i in range(20)]
-    dirty = [Problem(" ".join(words), "step", domain="d0"), Problem("q", "so " + " ".join(words[2:10]), domain="d1")]
-    return [*clean, *dirty, Problem("no trace", "", domain="d2")]
+    clean = [Question(f"question {i}", "", "step " * (i + 1), domain=f"d{i % 4}") for i in range(20)]
+    dirty = [
+        Question(" ".join(words), "", "step", domain="d0"),
+        Question("q", "", "so " + " ".join(words[2:10]), domain="d1"),
+    ]
+    return [*clean, *dirty, Question("no trace", "", domain="d2")]
 
 
-def solves_even(items: Sequence[Problem]) -> list[bool]:
-    return [len(p.trace.split()) % 2 == 0 for p in items]
+def solves_even(items: Sequence[Question]) -> list[bool]:
+    return [len(p.chain.split()) % 2 == 0 for p in items]
 
 
 def test_the_funnel_tells_what_each_step_left() -> None:
     asked: list[int] = []
 
-    def solves(items: Sequence[Problem]) -> list[bool]:
+    def solves(items: Sequence[Question]) -> list[bool]:
         asked.append(len(items))
         return solves_even(items)
 
     chosen = select(
         pool(),
         4,
-        quality={"has a trace": lambda p: bool(p.trace)},
+        quality={"has a trace": lambda p: bool(p.chain)},
         test=[" ".join(f"W{i}" for i in range(12))],
         difficulty={"a model": solves},
     )
@@ -284,7 +310,7 @@ def test_the_funnel_tells_what_each_step_left() -> None:
     assert asked == [20]  # a model is asked of what is left only
     assert chosen.items == tuple(pool()[i] for i in chosen.indices)
     assert len(set(chosen.indices)) == 4
-    assert all(len(p.trace.split()) % 2 for p in chosen.items)
+    assert all(len(p.chain.split()) % 2 for p in chosen.items)
     assert str(chosen.funnel).splitlines()[0].split() == ["the", "pool", "23"]
 
 
@@ -292,13 +318,13 @@ def test_select_draws_as_sample_does() -> None:
     items = pool()[:20]
     options = dict(weights={"x": 1.0, "y": 2.0}, uniform_first=2, seed=3)
     labels = ["x" if i < 10 else "y" for i in range(20)]
-    chosen = select(items, 6, domains=lambda _: labels, length=lambda p: -len(p.trace), **options)
-    assert list(chosen.indices) == sample(labels, [-float(len(p.trace)) for p in items], 6, **options)
+    chosen = select(items, 6, domains=lambda _: labels, length=lambda p: -len(p.chain), **options)
+    assert list(chosen.indices) == sample(labels, [-float(len(p.chain)) for p in items], 6, **options)
 
 
 def test_too_few_items_are_refused_with_the_funnel() -> None:
     with pytest.raises(ValueError, match=r"30 items were asked for, but 22 are left:\nthe pool[^\n]*\nhas a trace"):
-        select(pool(), 30, quality={"has a trace": lambda p: bool(p.trace)})
+        select(pool(), 30, quality={"has a trace": lambda p: bool(p.chain)})
     with pytest.raises(ValueError, match="at least one item, not 0"):
         select(pool(), 0)
     with pytest.raises(ValueError, match="'not solved by m' gave 1 verdicts on 23 items"):
@@ -308,11 +334,12 @@ def test_too_few_items_are_refused_with_the_funnel() -> None:
 
 
 def test_the_funnel_as_a_file_and_a_picture(tmp_path: Path) -> None:
-    funnel = select(pool(), 4, quality={"has a trace": lambda p: bool(p.trace)}).funnel
+    funnel = select(pool(), 4, quality={"has a trace": lambda p: bool(p.chain)}).funnel
     funnel.to_json(tmp_path / "f.json")
     told = json.loads((tmp_path / "f.json").read_text())
     assert told["pool"] == 23
     assert told["steps"][0] == {"name": "has a trace", "dropped": 1, "left": 22}
-    figure = funnel_picture(funnel)
+    assert Funnel.from_json(tmp_path / "f.json") == funnel
+    figure = funnel.plot()
     assert [bar.get_width() for bar in figure.axes[0].patches] == [23, 22, 4]
     assert np.allclose(figure.get_size_inches(), (8, 2.4))

@@ -14,6 +14,7 @@ from scipy import linalg, stats
 from scipy.spatial import distance
 from torch import Tensor
 
+from tokenpaths import drift
 from tokenpaths.drift import (
     biased_cka,
     cka,
@@ -25,7 +26,6 @@ from tokenpaths.drift import (
     procrustes,
     pwcca,
     rsa,
-    sets,
     sliced_w2,
     svcca,
 )
@@ -263,7 +263,7 @@ def test_ranks_of_a_set_of_k_equal_directions_is_k():
 @pytest.mark.parametrize(("n", "d"), [(40, 3), (5, 40)])
 @pytest.mark.parametrize("name", NAMES)
 def test_equal_sets_give_exactly_one_or_zero(name, n, d):
-    measure = getattr(sets, name)
+    measure = getattr(drift, name)
     for x in (normal(n, d), torch.ones(n, d)):  # also where the measure is otherwise undefined
         assert measure(x, x.clone()) == (1.0 if measure in SIMILARITIES else 0.0)
 
@@ -271,7 +271,7 @@ def test_equal_sets_give_exactly_one_or_zero(name, n, d):
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("svcca", "pwcca")])
 def test_fewer_tokens_than_dimensions_are_measured(name):
     x, y = related(6, 50)
-    value = getattr(sets, name)(x, y)
+    value = getattr(drift, name)(x, y)
     assert math.isfinite(value) and value not in (0.0, 1.0)
 
 
@@ -279,7 +279,7 @@ def test_fewer_tokens_than_dimensions_are_measured(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_coarse_states_are_computed_in_float64_and_without_gradient(name, dtype):
     x, y = (states.to(dtype).requires_grad_() for states in related(80, 4))
-    measure = getattr(sets, name)
+    measure = getattr(drift, name)
     assert measure(x, y) == measure(x.detach().double(), y.detach().double())
 
 
@@ -369,9 +369,9 @@ def test_nan_and_infinity_are_refused_by_name(name):
     x, y = related(50, 3)
     y[4, 1], y[7, 2] = math.nan, math.inf
     with pytest.raises(ValueError, match="2 of 50 steered states hold NaN or infinity"):
-        getattr(sets, name)(x, y)
+        getattr(drift, name)(x, y)
     with pytest.raises(ValueError, match="2 of 50 frozen states"):
-        getattr(sets, name)(y, x)
+        getattr(drift, name)(y, x)
 
 
 @pytest.mark.parametrize("measure", [effective_rank, participation_ratio])
@@ -388,7 +388,7 @@ def test_a_measure_of_one_set_refuses_what_has_no_shape(measure):
 def test_too_few_tokens_are_refused(name, least):
     x, y = related(least - 1, 5)
     with pytest.raises(ValueError, match=f"{least - 1} tokens are too few, this measure needs {least} or more"):
-        getattr(sets, name)(x, y)
+        getattr(drift, name)(x, y)
 
 
 @pytest.mark.parametrize("measure", [svcca, pwcca])
@@ -402,7 +402,7 @@ def test_a_set_that_collapsed_to_a_point_has_no_shape(name):
     point = torch.full((50, 3), 0.1)
     for pair in ((normal(50, 3).float(), point), (point, normal(50, 3).float())):
         with pytest.raises(ValueError, match="all 50 states of a set are equal"):
-            getattr(sets, name)(*pair)
+            getattr(drift, name)(*pair)
 
 
 def test_a_collapsed_set_has_a_distance():

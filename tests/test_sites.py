@@ -12,7 +12,7 @@ from families import DIM, FAMILIES, HEADS, LAYERS, Family
 from torch import nn
 
 from tokenpaths import All, First, Last, Site, sites, width
-from tokenpaths.site.host import find_blocks, locate
+from tokenpaths.site import Host, find_blocks
 
 STREAMS = ["embedding", "block", "attention", "mlp"]
 
@@ -47,7 +47,7 @@ def test_every_stream_of_every_layer_is_where_states_of_its_width_pass(family):
     hooks = []
     for stream in STREAMS:
         for layer in [0] if stream == "embedding" else range(-1, -LAYERS - 1, -1):
-            site, place = locate(model, Site(layer, First(), stream), blocks)
+            site, place = Host.of(model, blocks).locate(Site(layer, First(), stream))
             assert site == Site(layer % LAYERS, First(), stream)
             assert (place.width, place.columns) == (DIM, None)
             assert width(model, site, blocks=blocks) == DIM
@@ -55,7 +55,7 @@ def test_every_stream_of_every_layer_is_where_states_of_its_width_pass(family):
             assert inside, "a site lies within its own block"
             hooks.append(watch_width(place, seen, site))
     for layer in range(LAYERS):
-        slices = [locate(model, Site(layer, stream="attention", head=head), blocks)[1] for head in range(HEADS)]
+        slices = [Host.of(model, blocks).locate(Site(layer, stream="attention", head=head))[1] for head in range(HEADS)]
         size = slices[0].width
         assert [s.columns for s in slices] == [slice(i * size, (i + 1) * size) for i in range(HEADS)]
         hooks.append(watch_width(slices[0], seen, Site(layer, stream="attention", head=0)))
@@ -98,7 +98,7 @@ def test_layers_by_index_negative_index_slice_list_and_all(family):
         with pytest.raises(ValueError, match=f"layer {layer} is out of range; the model has 3 layers, 0 to 2"):
             chosen([0, layer])
         with pytest.raises(ValueError, match=re.escape(f"Site(layer={layer}, tokens=Last(n=2)")):
-            locate(model, Site(layer, rule), blocks)
+            Host.of(model, blocks).locate(Site(layer, rule))
     with pytest.raises(ValueError, match=re.escape("layers=slice(3, None, None) holds none of the 3 layers")):
         chosen(slice(3, None))
     with pytest.raises(ValueError, match=re.escape("layers=[] holds none of the 3 layers")):
@@ -109,7 +109,7 @@ def test_a_head_out_of_range(family):
     _, model, blocks = family
     for head in (HEADS, -1):
         with pytest.raises(ValueError, match=f"head {head} is out of range; the layer has {HEADS} heads"):
-            locate(model, Site(1, stream="attention", head=head), blocks)
+            Host.of(model, blocks).locate(Site(1, stream="attention", head=head))
 
 
 PLACES = {  # family: attention and mlp of layer 1
@@ -136,7 +136,9 @@ def test_the_projections_by_name(name):
         pytest.skip("not in this transformers")
     model, blocks = FAMILIES[name].make(), FAMILIES[name].blocks
     block = model.get_submodule(blocks)[1]
-    attention, mlp = (locate(model, Site(1, stream=stream), blocks)[1].module for stream in ("attention", "mlp"))
+    attention, mlp = (
+        Host.of(model, blocks).locate(Site(1, stream=stream))[1].module for stream in ("attention", "mlp")
+    )
     if name == "mixtral" and not hasattr(block, "mlp"):
         assert mlp is block.block_sparse_moe  # its name in transformers 4
     else:
@@ -174,9 +176,9 @@ def test_models_that_have_no_such_place_say_so():
     assert sites(mamba) == [Site(0), Site(1)]
     assert width(mamba) == 8
     with pytest.raises(ValueError, match="found no attention output projection in MambaBlock, so use stream 'block'"):
-        locate(mamba, Site(0, stream="attention"))
+        Host.of(mamba).locate(Site(0, stream="attention"))
     with pytest.raises(ValueError, match="found no feed-forward projection of width 8 in MambaBlock"):
-        locate(mamba, Site(0, stream="mlp"))
+        Host.of(mamba).locate(Site(0, stream="mlp"))
     with pytest.raises(
         ValueError, match=re.escape("cannot tell which modules are the blocks of Linear: 0 module lists")
     ):
@@ -216,9 +218,9 @@ def test_inside_wrappers_the_same_places_are_found(name, wrap):
     for stream in STREAMS:
         site = Site(0, stream=stream)
         # made after wrapping, as LoRA replaces the projections: its layer is the place, not the frozen map inside it
-        assert locate(wrapped, site, blocks)[1] == locate(model, site, blocks)[1]
+        assert Host.of(wrapped, blocks).locate(site)[1] == Host.of(model, blocks).locate(site)[1]
         assert width(wrapped, site, blocks=blocks) == DIM
-    if "lora" in str(type(locate(wrapped, Site(0, stream="attention"), blocks)[1].module)).lower():
+    if "lora" in str(type(Host.of(wrapped, blocks).locate(Site(0, stream="attention"))[1].module)).lower():
         assert isinstance(wrapped, peft.PeftModel) or isinstance(wrapped.module, peft.PeftModel)
     elif wrap is lora:
         raise AssertionError("the place is inside the LoRA layer")

@@ -81,7 +81,7 @@ def test_the_check_leaves_the_random_state_alone():
 
 def test_the_check_needs_no_pytest():
     code = (
-        "import sys; from tokenpaths import RED; from tokenpaths.testing import check_trail; check_trail(RED);"
+        "import sys; from tokenpaths.trails import RED; from tokenpaths.testing import check_trail; check_trail(RED);"
         "assert not {'pytest', 'hypothesis', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=f"{tokenpaths.__path__[0]}/..")
@@ -530,7 +530,7 @@ def test_bad_arguments_are_refused_by_name(case, unchecked):
 @pytest.mark.parametrize("name", TRAILS)
 def test_repr_evaluates_back_to_an_equal_trail(name):
     trail = TRAILS[name](16)
-    again = eval(repr(trail), vars(tokenpaths).copy())
+    again = eval(repr(trail), vars(tokenpaths.trails).copy())
     assert type(again) is type(trail) and repr(again) == repr(trail)
     assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in trail.named_parameters()}
     assert arguments(trail).keys() == arguments(again).keys()

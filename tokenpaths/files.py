@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: text, and tensors with a JSON note. Nothing in them is ever executed."""
+"""Files and folders that are written whole or not at all: text, and tensors with a JSON note. None is ever executed."""
 
 from __future__ import annotations
 
@@ -18,37 +18,58 @@ VERSION = 1
 
 
 class TrailFileError(ValueError):
-    """A file that is not a whole, sound trail file for the classes given."""
+    """A file that is not whole and sound, or holds what was not asked for."""
 
 
 @contextmanager
-def whole(path: str | os.PathLike[str]) -> Generator[Path]:
-    """Gives a place to write a file or a folder at. Afterwards it stands at `path`, whole; after an error, nothing does.
+def whole(path: str | os.PathLike[str], *, replace: bool = True) -> Generator[Path]:
+    """Write a file or a folder, whole or not at all.
 
-    What stood there before is replaced, and stays if the writing fails. Folders above are made.
+    Inside `with whole("run/report.json") as beside:`, write to `beside`, a path of the same name in another folder.
+    On leaving, it is moved to `path`. After an error or an interruption, what stood at `path` before is still there.
+
+    Args:
+        path: where the file or folder belongs. The folders above it are made.
+        replace: whether a folder takes the place of what stands at `path`; if not, a folder that holds something there
+            stays, and `OSError` is raised. A file always replaces a file.
+
+    Raises:
+        ValueError: `path` does not end in a name, as ".." does not.
+        OSError: nothing was written, or it cannot be moved: a file does not replace a folder.
     """
     target = Path(path)
+    if target.name in ("", ".."):
+        raise ValueError(f"{os.fspath(path)!r} does not end in the name of a file or a folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".writing-") as staging:
-        beside, earlier = Path(staging, target.name), Path(staging, ".earlier")
+        beside, earlier = Path(staging, "new", target.name), Path(staging, "earlier")
+        beside.parent.mkdir()
         yield beside
         if beside.is_file():
             with beside.open("rb+") as file:
                 os.fsync(file.fileno())
-        elif target.exists():  # a folder does not replace another by itself
-            target.rename(earlier)
         try:
+            if replace and beside.is_dir() and target.exists():  # a folder cannot be renamed over another
+                target.rename(earlier)
             os.replace(beside, target)
         except BaseException:
-            if earlier.exists():
+            if earlier.exists() and not target.exists():
                 earlier.rename(target)
             raise
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
-    """Write tensors with a JSON note to one safetensors file, whole or not at all."""
+    """Write tensors with a JSON note to one safetensors file, whole or not at all.
+
+    Args:
+        path: the file.
+        tensors: the tensors by name, on any device.
+        note: what JSON can hold, by name.
+
+    Raises `ValueError` for a number in the note that is not finite, and `TypeError` for what JSON does not have.
+    """
     metadata = {"tokenpaths": json.dumps({"version": VERSION, **note}, sort_keys=True, allow_nan=False)}
-    # copied one by one: safetensors refuses views of one storage, as torch.nn.utils.vector_to_parameters leaves behind
+    # copied one by one: safetensors refuses views of one storage, which torch.nn.utils.vector_to_parameters leaves
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     content = safetensors.torch.save(copies, metadata)
     with whole(path) as beside:
@@ -62,7 +83,10 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the note of a file. Raises `FileNotFoundError` and `TrailFileError`."""
+    """The tensors and the note of a file that `write` wrote.
+
+    Raises `FileNotFoundError`, and `TrailFileError` for a file that is cut off, changed, or of another version.
+    """
     path = Path(path)
     content = path.read_bytes()
     try:
@@ -74,14 +98,25 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     if text is None:
         raise TrailFileError(f"{path} is a safetensors file, but not of tokenpaths: it has no 'tokenpaths' note")
     try:
-        note = json.loads(text, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+        note = strict_json(text)
+    except ValueError as error:
         raise TrailFileError(f"{path}: its note is not JSON ({error}): copy or download it again") from None
     version = note.pop("version", None) if isinstance(note, dict) else None
     if not isinstance(version, int) or version != VERSION:
         found = f"version {version}" if isinstance(version, int) else "no known version"
         raise TrailFileError(f"{path}: its note is of {found}, this tokenpaths reads version {VERSION}")
     return tensors, cast("dict[str, Any]", note)
+
+
+def strict_json(text: str) -> Any:
+    """What a JSON text says, if its numbers are finite and no key stands twice in one object.
+
+    Raises `ValueError` otherwise, also for a text that is not JSON or is nested too deep.
+    """
+    try:
+        return json.loads(text, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
 
 
 def _finite(text: str) -> float:

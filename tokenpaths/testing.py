@@ -1,6 +1,4 @@
-"""A test that others can call: does a trail of your own keep the promises that tokenpaths relies on?
-
-One line tells::
+"""A check of your own trail: does it keep the promises that tokenpaths relies on?
 
     from tokenpaths.testing import check_trail
 
@@ -8,7 +6,7 @@ One line tells::
     def test_my_trail():
         check_trail(lambda dim: MyTrail(dim, rank=4))
 
-It needs no pytest.
+It does not need pytest.
 """
 
 from __future__ import annotations
@@ -28,11 +26,18 @@ from tokenpaths.trails.base import Trail, arguments
 
 
 def check_trail(make: Callable[[int], Trail], dim: int = 16, *, seed: int = 0) -> None:
-    """Assert that the trails which `make(dim)` makes keep the contract of `Trail`.
+    """Assert that the trails which `make(dim)` makes keep the four promises of `Trail`, and what follows from them.
 
-    The four promises are checked, and what follows from them: a trail can be saved and loaded, gives the same answer
-    twice in eval mode, sends a finite gradient to every parameter, and works in float64 and bfloat16. Each
-    AssertionError names the promise that is broken and says what to do. The random state is left as it was.
+    A trail can be saved and loaded, gives the same answer twice in eval mode, sends a finite gradient to every
+    parameter, and works in float64 and bfloat16. The random state is left as it was.
+
+    Args:
+        make: a function from the width of the states to a fresh trail, such as the class itself.
+        dim: the width to check it at.
+        seed: the seed of the states that the trail is checked on.
+
+    Raises:
+        AssertionError: a promise is broken. The message names it and says what to do.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-r"""Which tokens a trail moves.
+r"""Token rules: which tokens a trail moves.
 
 A rule is a small value that turns what is known of a batch into a mask::
 
@@ -6,9 +6,9 @@ A rule is a small value that turns what is known of a batch into a mask::
     Answer() - Tokens([198])  what the model writes, but not its newlines
     Match(r"\d+") & Prompt()  the digits of the question
 
-Rules count absolute positions among real (not padding) tokens, so the same tokens are chosen with left padding, with
-right padding and while decoding from a key/value cache. Every rule is **causal after the prompt**: whether a generated
-token is chosen never depends on the tokens after it, so cached generation and a full forward agree.
+Rules count positions among the real tokens, without padding. The same tokens are chosen with left padding, with right
+padding and while decoding from a key/value cache. Every rule is **causal after the prompt**: whether a generated token
+is chosen never depends on the tokens after it, so cached generation and a full forward agree.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import accumulate
 from operator import index
 from typing import Any, ClassVar
 
@@ -32,9 +33,12 @@ _LARGEST = 2**63  # what an int64 tensor can be compared with
 class Context:
     """What is known of a batch of token sequences. Columns run from the first cached token to the last known one.
 
-    `real` marks tokens that are not padding; `prompt` the given tokens, as against those that the model writes (or is
-    trained to write); `ids` the token ids where they are known; `spans` the named per-example spans; `pieces` maps the
-    ids of one sequence to the text of each token, and is there when a tokenizer was given.
+    Args:
+        real: which tokens are not padding.
+        prompt: which tokens the model is given; it writes the others, or is trained to write them.
+        ids: the token ids, with -1 for a token that was cached before `attach`; None without `input_ids`.
+        spans: a mask for each named span.
+        pieces: a function from the ids of one sequence to the text of each token; None without a tokenizer.
     """
 
     real: Bool[Tensor, "batch total"]
@@ -46,13 +50,14 @@ class Context:
 
 @dataclass(frozen=True)
 class Rule(ABC):
-    """A choice of tokens. Subclasses define `choose`; `|`, `&`, `-` and `~` combine rules."""
+    """A choice of tokens. `|`, `&`, `-` and `~` combine rules. Your own rule is a frozen dataclass with `choose`."""
 
     @abstractmethod
-    def choose(self, context: Context) -> Bool[Tensor, "batch total"]: ...
+    def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
+        """The chosen tokens; padding is ignored. Raises `ValueError` if the context lacks what the rule reads."""
 
     def mask(self, context: Context) -> Bool[Tensor, "batch total"]:
-        """The chosen tokens; padding is never chosen."""
+        """The chosen tokens, without padding."""
         return self.choose(context) & context.real
 
     def __or__(self, other: Rule) -> Rule:
@@ -93,64 +98,64 @@ class Answer(Rule):
 
 
 @dataclass(frozen=True)
-class AnswerFirst(Answer):
+class Counted(Rule):
+    """A rule that chooses `n` tokens. Raises `ValueError` unless n is a whole number from 1 up."""
+
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.n, int) and not isinstance(self.n, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not whole or not 1 <= self.n < _LARGEST:
+            raise ValueError(f"{self} must choose at least one token: n is a whole number from 1 up")
+
+
+@dataclass(frozen=True)
+class AnswerFirst(Counted, Answer):
     """The first `n` tokens of the answer (all of a shorter answer).
 
     BREP (Liang et al. 2025, arXiv 2511.10707) steers the prompt and the beginning of what follows it:
     `Prompt() | AnswerFirst(8)`.
     """
 
-    n: int = 1
-
-    def __post_init__(self) -> None:
-        _check_count(self)
-
     def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
-        answer = context.real & ~context.prompt
+        answer = Answer().choose(context)
         return answer & (answer.cumsum(1) <= self.n)
 
 
 @dataclass(frozen=True)
-class First(Rule):
+class First(Counted):
     """The first `n` tokens of the prompt (all of a shorter prompt)."""
 
-    n: int = 1
-
-    def __post_init__(self) -> None:
-        _check_count(self)
-
     def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
-        prompt = context.prompt & context.real
+        prompt = Prompt().choose(context)
         return prompt & (prompt.cumsum(1) <= self.n)
 
 
 @dataclass(frozen=True)
-class Last(Rule):
+class Last(Counted):
     """The last `n` tokens of the prompt (all of a shorter prompt), also while decoding: never the newest token."""
 
-    n: int = 1
-
-    def __post_init__(self) -> None:
-        _check_count(self)
-
     def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
-        prompt = context.prompt & context.real
+        prompt = Prompt().choose(context)
         return prompt & (prompt.sum(1, keepdim=True) - prompt.cumsum(1) < self.n)
 
 
 @dataclass(frozen=True)
 class Tokens(Rule):
-    """Every token, of prompt or answer, whose id is one of `ids`."""
+    """Every token, of prompt or answer, whose id is one of `ids`.
+
+    Raises `TypeError` for what is no sequence of whole numbers, and `ValueError` for an empty one or a negative id.
+    """
 
     ids: Iterable[int]
 
     def __post_init__(self) -> None:
         try:
             given = list(self.ids)
-            ids = tuple(sorted({index(i) for i in given}))
+            ids = None if any(isinstance(i, bool) for i in given) else tuple(sorted({index(i) for i in given}))
         except TypeError:
-            given, ids = [True], ()
-        if any(isinstance(i, bool) for i in given):
+            ids = None
+        if ids is None:
             raise TypeError(f"Tokens takes a sequence of token ids, as in Tokens([198, 13]), not {self.ids!r}")
         if not ids:
             raise ValueError("Tokens([]) would choose nothing: give at least one token id")
@@ -168,8 +173,10 @@ class Match(Rule):
     """Every token that overlaps a match of a regular expression (Python `re`) in the decoded text.
 
     The prompt is matched as a whole. A token of the answer is chosen if a match in the text *up to and including* it
-    overlaps it, so that decoding token by token chooses the same tokens. Needs `attach(..., tokenizer=)`. A character
-    whose bytes are spread over several tokens belongs to the last of them.
+    overlaps it, so that decoding token by token chooses the same tokens. A character whose bytes are spread over
+    several tokens belongs to the last of them. The rule needs `attach(..., tokenizer=)`.
+
+    Raises `TypeError` for a pattern that is no string, and `ValueError` for one that `re` cannot compile.
     """
 
     pattern: str
@@ -199,11 +206,9 @@ class Match(Rule):
     ) -> list[bool]:
         if any(i < 0 for i in ids):
             raise ValueError(f"{self} needs the ids of all earlier tokens, but the cache was filled before attach()")
-        text = ""
-        bounds: list[tuple[int, int]] = []
-        for piece in pieces(ids):
-            bounds.append((len(text), len(text) + len(piece)))
-            text += piece
+        texts = pieces(ids)
+        text, ends = "".join(texts), list(accumulate(map(len, texts)))
+        bounds = list(zip([0, *ends], ends, strict=False))
         prompt_end = max((end for (_, end), given in zip(bounds, prompt, strict=True) if given), default=0)
         in_prompt = [m.span() for m in re.finditer(self.pattern, text[:prompt_end])]
         chosen: list[bool] = []
@@ -215,7 +220,10 @@ class Match(Rule):
 
 @dataclass(frozen=True)
 class Span(Rule):
-    """A named span of each example: `Span("steps")` reads `spans["steps"]`, given to `Example` or `attach`."""
+    """A named span of each example: `Span("steps")` reads the `spans["steps"]` that `Example` or `attach` was given.
+
+    Raises `TypeError` for a name that is no string.
+    """
 
     name: str
 
@@ -232,7 +240,7 @@ class Span(Rule):
 
 @dataclass(frozen=True)
 class Pair(Rule):
-    """What the combinations of two rules share."""
+    """A combination of two rules. Raises `TypeError` for what is no rule."""
 
     left: Rule
     right: Rule
@@ -275,7 +283,7 @@ class Without(Pair):
 
 @dataclass(frozen=True)
 class Not(Rule):
-    """`~rule`: the real tokens that it does not choose."""
+    """`~rule`: the real tokens that the rule does not choose. Raises `TypeError` for what is no rule."""
 
     rule: Rule
 
@@ -291,7 +299,7 @@ class Not(Rule):
 
 
 def leaves(rule: Rule) -> Iterator[Rule]:
-    """The simple rules that a combined rule is made of."""
+    """The rules that a combined rule is made of, from left to right, down to those that hold no other."""
     parts = [value for value in vars(rule).values() if isinstance(value, Rule)]
     if not parts:
         yield rule
@@ -300,11 +308,11 @@ def leaves(rule: Rule) -> Iterator[Rule]:
 
 
 def token_pieces(tokenizer: Any) -> Callable[[Sequence[int]], list[str]]:
-    """A function from the ids of one sequence to the text of each token.
+    """A function from the ids of one sequence to the text of each token, for any Hugging Face `tokenizer`.
 
-    Joined, they are the decoded text, but for a character that is unfinished at its end. Each token is decoded behind
-    the tokens before it, as streaming decoders do, so that spaces and characters of several tokens come out right and
-    no piece depends on a later token.
+    The texts of all tokens, joined, are the decoded text; only a character that is unfinished at its end is missing.
+    Each token is decoded behind the tokens before it, as streaming decoders do. So spaces and characters of several
+    tokens come out right, and no piece depends on a later token.
     """
 
     @lru_cache(maxsize=65536)
@@ -324,12 +332,6 @@ def token_pieces(tokenizer: Any) -> Callable[[Sequence[int]], list[str]]:
         return texts
 
     return pieces
-
-
-def _check_count(rule: AnswerFirst | First | Last) -> None:
-    whole = isinstance(rule.n, int) and not isinstance(rule.n, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
-    if not whole or not 1 <= rule.n < _LARGEST:
-        raise ValueError(f"{rule} must choose at least one token: n is a whole number from 1 up")
 
 
 def _ids(rule: Rule, context: Context) -> Int[Tensor, "batch total"]:

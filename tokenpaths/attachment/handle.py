@@ -56,40 +56,49 @@ def attach(
     spans: Spans | None = None,
     tokenizer: Any = None,
 ) -> Attachment:
-    """Lay trails in a model, in place, until the returned handle is removed or its `with` block ends.
+    """Put trails to work in a model, in place, until the returned handle is removed or its `with` block ends.
 
-    `strength` multiplies every displacement and may be changed at run time (`handle.strength = 0.5`). `rows` are the
-    rows of the batch that are moved (default all): attach several maps with different rows for a different trail per
-    row. `spans` gives `Span` rules their (start, stop) per row, counted in real tokens. `tokenizer` is for `Match`.
+    At the tokens that a site's rule chooses, a state h becomes h + strength * trail(h). A model may carry several
+    attachments. A later one reads the states as the earlier ones have moved them, and so do all foreign hooks. Gradient
+    checkpointing needs the trails until `backward()` is done.
 
-    A model may carry several attachments; a later one reads the states as the earlier ones have moved them, and so do
-    all hooks that are not ours. Nothing is changed when a site does not exist in the model (`ValueError`). A model that
-    torch.compile has compiled already is attached to through what it returned. With gradient checkpointing, call
-    `backward()` before the trails are removed.
+    Args:
+        model: a Hugging Face model. If torch.compile has compiled it, give what torch.compile returned.
+        trails: what is laid where.
+        strength: multiplies every displacement. It may be changed at run time: `handle.strength = 0.5`.
+        rows: the rows of the batch that are moved; all unless given. Several maps with different rows give each row its
+            own trails.
+        spans: for `Span` rules, the (start, stop) of each row, counted in real tokens.
+        tokenizer: for `Match` rules, which read the decoded text.
+
+    Raises:
+        TypeError: `trails` is no `TrailMap`.
+        ValueError: a site that the model does not have or that is named twice, a trail of another width, or parameters
+            that are not finite. Nothing is changed then.
     """
     if not isinstance(trails, TrailMap):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"attach takes a TrailMap, not {type(trails).__name__}: {_instead(trails)}")
     return Attachment(Host.of(model, trails.blocks), trails, strength, rows, spans, tokenizer)
 
 
-def working(model: nn.Module, adapter: Adapter, tokenizer: Any = None) -> AbstractContextManager[object]:
-    """Inside, the adapter is at work: trails are attached unless they are already, any other must lie in the model.
+def working(model: nn.Module, trails: Adapter, tokenizer: Any = None) -> AbstractContextManager[object]:
+    """Inside, trails are attached, unless they are already. An adapter of another kind must lie in the model by itself.
 
     Raises `ValueError` as `attach` and `Adapter.check` do.
     """
-    if isinstance(adapter, Adapter) and not isinstance(adapter, TrailMap):  # pyright: ignore[reportUnnecessaryIsInstance]
-        adapter.check(model)
+    if isinstance(trails, Adapter) and not isinstance(trails, TrailMap):  # pyright: ignore[reportUnnecessaryIsInstance]
+        trails.check(model)
         return nullcontext()
-    return nullcontext() if is_attached(model, adapter) else attach(model, adapter, tokenizer=tokenizer)
+    return nullcontext() if is_attached(model, trails) else attach(model, trails, tokenizer=tokenizer)
 
 
 def is_attached(model: nn.Module, trails: Adapter) -> bool:
-    """Whether a map is at work in a model (as the same object that was given to `attach`)."""
+    """Whether this very map is attached to the model."""
     return any(attachment.trails is trails for attachment in attachments(model))
 
 
 def attachments(model: nn.Module) -> list[Attachment]:
-    """The attachments at work in a model."""
+    """The attachments of a model."""
     listeners = [listener for watcher in Watcher.known(model) for listener in watcher.listeners]
     return [listener for listener in listeners if isinstance(listener, Attachment)]
 
@@ -145,7 +154,7 @@ class Attachment:
         return f"<{state}: {len(self.trails)} sites, strength {self.strength}>"
 
     def _go(self, plan: Plan | None) -> None:
-        """Take up a plan. Hooks sleep where it chooses nothing and no backward waits, as while decoding: Last(1)."""
+        """Take up a plan. Where it chooses no token and no gradients are recorded, the hooks do nothing."""
         self.plan = plan
         awake = plan is not None and (plan.learns or chooses(plan))
         for hook in self._hooks:
@@ -173,7 +182,7 @@ class Attachment:
         self._go(plan)
 
     def _plan(self, moment: Moment) -> Plan:
-        """The masks of a forward, and where they are set: found with one wait for the device, for all places."""
+        """The masks of a forward and the chosen tokens of all places, found with one wait for the device."""
         if self._prompt_only and moment.written:
             none = moment.context.real.new_zeros((len(moment.context.real), moment.length))
             nowhere = dict.fromkeys(self._unions, none.new_empty(0, dtype=torch.long))
@@ -269,7 +278,7 @@ class Attachment:
 
 
 def _instead(given: object) -> str:
-    """What to do with what is no map of trails."""
+    """What to do with something that is no map of trails."""
     if isinstance(given, Adapter):
         return "it is at work already"
     if hasattr(given, "peft_config"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -63,7 +63,7 @@ def shadow(module: nn.Module, name: str, replacement: Callable[..., Any]) -> Cal
 
 
 @contextmanager
-def forwards(modules: Sequence[nn.Module], call: Callable[..., Any]) -> Generator[None]:
+def forwards(modules: Iterable[nn.Module], call: Callable[..., Any]) -> Generator[None]:
     """Inside, `modules[i].forward(...)` is `call(i, forward, ...)`. Hooks run as ever, since they are around it."""
     with ExitStack() as stack:
         for number, module in enumerate(modules):

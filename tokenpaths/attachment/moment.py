@@ -40,6 +40,7 @@ class Listener(Protocol):
 
 
 def context_of(real: Tensor, prompt: Tensor, ids: Tensor | None = None) -> Context:
+    """A context without spans."""
     return Context(real, prompt, ids, spans={})  # torch.compile cannot trace the default of `spans`
 
 

@@ -51,12 +51,15 @@ def rules_of(parts: list[Part]) -> tuple[int, ...]:
 
 
 def learns(parts: list[Part]) -> bool:
-    """Whether a backward is to reach the trails: where they moved nothing, it gives them zeros (DDP waits for them)."""
+    """Whether gradients are recorded and a trail here is trained.
+
+    Such trails run even where no token is chosen: they then get gradients of zero, for which DDP waits.
+    """
     return torch.is_grad_enabled() and any(p.requires_grad for part in parts for p in part.trail.parameters())
 
 
 def flat_masks(parts: list[Part], masks: list[Tensor], rows: Tensor | None) -> list[Tensor]:
-    """Which of the rows (of all tokens, if None) each trail moves; not asked of a trail that has its place alone."""
+    """For each trail at a place, which of the chosen tokens it moves; [] for a trail that is alone, and moves all."""
     if len(parts) == 1:
         return []
     flat = [masks[part.rule].flatten() for part in parts]
@@ -64,7 +67,7 @@ def flat_masks(parts: list[Part], masks: list[Tensor], rows: Tensor | None) -> l
 
 
 def move_densely(parts: list[Part], masks: list[Tensor], h: Tensor, strength: float) -> Tensor:
-    """Without numbers that depend on values, for torch.compile."""
+    """Move all tokens and keep the chosen ones. torch.compile cannot trace a gather whose size depends on values."""
     masks = [mask.to(h.device).reshape(h.shape[:-1]) for mask in masks]
     moved = move_states(parts, masks if len(parts) > 1 else [], h, strength)
     # where, not a product with the mask: unmoved tokens stay bit-equal, and cannot catch a NaN
@@ -72,9 +75,10 @@ def move_densely(parts: list[Part], masks: list[Tensor], h: Tensor, strength: fl
 
 
 def move_states(parts: list[Part], masks: list[Tensor], h: Tensor, strength: float) -> Tensor:
-    """States and strength times the sum of their displacements, in the wider of the dtypes of states and trails.
+    """The moved states, h + strength * (the sum of the trails' displacements of h).
 
-    A coarse trail so does not coarsen the state. `masks` tell the tokens of several trails apart.
+    The sum is computed in the wider of the dtypes of states and trails, so that a trail in a coarse dtype does not
+    coarsen the states. `masks` say which tokens each of several trails moves.
     """
     wide, total = h, None
     with torch.autocast(h.device.type, enabled=False):
@@ -98,7 +102,7 @@ def move_states(parts: list[Part], masks: list[Tensor], h: Tensor, strength: flo
 
 
 def hook_place(place: Place, move: Callable[[Tensor], Tensor]) -> tuple[RemovableHandle, Hook]:
-    """Hook a place, before all hooks that are not ours: whoever reads the module reads the moved state."""
+    """Hook a place. Our hooks run before all others there, so whoever reads the module reads the moved states."""
 
     def change(h: Tensor) -> Tensor:
         if place.columns is None:

@@ -95,7 +95,7 @@ class Watcher:
         self.undo: list[Callable[[], None]] = []
 
     def join(self, listener: Listener, *, compiled: bool) -> None:
-        """Let a listener hear of each forward. `compiled` says whether torch.compile has compiled a part of the model."""
+        """Let a listener hear of each forward. `compiled` tells whether a part of the model is compiled."""
         if not self.listeners:
             self._install()
         self.listeners.append(listener)
@@ -132,6 +132,10 @@ class Watcher:
         if self.compiled or compiled:
             torch.compiler.reset()
             self.compiled = False
+
+    def takes(self, argument: str) -> bool:
+        """Whether the model that reads tokens takes an argument of this name."""
+        return argument in self.arguments[self.reader]
 
     def checkpointing(self) -> bool:
         """Whether a backward computes blocks again."""
@@ -260,13 +264,13 @@ class Watcher:
     def _generate(
         self, original: Callable[..., Any], *args: Any, prompt_mask: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """Stands before `generate`. `prompt_mask` tells tokens of the prompt from those that count as written by now."""
+        """Stands before `generate`. Tokens that `prompt_mask` leaves out count as written already."""
         prompt = self._prompt_of(*args, **kwargs)
         if prompt_mask is not None:
             if prompt_mask.shape != prompt.real.shape:
                 raise ValueError(
-                    f"prompt_mask has shape {list(prompt_mask.shape)}, but generate was given {list(prompt.real.shape)} "
-                    "tokens: give one entry for each"
+                    f"prompt_mask has shape {list(prompt_mask.shape)}, but generate was given "
+                    f"{list(prompt.real.shape)} tokens: give one entry for each"
                 )
             prompt = context_of(prompt.real, prompt_mask.bool(), prompt.ids)
         before, self.generation = self.generation, _Generation(prompt)

@@ -1,12 +1,14 @@
-"""From text to batches: pairs -> `Example` -> `Batch`.
+"""From text to examples: a prompt and what the model is to write behind it, as token ids.
 
-    examples = encode(tokenizer, [("2 + 2 =", " 4")])                    # a prompt and its answer
-    examples = encode(tokenizer, [[{"role": "user", "content": "Hi"},    # or a chat
-                                   {"role": "assistant", "content": "Hello!"}]])
-    batch = collate(examples)
+    examples = encode([("2 + 2 =", " 4")], tokenizer)                    # a prompt and its answer
+    examples = encode([Question("2 + 2 =", " 4")], tokenizer)            # a question
+    examples = encode([[{"role": "user", "content": "Hi"},               # or a chat
+                        {"role": "assistant", "content": "Hello!"}]], tokenizer)
+    texts = encode_texts(["Cows eat grass."], tokenizer)                 # no answer: all of it is prompt
+    parts = encode_parts([("2 + 3 + 4 =", {"steps": " 5", "answer": " 9."})], tokenizer)
 
 Prompt and answer are tokenised apart, so that no token lies across the border between them: at generation the model is
-given a prompt that ends there. Nothing is cut unless it is asked for.
+given a prompt that ends there. Nothing is cut unless you ask for it.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, cast
 
 from tokenpaths.data.examples import Example
+from tokenpaths.data.items import Question
 
-Item: TypeAlias = "tuple[str, str] | Sequence[Mapping[str, Any]]"
+Item: TypeAlias = "tuple[str, str] | Question | Sequence[Mapping[str, Any]]"
 
 
 def encode(
@@ -30,40 +33,41 @@ def encode(
     truncation: Literal["refuse", "left"] = "refuse",
     template: Mapping[str, Any] | None = None,
 ) -> list[Example]:
-    """Turn (prompt, answer) pairs, or chats, into token ids.
+    """Turn pairs of prompt and answer, questions, or chats into token ids.
 
     Args:
+        pairs: each item is a pair of strings; or a `Question`, whose chain follows the prompt, or its answer if it has
+            no chain; or a chat, a list of {"role", "content"} messages for the chat template.
         tokenizer: a Hugging Face tokenizer. It puts its special tokens on a prompt as it does at generation.
-        pairs: each item is a pair of strings, or a chat: a list of {"role", "content"} messages for the chat template.
-        eos: end the answer of a pair with the end-of-text token. In a chat the template says how a turn ends.
+        eos: end an answer with the end-of-text token. In a chat the template says how a turn ends.
         turns: train on every assistant turn of a chat, or on the last one, which must then end the chat.
         max_length: the most tokens that an example may have.
-        truncation: a longer example is refused, or with "left" loses tokens at the start of its prompt (but not the
-            begin-of-text token of the tokenizer). An answer is never cut.
+        truncation: what happens to a longer example: "refuse" raises an error, "left" cuts tokens from the start of its
+            prompt, but not the tokenizer's begin-of-text token. An answer is never cut.
         template: further arguments of the chat template, such as {"enable_thinking": False}.
 
+    Returns:
+        An example an item, in order.
+
     Raises:
-        ValueError: an item is empty, too long, or of no known form, or the chat template rewrites earlier turns.
+        ValueError: there are no items, an item is empty, too long, or of no known form, the chat template rewrites
+            earlier turns, or the tokenizer has no end-of-text token to end an answer with.
+        TypeError: `pairs` is no list.
     """
-    if isinstance(pairs, str) or not isinstance(pairs, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"encode takes a list of (prompt, answer) pairs or of chats, not {type(pairs).__name__}")
-    if not pairs:
-        raise ValueError("there is nothing to encode: the list of pairs is empty")
+    _check_list(pairs, "(prompt, answer) pairs or of chats", "pairs")
     if turns not in ("all", "last"):
         raise ValueError(f"turns must be 'all' or 'last', not {turns!r}")
     if truncation not in ("refuse", "left"):
         raise ValueError(f"truncation must be 'refuse' or 'left', not {truncation!r}")
     if truncation == "left" and max_length is None:
         raise ValueError("truncation='left' needs max_length=, the number of tokens to cut to")
-    end = tokenizer.eos_token_id if eos else None
-    if eos and end is None and any(_is_pair(item) for item in pairs):
-        raise ValueError("this tokenizer has no end-of-text token: pass eos=False, or set tokenizer.eos_token")
-    start = list(tokenizer("")["input_ids"]) if truncation == "left" else []
+    end = _end(tokenizer, eos and any(_pair(item) for item in pairs))
+    start = tuple(tokenizer("")["input_ids"]) if truncation == "left" else ()
     examples: list[Example] = []
     for number, item in enumerate(pairs):
         try:
-            if _is_pair(item):
-                example = _encode_pair(tokenizer, *cast("tuple[str, str]", item), end)
+            if pair := _pair(item):
+                example = _encode_pair(tokenizer, *pair, end)
             elif _is_chat(item):
                 example = _encode_chat(tokenizer, cast("Sequence[Mapping[str, Any]]", item), turns, template or {})
             else:
@@ -75,42 +79,94 @@ def encode(
 
 
 def encode_texts(texts: Sequence[str], tokenizer: Any, *, max_length: int | None = None) -> list[Example]:
-    """Turn texts into examples that have no answer: all of each is prompt. Cut to `max_length` tokens at the end.
+    """Turn texts into examples that have no answer: all of each is prompt.
+
+    Args:
+        texts: strings.
+        tokenizer: a Hugging Face tokenizer.
+        max_length: the most tokens of an example; a longer text is cut at its end.
 
     Raises:
         ValueError: there are no texts, or one of them has no token.
+        TypeError: `texts` is no list.
     """
-    if isinstance(texts, str) or not isinstance(texts, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"plain takes a list of texts, not {type(texts).__name__}")
-    if not texts:
-        raise ValueError("there is nothing to encode: the list of texts is empty")
+    _check_list(texts, "texts", "texts")
     examples: list[Example] = []
     for number, text in enumerate(texts):
         ids = tuple(tokenizer(text, verbose=False)["input_ids"])[:max_length]
         if not ids:
             raise ValueError(f"text {number} has no token: {text!r:.40}")
-        examples.append(Example(ids, (False,) * len(ids)))
+        examples.append(Example.of(ids))
     return examples
 
 
-def _is_pair(item: Any) -> bool:
-    return isinstance(item, (tuple, list)) and len(item) == 2 and all(isinstance(text, str) for text in item)
+def encode_parts(pairs: Sequence[tuple[str, Mapping[str, str]]], tokenizer: Any, *, eos: bool = True) -> list[Example]:
+    """Turn prompts and answers in named parts into examples with a span for each part.
+
+    Args:
+        pairs: each item is a prompt and its parts, by name, in the order in which they are written. Parts are tokenised
+            apart, so that no token lies across the border of two.
+        tokenizer: a Hugging Face tokenizer.
+        eos: end the last part with the end-of-text token.
+
+    Raises:
+        ValueError: there are no pairs, a prompt has no token, an answer has no part or an empty one, or the tokenizer
+            has no end-of-text token to end an answer with.
+        TypeError: `pairs` is no list.
+    """
+    _check_list(pairs, "pairs of a prompt and its parts", "pairs")
+    end = _end(tokenizer, eos)
+    examples: list[Example] = []
+    for number, (prompt, parts) in enumerate(pairs):
+        given = _ids(tokenizer, prompt, prompt=True)
+        if not given or not parts:
+            raise ValueError(f"item {number} has {len(given)} prompt tokens and {len(parts)} parts, but needs both")
+        pieces = {name: _ids(tokenizer, text) for name, text in parts.items()}
+        if empty := [name for name, piece in pieces.items() if not piece]:
+            raise ValueError(f"item {number}: its part {empty[0]!r} is empty, leave it out")
+        pieces[list(parts)[-1]] += end
+        bounds = list(itertools.accumulate(map(len, pieces.values()), initial=len(given)))
+        spans = dict(zip(pieces, itertools.pairwise(bounds), strict=True))
+        examples.append(Example.of(given, list(itertools.chain(*pieces.values())), spans))
+    return examples
+
+
+def _check_list(items: Any, what: str, kind: str) -> None:
+    if isinstance(items, str) or not isinstance(items, Sequence):
+        raise TypeError(f"a list of {what} is encoded, not {type(items).__name__}")
+    if not items:
+        raise ValueError(f"there is nothing to encode: the list of {kind} is empty")
+
+
+def _end(tokenizer: Any, wanted: bool) -> list[int]:
+    """The end-of-text token behind an answer; nothing where none is wanted."""
+    if not wanted:
+        return []
+    if tokenizer.eos_token_id is None:
+        raise ValueError("this tokenizer has no end-of-text token: pass eos=False, or set tokenizer.eos_token")
+    return [tokenizer.eos_token_id]
+
+
+def _pair(item: Any) -> tuple[str, str] | None:
+    """The prompt of an item and what follows it; None for a chat and for what is no item."""
+    if isinstance(item, Question):
+        return item.prompt, item.chain or item.answer
+    if isinstance(item, (tuple, list)) and len(item) == 2 and all(isinstance(text, str) for text in item):
+        return item[0], item[1]
+    return None
 
 
 def _is_chat(item: Any) -> bool:
     return isinstance(item, Sequence) and all(isinstance(m, Mapping) and "role" in m for m in item)
 
 
-def _encode_pair(tokenizer: Any, prompt: str, answer: str, end: int | None) -> Example:
-    prompt_ids = list(tokenizer(prompt)["input_ids"]) if prompt else []
-    answer_ids = _ids(tokenizer, answer)
-    if not prompt_ids:
+def _encode_pair(tokenizer: Any, prompt: str, answer: str, end: list[int]) -> Example:
+    given, written = _ids(tokenizer, prompt, prompt=True), _ids(tokenizer, answer)
+    if not given:
         raise ValueError(f"its prompt {prompt!r} is empty: the answer has nothing to follow from")
-    if not answer_ids:
+    if not written:
         raise ValueError(f"its answer {answer!r} is empty: there is nothing to train on")
-    if end is not None:
-        answer_ids.append(end)
-    return Example((*prompt_ids, *answer_ids), (False,) * len(prompt_ids) + (True,) * len(answer_ids))
+    return Example.of(given, written + end)
 
 
 def _encode_chat(tokenizer: Any, chat: Sequence[Mapping[str, Any]], turns: str, template: Mapping[str, Any]) -> Example:
@@ -182,17 +238,19 @@ def _check_extends(before: str, after: str, turn: int, turns: str) -> None:
         )
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+def _ids(tokenizer: Any, text: str, *, prompt: bool = False) -> list[int]:
+    """The tokens of a text; those of a prompt with the special tokens that the tokenizer puts on it."""
+    return list(tokenizer(text, add_special_tokens=prompt)["input_ids"]) if text else []
 
 
-def _fit(example: Example, max_length: int | None, truncation: str, start: list[int]) -> Example:
+def _fit(example: Example, max_length: int | None, truncation: str, start: tuple[int, ...]) -> Example:
+    """The example, if it has at most `max_length` tokens; else the same with a shorter prompt that begins alike."""
     if max_length is None or len(example) <= max_length:
         return example
     sizes = f"{len(example)} tokens ({example.prompt_length} of the prompt) for a window of {max_length}"
     if truncation == "refuse":
         raise ValueError(f"{sizes}: pass truncation='left' to cut prompts at their start, or leave the item out")
-    keep = len(start) if list(example.ids[: len(start)]) == start else 0
+    keep = len(start) if example.ids[: len(start)] == start else 0
     cut = len(example) - max_length
     if keep + cut >= example.prompt_length:
         raise ValueError(f"{sizes}: the answer alone fills it, and an answer is never cut")

@@ -17,7 +17,14 @@ IGNORED = -100  # the label of a token that is not trained to be written, as eve
 class Example:
     """One sequence of token ids, and which of them the model is trained to write.
 
-    `spans` names stretches of the sequence, (start, stop) counted in its tokens, for the rule `Span(name)`.
+    Args:
+        ids: the token ids, at least one.
+        answer: of each token, whether the model is trained to write it. The first token cannot be.
+        spans: stretches of the sequence by name, each (start, stop) counted in tokens, for the rule `Span(name)`.
+
+    Raises:
+        ValueError: there is no token, `answer` has another length, the first token is of the answer, or a span lies
+            outside.
     """
 
     ids: tuple[int, ...]
@@ -39,6 +46,13 @@ class Example:
             if not 0 <= start <= stop <= len(self):
                 raise ValueError(f"span {name!r} is ({start}, {stop}), outside the {len(self)} tokens of the example")
 
+    @classmethod
+    def of(
+        cls, prompt: Sequence[int], answer: Sequence[int] = (), spans: Mapping[str, tuple[int, int]] | None = None
+    ) -> Example:
+        """A prompt, and behind it an answer that is trained to be written."""
+        return Example((*prompt, *answer), (False,) * len(prompt) + (True,) * len(answer), spans or {})
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -50,7 +64,15 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Examples as tensors, padded to one length. `labels` are -100 off the answer, `prompt_mask` True on the prompt."""
+    """Examples as tensors, padded to one length.
+
+    Args:
+        input_ids: the token ids.
+        attention_mask: 1 on tokens, 0 on padding.
+        labels: the token ids of the answer, -100 elsewhere.
+        prompt_mask: True before the first answer token.
+        spans: for each name, True on the stretches of that name.
+    """
 
     input_ids: Int[Tensor, "batch seq"]
     attention_mask: Int[Tensor, "batch seq"]
@@ -62,6 +84,7 @@ class Batch:
         return len(self.input_ids)
 
     def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved, spans={name: mask.to(device) for name, mask in self.spans.items()})
 
@@ -73,9 +96,16 @@ def collate(
     *,
     spans: Iterable[str] = (),
 ) -> Batch:
-    """Pad examples to the longest. `pad_id` is masked away, so any id that the model has will do.
+    """Pad examples to the longest.
 
-    The batch has a mask for each span that an example names, and for those in `spans` even if none does.
+    Args:
+        examples: at least one.
+        pad_id: the id of padding. It is masked away, so any id that the model has will do.
+        side: where the padding stands.
+        spans: names that the batch has a mask for, besides those that an example names.
+
+    Raises:
+        ValueError: there are no examples, or the side is neither of the two.
     """
     if not examples:
         raise ValueError("a batch needs at least one example")

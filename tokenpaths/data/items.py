@@ -1,6 +1,10 @@
-"""What a model is asked before and after: tasks, which are data and not code.
+"""What a model is asked: questions with answers, choices and texts; and tasks, which are data and not code.
 
-A task is one JSONL file. Its first line says what it is; each further line is an item::
+    Question("3 + 4 =", answer=" 7")                            the model writes, and its answer is read and compared
+    Choice((" Paris", " Rome"), 0, "The capital of France is")  the likeliest option is compared with the right one
+    Text("A whole text.")                                       its likelihood is measured
+
+A task is one JSONL file. Its first line is a header, and each further line an item::
 
     {"kind": "text", "name": "letters", "note": "where it is from, its licence"}
     {"text": "A whole text, scored from its second token on."}
@@ -11,7 +15,7 @@ A task is one JSONL file. Its first line says what it is; each further line is a
     {"options": ["The cats sleep.", "The cats sleeps."], "right": 0}
 
 Without a prompt the options are whole sentences, one of which is right (a minimal pair, as in BLiMP). A prompt and what
-follows it are tokenised apart, so what follows brings its own space.
+follows it are tokenised apart, so what follows must begin with its own space.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Text:
-    """A text whose likelihood is measured: behind its prompt, or from its own second token on if it has none."""
+    """A text whose likelihood is measured: behind its prompt, or from its second token on if it has no prompt."""
 
     text: str
     prompt: str = ""
@@ -42,7 +46,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Choice:
-    """Options, of which number `right` is right: answers to one prompt, or whole sentences if there is no prompt."""
+    """Options, of which number `right` is right: continuations of a prompt, or whole sentences without one."""
 
     options: tuple[str, ...]
     right: int
@@ -55,6 +59,25 @@ class Choice:
             )
         if not 0 <= self.right < len(self.options):
             raise ValueError(f"right is {self.right}, but must be the number of one of {len(self.options)} options")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked, and the right answer to what it writes.
+
+    Args:
+        prompt: the text before what the model writes.
+        answer: the right answer, as it is read from a text. Empty if it is not known.
+        chain: a worked solution, up to the answer and with it.
+        options: the answers to choose from, the right one among them.
+        domain: the field that the question belongs to.
+    """
+
+    prompt: str
+    answer: str
+    chain: str = ""
+    options: tuple[str, ...] = ()
+    domain: str = ""
 
 
 Item: TypeAlias = "Text | Choice"
@@ -76,22 +99,23 @@ class Task:
 
     @property
     def kind(self) -> str:
+        """The kind of the items: "text" or "choice"."""
         return "text" if isinstance(self.items[0], Text) else "choice"
 
-    def write(self, path: str | os.PathLike[str]) -> None:
-        """Write the file whole or not at all."""
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the task to one JSONL file, whole or not at all."""
         header = {"kind": self.kind, "name": self.name, "note": self.note}
         items = ({key: value for key, value in asdict(item).items() if value != ""} for item in self.items)
         lines = (json.dumps(line, ensure_ascii=False) for line in (header, *items))
         write_text(path, "".join(f"{line}\n" for line in lines))
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> Task:
-        """Read a file of the form above.
+    def load(cls, path: str | os.PathLike[str]) -> Task:
+        """Read what `save` wrote, or any file of the form above.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is not of that form; names the line.
+            ValueError: the file is not of that form; names the line.
         """
         lines = Path(path).read_text(encoding="utf-8").split("\n")
         if lines[-1] == "":

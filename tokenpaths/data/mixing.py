@@ -1,21 +1,22 @@
 """Original data among the task's: an exact share of items, spread evenly, in an order known from a number alone.
 
     mixed = mix(task, original, share=0.01)     # every hundredth item is an original one
-    mixed[32 * 7 : 32 * 8]                      # the eighth batch of 32: no state, so a run goes on from any step
+    mixed[32 * 7 : 32 * 8]                      # the eighth batch of 32: no state is kept, so a run resumes anywhere
 
-With p = `share`, the originals among the first n items are O(n) = floor(p n + 1/2), in exact arithmetic. So item i is
-an original one where O(i + 1) > O(i), any n items in a row hold floor(p n) or ceil(p n) of them, and a prefix of n is
-within half an item of p n. (Drawn at random, 1 % of a batch of 32 is mostly none, and at times three.) Every task item
-comes once an epoch, in a new permutation each epoch, and so do the originals, in epochs of their own.
+With p = `share`, the number of originals among the first n items is O(n) = floor(p n + 1/2), in exact arithmetic. Item
+i is an original where O(i + 1) > O(i). So any n items in a row hold floor(p n) or ceil(p n) originals, and the first n
+are within half an item of p n. (With random draws at 1 %, most batches of 32 have none and some have three.) Every task
+item comes once an epoch, in a new permutation each epoch, and so do the originals, in epochs of their own.
 
 The share is of items, as in Bethune et al. 2025 (arXiv 2502.06042), whose items are all of one length. Where originals
-are longer, their share of the tokens is larger: cut them, or give them an objective of their own (`Rehearse`).
+are longer, their share of the tokens is larger: cut them, or give them an objective of their own (`Replay`).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeGuard, TypeVar, cast, overload, runtime_checkable
@@ -38,40 +39,28 @@ class Numbered(Protocol[Item_co]):
     def __getitem__(self, index: int, /) -> Item_co: ...
 
 
+Source: TypeAlias = Iterable[Item] | Numbered[Item]
+
+
 @overload
 def mix(
-    task: Numbered[Item],
-    original: Numbered[Item],
-    share: Share = 0.01,
-    *,
-    seed: int = 0,
-    epochs: int = 1,
+    task: Numbered[Item], original: Numbered[Item], share: Share = 0.01, *, seed: int = 0, epochs: int = 1
 ) -> Mix[Item]: ...
 @overload
 def mix(
-    task: Iterable[Item] | Numbered[Item],
-    original: Iterable[Item] | Numbered[Item],
-    share: Share = 0.01,
-    *,
-    seed: int = 0,
-    epochs: int = 1,
+    task: Source[Item], original: Source[Item], share: Share = 0.01, *, seed: int = 0, epochs: int = 1
 ) -> Mix[Item] | MixedStream[Item]: ...
 def mix(
-    task: Iterable[Item] | Numbered[Item],
-    original: Iterable[Item] | Numbered[Item],
-    share: Share = 0.01,
-    *,
-    seed: int = 0,
-    epochs: int = 1,
+    task: Source[Item], original: Source[Item], share: Share = 0.01, *, seed: int = 0, epochs: int = 1
 ) -> Mix[Item] | MixedStream[Item]:
     """Put original items among the task's, so that they are `share` of all items.
 
     Args:
-        task: lists, `datasets.Dataset`s: whatever has a length and numbered items. Or an iterable of items.
+        task: a list, a `datasets.Dataset`, or another thing with a length and numbered items; or an iterable of items.
         original: the same, or an iterable beside a list.
         share: of the original items among all items, in [0, 1). A float is read as written: 0.01 is 1/100.
         seed: of the permutations.
-        epochs: how often each task item comes, before the mixture ends. The originals begin again whenever they end.
+        epochs: how often each task item comes before the mixture ends. The originals begin again whenever they end.
 
     Returns:
         A sequence, if both have a length; else a stream, in which an iterable keeps the order that it has.
@@ -80,28 +69,24 @@ def mix(
         ValueError: the share is outside [0, 1), or there is nothing to take from.
         TypeError: a dict of splits, or an iterator, which could not begin again.
     """
+    exact = _checked(task, original, share, epochs)
     if _numbered(task) and _numbered(original):
-        return Mix(task, original, share, seed=seed, epochs=epochs)
-    return MixedStream(task, original, share, seed=seed, epochs=epochs)
+        return Mix(task, original, exact, seed, epochs)
+    return MixedStream(task, original, exact, seed, epochs)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class Mix(Sequence[Item]):
     """A mixture with random access, from `mix`: its length is that of `epochs` epochs of the task.
 
     For a `DataLoader` or a `Trainer` that must not shuffle it: `train_sampling_strategy="sequential"`, or `stream()`.
     """
 
-    def __init__(
-        self,
-        task: Numbered[Item],
-        original: Numbered[Item],
-        share: Share = 0.01,
-        *,
-        seed: int = 0,
-        epochs: int = 1,
-    ) -> None:
-        self.share = _checked(task, original, share, epochs)
-        self.task, self.original, self.seed, self.epochs = task, original, seed, epochs
+    task: Numbered[Item]
+    original: Numbered[Item]
+    share: Fraction
+    seed: int
+    epochs: int
 
     def __len__(self) -> int:
         # the smallest n with n - floor(p n + 1/2) >= the number of task items
@@ -132,12 +117,13 @@ class Mix(Sequence[Item]):
 
     def stream(self, start: int = 0) -> MixedStream[Item]:
         """The same items in the same order, from `start` on, as an iterable that no sampler can shuffle."""
-        return MixedStream(self.task, self.original, self.share, seed=self.seed, epochs=self.epochs, start=start)
+        return MixedStream(self.task, self.original, self.share, self.seed, self.epochs, start)
 
     def __repr__(self) -> str:
         return f"<{len(self)} items, {count(len(self), self.share)} of them original: share {float(self.share):g}>"
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class MixedStream(IterableDataset[Item], Generic[Item]):
     """A mixture to iterate over, from `mix`, of iterables that can be begun again; a torch `IterableDataset`.
 
@@ -145,26 +131,20 @@ class MixedStream(IterableDataset[Item], Generic[Item]):
     `DataLoader` at most, or its order would be lost.
     """
 
-    def __init__(
-        self,
-        task: Iterable[Item] | Numbered[Item],
-        original: Iterable[Item] | Numbered[Item],
-        share: Share = 0.01,
-        *,
-        seed: int = 0,
-        epochs: int = 1,
-        start: int = 0,
-    ) -> None:
-        self.share = _checked(task, original, share, epochs)
-        if start < 0:
-            raise ValueError(f"start is {start}, but a stream has items from 0 on")
-        self.task, self.original, self.seed, self.epochs, self.start = task, original, seed, epochs, start
+    task: Source[Item]
+    original: Source[Item]
+    share: Fraction
+    seed: int
+    epochs: int
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        if self.start < 0:
+            raise ValueError(f"start is {self.start}, but a stream has items from 0 on")
 
     def after(self, items: int) -> MixedStream[Item]:
-        """The rest of this stream after so many items: where a run that has seen them goes on."""
-        return MixedStream(
-            self.task, self.original, self.share, seed=self.seed, epochs=self.epochs, start=self.start + items
-        )
+        """The rest of this stream after `items` items: where a run that has seen them goes on."""
+        return replace(self, start=self.start + items)
 
     def __iter__(self) -> Iterator[Item]:
         worker = get_worker_info()
@@ -193,9 +173,7 @@ def count(items: int, share: Fraction) -> int:
     return (2 * items * share.numerator + share.denominator) // (2 * share.denominator)
 
 
-def _read(
-    source: Iterable[Item] | Numbered[Item], rank: int, seed: int, part: int, epochs: int | None
-) -> Iterator[Item]:
+def _read(source: Source[Item], rank: int, seed: int, part: int, epochs: int | None) -> Iterator[Item]:
     """The items of a source from number `rank` on, through its epochs; without end where `epochs` is None."""
     if _numbered(source):
         for drawn in itertools.count(rank):
@@ -225,13 +203,13 @@ def _order(seed: int, part: int, epoch: int, length: int) -> Order:
     return np.random.default_rng([seed, part, epoch]).permutation(length)
 
 
-def _numbered(source: Iterable[Item] | Numbered[Item]) -> TypeGuard[Numbered[Item]]:
+def _numbered(source: Source[Item]) -> TypeGuard[Numbered[Item]]:
     """Whether items can be taken by number. A torch `IterableDataset` has the methods, but raises in one of them."""
     return isinstance(source, Numbered) and not isinstance(source, IterableDataset)
 
 
 def _checked(task: Any, original: Any, share: Share, epochs: int) -> Fraction:
-    """The share in exact arithmetic, once all is found fit."""
+    """The share in exact arithmetic, after everything has been checked."""
     if not 0 <= share < 1:
         raise ValueError(f"share is {share}, but must be at least 0 and below 1: the original items among all items")
     if epochs < 1:

@@ -19,11 +19,13 @@ import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokenpaths.engine.divergence import at_least_float32, jensen_shannon
 from tokenpaths.engine.readings import Reading
+
+MASSIVE = 10
 
 
 def kl(before: Reading, after: Reading) -> Float[Tensor, " n"]:
@@ -114,6 +116,14 @@ def path_length(reading: Reading) -> Float[Tensor, " n"]:
     return step_length(reading).sum(0)
 
 
+def massive(norms: Float[Tensor, "*layers n"]) -> Bool[Tensor, "*layers n"]:
+    """Which of the n states of a layer, given by their lengths, are massive activations (Sun et al. 2024).
+
+    Those are more than `MASSIVE` = 10 times as long as the median of the layer.
+    """
+    return norms > MASSIVE * norms.median(dim=-1, keepdim=True).values
+
+
 def layer_names(reading: Reading, rows: int) -> list[str]:
     """What the rows of a layered measure are called: every state, every block, or every block but the last.
 
@@ -141,7 +151,11 @@ def _by_token(divergence: Callable[[Tensor, Tensor], Tensor], before: Reading, a
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """The sum of p (log p - log q) - p + q, which takes back what the two normalisers have lost to rounding."""
+    """The sum of p (log p - log q) - p + q, which takes back what the two normalisers have lost to rounding.
+
+    `engine.divergence.kl_of_logs` is the plain sum, for training: there its gradient matters, and logs are finite. Its
+    rounding, of either sign, would hide a small drift, and it does not take words of probability 0.
+    """
     p, q = log_p.exp(), log_q.exp()
     # the differences of words that one run never says, or neither
     ratio = (log_p - log_q).nan_to_num_(nan=0, posinf=math.inf, neginf=torch.finfo(p.dtype).min)

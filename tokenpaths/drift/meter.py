@@ -23,21 +23,31 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tokenpaths.attachment.handle import working
 from tokenpaths.data.examples import Batch, Example, collate
 from tokenpaths.drift.attention import read_attention
-from tokenpaths.drift.measures import confidence, correct, cosine_shift, displacement, flips, kl, layer_names, nll
-from tokenpaths.drift.report import Drift, Figure, RunName, SetFigure
+from tokenpaths.drift.measures import (
+    confidence,
+    correct,
+    cosine_shift,
+    displacement,
+    flips,
+    kl,
+    layer_names,
+    massive,
+    nll,
+)
+from tokenpaths.drift.report import Drift, Measured, MeasuredSet, RunName
 from tokenpaths.drift.sample import Sample
 from tokenpaths.drift.tally import Numbers, Tally, text_key, text_weights
 from tokenpaths.drift.totals import Totals
+from tokenpaths.engine.batches import by_length, shown
 from tokenpaths.engine.cone.cone import Cone
 from tokenpaths.engine.readings import Reading, Run, read, runs
 from tokenpaths.trailmap.adapter import Adapter
@@ -52,18 +62,27 @@ _Named: TypeAlias = dict[tuple[str, RunName], Tensor]  # what was measured, by n
 
 MEASURES: tuple[Measure, ...] = (kl, flips, displacement, cosine_shift)
 QUANTITIES: tuple[Quantity, ...] = (nll,)
-MASSIVE = 10
-"""A token is massive whose frozen state after any block is so many times as long as the median of its text."""
 
 
 class Meter:
     """Reads two runs over batches, and keeps running summaries of what its functions measure.
 
-    `sample` is the number of tokens that set measures are computed on. Massive activations (Sun et al. 2024), which
-    most models have at the first token, would be nearly all that a set measure sees: they are left out of the sample
-    unless `keep_massive`, and counted in the report. `seed` draws the sample and the bootstrap.
+    Args:
+        before: the frozen run.
+        after: the run to be compared with it.
+        measures: functions of two readings.
+        quantities: functions of one reading.
+        sets: functions of two sets of states.
+        set_quantities: functions of one set of states.
+        attention: functions of two attention maps.
+        attention_quantities: functions of one attention map.
+        sample: the number of tokens that set measures are computed on.
+        keep_massive: sample also tokens with massive activations after a block (Sun et al. 2024). Most models have them
+            at the first token, and a set measure would see little else. The report counts them in any case.
+        seed: draws the sample and the bootstrap.
 
-    Raises `ValueError` for two functions of one name.
+    Raises:
+        ValueError: two functions have one name, a function has no name, or `sample` is below 1.
     """
 
     def __init__(
@@ -94,7 +113,11 @@ class Meter:
         self.totals = Totals(names, seed, keep_massive, Sample(sample if sets or set_quantities else 0))
 
     def read(self, batch: Batch) -> None:
-        """Run both models over a batch, and measure. Raises `ValueError` as `readings.read` does."""
+        """Run both models over a batch, and measure.
+
+        Raises `ValueError` as `engine.read` does, for a function that gives another shape or infinity, and for
+        a model whose layers are not those of earlier batches.
+        """
         seen: dict[int, dict[str, _Named]] = {}
 
         def see(layer: str, row: int, p: Tensor, q: Tensor) -> None:
@@ -112,13 +135,14 @@ class Meter:
             self._add(before, after, {**self._measure(before, after), **self._by_head(seen.get(row, {}))})
 
     def over(self, batches: Iterable[Batch], *, progress: bool = False) -> Meter:
-        """Read batch after batch, with a progress bar if asked."""
-        for batch in tqdm(batches, desc="drift", disable=not progress):
-            self.read(batch)
+        """Read batch after batch, with trails laid in once, and with a progress bar if asked."""
+        with self.before.ready(), self.after.ready():
+            for batch in shown(batches, "drift", progress):
+                self.read(batch)
         return self
 
     def merge(self, other: Meter | Totals) -> None:
-        """Add what another meter has read, of other texts; one in another process sends its `totals`.
+        """Add what another meter has read of other texts. A meter in another process sends its `totals`.
 
         Raises `ValueError` if it has other functions, settings or layers.
         """
@@ -131,7 +155,7 @@ class Meter:
             raise ValueError("the meter has read no texts: call read(batch) or over(batches) first")
         return Drift(
             figures=tuple(
-                Figure(name, run, totals.layers[name], tally.summaries(), tally.by_position())
+                Measured(name, run, totals.layers[name], tally.summaries(), tally.by_position())
                 for (name, run), tally in totals.tallies.items()
             ),
             sets=tuple(self._set_figures()),
@@ -184,19 +208,19 @@ class Meter:
             if figure not in totals.tallies:
                 totals.tallies[figure] = Tally.empty(len(rows))
             totals.tallies[figure].add(rows, offsets, weights)
-        massive = _massive(before)
+        large = _massive(before)
         if self.sets or self.set_quantities:
-            totals.sample.add(key, before, after, torch.ones_like(massive) if totals.keep_massive else ~massive)
+            totals.sample.add(key, before, after, torch.ones_like(large) if totals.keep_massive else ~large)
         answered = before.answer.roll(-1)  # the tokens that predict an answer token; the first one never is such
         if bool(answered.any()):
             for calibration, reading in ((totals.before, before), (totals.after, after)):
                 calibration.add(*(_numbers(f(reading)[answered]) for f in (confidence, correct)))
         last = [name for name in before.states if name.startswith("block")][-1]
         moved = (before.states[last] != after.states[last]).any(-1)
-        totals.counts.update(texts=1, tokens=len(before.ids), moved=int(moved.sum()), massive=int(massive.sum()))
+        totals.counts.update(texts=1, tokens=len(before.ids), moved=int(moved.sum()), massive=int(large.sum()))
 
-    def _set_figures(self) -> list[SetFigure]:
-        found: list[SetFigure] = []
+    def _set_figures(self) -> list[MeasuredSet]:
+        found: list[MeasuredSet] = []
         for layer, (x, y) in self.totals.sample.sets().items():
             for f in self.sets:
                 found.append(_set_figure(_name(f), "", layer, f, x, y))
@@ -219,27 +243,32 @@ def measure_drift(
     sets: Sequence[SetMeasure] = (),
     cone: Cone | None = None,
 ) -> Drift:
-    """Measure how far `trails` move `model` on `texts`; a `Meter` does more.
+    """Measure how far `trails` move `model` on `texts`. A `Meter` has more kinds of measures.
 
-    A text given as a string is prompt throughout, cut to `max_length` tokens; an `Example` (from `encode`) keeps its
-    border between prompt and answer, so rules such as `Answer()` find their tokens. The model is left as it was,
-    trails attached or not. A shared `cone` keeps what the frozen model makes of the texts, for when they are read again
-    (after more steps, or with other trails); an adapter without sites is measured without it. Raises `ValueError` for
-    no texts, for strings without a tokenizer and for a text of under two tokens.
+    The model is left as it was, with the trails attached or not.
+
+    Args:
+        model: the model.
+        trails: a `TrailMap`, attached or not, or an adapter of another kind that lies in the model.
+        texts: a string is prompt throughout. An `Example` (from `encode`) keeps its border between prompt and answer,
+            so that rules such as `Answer()` find their tokens.
+        tokenizer: for strings, and for `Match` rules.
+        max_length: strings are cut to this many tokens.
+        batch_size: texts in one forward.
+        progress: show a progress bar.
+        measures: functions of two readings, such as those of `tokenpaths.drift`, or your own.
+        quantities: functions of one reading.
+        sets: functions of two sets of states, which are sampled (see `Meter`).
+        cone: keeps what the frozen model makes of the texts, for when they are read again: after more steps, or with
+            other trails. An adapter without sites is measured without it.
+
+    Raises:
+        ValueError: no texts, strings without a tokenizer, or a text of fewer than two tokens.
     """
     sparing = nullcontext() if cone is None or not trails.sites else cone.over(model, trails.blocks)
     with working(model, trails, tokenizer), sparing:
-        return compare(
-            *runs(model, trails),
-            texts,
-            tokenizer,
-            max_length=max_length,
-            batch_size=batch_size,
-            progress=progress,
-            measures=measures,
-            quantities=quantities,
-            sets=sets,
-        )
+        meter = Meter(*runs(model, trails), measures=measures, quantities=quantities, sets=sets)
+        return _measured(meter, texts, tokenizer, max_length, batch_size, progress)
 
 
 def compare(
@@ -259,12 +288,37 @@ def compare(
 
         compare(Run(lora, lora.disable_adapter), lora, texts, tokenizer)
 
-    Texts are as in `drift`. Raises `ValueError` also for models whose layers, widths or vocabularies differ.
+    Args:
+        before: the model or run that is compared with.
+        after: the model or run whose drift is measured.
+        texts: as in `measure_drift`, and so are the arguments that follow.
+        tokenizer: for strings.
+        max_length: strings are cut to this many tokens.
+        batch_size: texts in one forward.
+        progress: show a progress bar.
+        measures: functions of two readings.
+        quantities: functions of one reading.
+        sets: functions of two sets of states.
+
+    Raises:
+        ValueError: as `measure_drift`, and for models whose layers, widths or vocabularies differ.
     """
     first, second = (run if isinstance(run, Run) else Run(run) for run in (before, after))
     meter = Meter(first, second, measures=measures, quantities=quantities, sets=sets)
-    examples = sorted(_examples(texts, tokenizer, max_length), key=len, reverse=True)  # little padding
-    batches = [collate(examples[start : start + batch_size]) for start in range(0, len(examples), batch_size)]
+    return _measured(meter, texts, tokenizer, max_length, batch_size, progress)
+
+
+def _measured(
+    meter: Meter,
+    texts: Sequence[str] | Sequence[Example],
+    tokenizer: Any,
+    max_length: int,
+    batch_size: int,
+    progress: bool,
+) -> Drift:
+    examples = _examples(texts, tokenizer, max_length)
+    rows = by_length([len(example) for example in examples], batch_size)
+    batches = [collate([examples[i] for i in batch]) for batch in rows]
     return meter.over(batches, progress=progress).report()
 
 
@@ -273,16 +327,12 @@ def _examples(texts: Sequence[str] | Sequence[Example], tokenizer: Any, max_leng
         raise ValueError("drift was given no texts")
     examples: list[Example] = []
     for index, text in enumerate(texts):
-        if isinstance(text, Example):
-            ids, answer, spans = text.ids, text.answer, text.spans
-        elif tokenizer is None:
-            raise ValueError("drift on strings needs the tokenizer: drift(model, trails, texts, tokenizer)")
-        else:
-            ids = tuple(cast("list[int]", tokenizer(text)["input_ids"])[:max_length])
-            answer, spans = (False,) * len(ids), {}
+        if isinstance(text, str) and tokenizer is None:
+            raise ValueError("drift on strings needs the tokenizer: measure_drift(model, trails, texts, tokenizer)")
+        ids = tokenizer(text)["input_ids"][:max_length] if isinstance(text, str) else text.ids
         if len(ids) < 2:
             raise ValueError(f"text {index} has {len(ids)} tokens; drift needs at least two")
-        examples.append(Example(ids, answer, spans))
+        examples.append(Example.of(ids) if isinstance(text, str) else text)
     return examples
 
 
@@ -310,12 +360,11 @@ def _content(reading: Reading) -> bytes:
 def _massive(reading: Reading) -> Tensor:
     """Tokens [n] with massive activations after some block."""
     blocks = [name.startswith("block") for name in reading.states]
-    norms = reading.norms[torch.tensor(blocks, device=reading.norms.device)]
-    return (norms > MASSIVE * norms.median(dim=-1, keepdim=True).values).any(0)
+    return massive(reading.norms[torch.tensor(blocks, device=reading.norms.device)]).any(0)
 
 
-def _set_figure(name: str, run: RunName, layer: str, f: Callable[..., float], *states: Tensor) -> SetFigure:
+def _set_figure(name: str, run: RunName, layer: str, f: Callable[..., float], *states: Tensor) -> MeasuredSet:
     try:
-        return SetFigure(name, run, layer, float(f(*states)), len(states[0]))
+        return MeasuredSet(name, run, layer, float(f(*states)), len(states[0]))
     except ValueError as error:  # too few tokens for this measure, say: the others stand
-        return SetFigure(name, run, layer, float("nan"), len(states[0]), str(error))
+        return MeasuredSet(name, run, layer, float("nan"), len(states[0]), str(error))

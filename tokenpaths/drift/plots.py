@@ -1,33 +1,34 @@
-"""Pictures of drift, 800 pixels wide: by layer, by position, by head, along a token's path, and against the task.
+"""Pictures of drift, 800 pixels wide: by layer, by position, by head, and along a token's path.
 
-    drift_by_layer(found, ["displacement", "cosine_shift"]).savefig("drift.png")
+    found.plot(["displacement", "cosine_shift"]).savefig("drift.png")     # `Drift` chooses the numbers
+    plot_path(before, after, token=-1)                                    # of two readings of a text
 
 Each function returns a matplotlib `Figure` of its own and touches no global state of matplotlib (no pyplot), so it can
-be called anywhere; what is not to your taste you can change in `figure.axes`. Needs the extra `plots`.
+be called anywhere. Change what you like in `figure.axes`. Needs the extra `plots`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
-from tokenpaths.drift.report import Drift, RunName
 from tokenpaths.engine.readings import Reading
-from tokenpaths.report.figures import empty_figure
+from tokenpaths.report.figures import COLOURS, empty_figure, grid
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-from tokenpaths.report.figures import COLOURS, grid
+
+Lines: TypeAlias = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Records with "layer", "mean", "low" and "high", by run and in order of depth."""
 
 RUNS = {"": ("", COLOURS[0], "o"), "before": ("frozen", COLOURS[0], "o"), "after": ("steered", COLOURS[1], "s")}
-
-
+"""The label, colour and marker of a run."""
 UNITS = {
     "kl": "KL(frozen || steered), nats",
     "reverse_kl": "KL(steered || frozen), nats",
@@ -52,111 +53,72 @@ UNITS = {
     "attention_entropy": "entropy of attention, nats",
     "sink_mass": "attention to the first token, share",
 }
-
-
 """What an axis says of a measure. Any other goes by its name."""
 
 
-def drift_by_layer(report: Drift, names: Sequence[str] = ("displacement",)) -> Figure:
-    """Measures by layer, averaged over tokens: a panel for each name, the 95 % interval over texts as a band.
-
-    Of a quantity, the frozen and the steered run are drawn together. A set measure has no interval.
-
-    Raises:
-        ValueError: no names, or a name that the report does not have by layer.
-    """
-    if not names:
-        raise ValueError(f"drift_by_layer was given no names; the report has {', '.join(report.names)}")
-    lines = {name: _lines(report, name) for name in names}
-    layers = max(([r["layer"] for r in run] for runs in lines.values() for run in runs.values()), key=len)
-    figure = empty_figure(
-        f"Drift by layer: mean over {report.tokens:,} tokens, 95 % interval over {report.texts:,} texts",
-        height=1.7 + 2.3 * len(names),
-    )
-    panels = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
-    for axes, (name, runs) in zip(panels, lines.items(), strict=True):
-        for run, records in runs.items():
+def draw_layers(panels: Mapping[str, Lines], title: str) -> Figure:
+    """Means by layer, and their intervals as bands: a panel for each name, a line for each run."""
+    layers = max(([r["layer"] for r in line] for lines in panels.values() for line in lines.values()), key=len)
+    figure = empty_figure(title, height=1.7 + 2.3 * len(panels))
+    every = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for axes, (name, lines) in zip(every, panels.items(), strict=True):
+        for run, records in lines.items():
             places = [layers.index(record["layer"]) for record in records]
             mean, low, high = (np.array([record[key] for record in records]) for key in ("mean", "low", "high"))
             label, colour, marker = RUNS[run]
             axes.plot(places, mean, marker + "-", markersize=4, color=colour, label=label)
             axes.fill_between(places, low, high, where=np.isfinite(high - low), color=colour, alpha=0.2, linewidth=0)
-        if len(runs) > 1:
+        if len(lines) > 1:
             axes.legend(frameon=False)
         axes.set_ylabel(UNITS.get(name, name))
         grid(axes)
-    _name_layers(panels[-1].xaxis, layers)
-    panels[-1].set_xlabel("layer (numbers are blocks)")
+    _name_layers(every[-1].xaxis, layers)
+    every[-1].set_xlabel("layer (numbers are blocks)")
     return figure
 
 
-def layers_by_position(report: Drift, name: str = "displacement", run: RunName | None = None) -> Figure:
-    """A heat map of a measure: layers upward, and tokens by their distance from the end of the prompt, at 0.
-
-    The outermost columns stand for all tokens beyond them; grey has no tokens. The colours end at the 99th percentile.
-    Of a quantity, `run` chooses "before", "after" or "change" (the default).
-
-    Raises:
-        ValueError: the measure has no layers.
-        KeyError: the report has no positions for this name.
-    """
-    offsets, means = report.by_position(name, run)
-    if means.ndim != 2 or name not in _layered(report):
-        raise ValueError(f"{name!r} was not measured by layer; these were: {', '.join(_layered(report))}")
-    layers = list(dict.fromkeys(r["layer"] for r in report.records() if r["name"] == name))
+def draw_positions(
+    offsets: Float[np.ndarray, " offsets"],
+    means: Float[np.ndarray, "layers offsets"],
+    layers: Sequence[str],
+    name: str,
+    title: str,
+) -> Figure:
+    """A heat map of means: layers upward, tokens along by their offset. Ends that have no token are cut off."""
     seen = np.flatnonzero(np.isfinite(means).any(0))
     shown = slice(seen[0], seen[-1] + 1)
-    offsets, means = offsets[shown], means[:, shown]
-    figure = empty_figure(f"Drift by layer and position: mean over {report.tokens:,} tokens", height=5.0)
-    axes = figure.subplots()
-    _heat(axes, means, (offsets[0] - 0.5, offsets[-1] + 0.5), UNITS.get(name, name))
-    if offsets[0] < 0 < offsets[-1]:
+    first, last = float(offsets[shown][0]), float(offsets[shown][-1])
+    figure, axes = _heat_map(means[:, shown], (first - 0.5, last + 0.5), layers, name, title)
+    if first < 0 < last:
         axes.axvline(0.5, color="white", linewidth=1.5)
-    _name_layers(axes.yaxis, layers)
     axes.set_xlabel("token, counted from the last token of the prompt (0); right of the line is the answer")
-    axes.set_ylabel("layer (numbers are blocks)")
     return figure
 
 
-def heads_by_layer(report: Drift, name: str = "attention_js", run: RunName | None = None) -> Figure:
-    """A heat map of an attention measure, averaged over tokens: layers upward, heads along. Grey has no head.
-
-    Of a quantity, `run` chooses "before", "after" or "change" (the default).
-
-    Raises:
-        ValueError: the report does not have this name by head.
-    """
-    records = [r for r in report.records() if r["name"] == name and " head " in r["layer"]]
-    run = run or ("change" if any(r["run"] == "change" for r in records) else "")
-    places = [(*r["layer"].split(" head "), r["mean"]) for r in records if r["run"] == run]
-    if not places:
-        raise ValueError(
-            f"{name!r} was not measured by head; give it to the meter: Meter(..., attention=(attention_js,)). "
-            f"The report has {', '.join(report.names)}"
-        )
-    layers = list(dict.fromkeys(layer for layer, _, _ in places))
-    means = np.full((len(layers), 1 + max(int(head) for _, head, _ in places)), np.nan)
-    for layer, head, mean in places:
-        means[layers.index(layer), int(head)] = mean
-    figure = empty_figure(f"Drift of attention: mean over {report.tokens:,} tokens", height=5.0)
-    axes = figure.subplots()
-    _heat(axes, means, (-0.5, means.shape[1] - 0.5), UNITS.get(name, name))
-    axes.set_xticks(range(0, means.shape[1], math.ceil(means.shape[1] / 18)))
-    _name_layers(axes.yaxis, layers)
+def draw_heads(means: Float[np.ndarray, "layers heads"], layers: Sequence[str], name: str, title: str) -> Figure:
+    """A heat map of means: layers upward, heads along. NaN stands where a layer has no such head."""
+    heads = means.shape[1]
+    figure, axes = _heat_map(means, (-0.5, heads - 0.5), layers, name, title)
+    axes.set_xticks(range(0, heads, math.ceil(heads / 18)))
     axes.set_xlabel("head")
-    axes.set_ylabel("layer (numbers are blocks)")
     return figure
 
 
-def paths(before: Reading, after: Reading, token: int = -1) -> Figure:
-    """The way of one token through the layers, frozen and steered, in the plane of the frozen path.
+def plot_path(before: Reading, after: Reading, token: int = -1) -> Figure:
+    """The path of one token through the layers, frozen and steered, in the plane of the frozen path.
 
-    The axes are the first two principal components of the frozen states, embedding and blocks; both are in the unit of
-    the states and to one scale, and the frozen path ends to the upper right. The title says how much of the
-    displacement lies in this plane: the rest is not seen.
+    The axes are the first two principal components of the frozen states, from the embedding to the last block. Both are
+    in the unit of the states and to one scale, and the frozen path ends to the upper right. The title says how much of
+    the displacement lies in this plane: the rest is not seen.
+
+    Args:
+        before: the frozen reading of a text.
+        after: the steered reading of the same text.
+        token: the token's place in the text; a negative one is counted from the end.
 
     Raises:
-        ValueError: under three states of one width, or no such token.
+        ValueError: there are fewer than three states of one width, or no such token.
+        ImportError: matplotlib is not installed.
     """
     if not -len(before.ids) <= token < len(before.ids):
         raise ValueError(f"there is no token {token} in a text of {len(before.ids)}")
@@ -193,24 +155,8 @@ def paths(before: Reading, after: Reading, token: int = -1) -> Figure:
     return figure
 
 
-def _lines(report: Drift, name: str) -> dict[RunName, list[dict[str, Any]]]:
-    """The records of a name by run, in order of depth; of a quantity without its change."""
-    found: dict[RunName, list[dict[str, Any]]] = {}
-    for record in report.records():
-        if record["name"] == name and name in _layered(report) and record["run"] != "change":
-            found.setdefault(record["run"], []).append(record)
-    if not found:
-        raise ValueError(f"{name!r} was not measured by layer; these were: {', '.join(_layered(report))}")
-    return found
-
-
-def _layered(report: Drift) -> list[str]:
-    """The names that have layers, but no heads."""
-    return list(dict.fromkeys(r["name"] for r in report.records() if r["layer"] and " head " not in r["layer"]))
-
-
 def _name_layers(axis: Any, layers: Sequence[str]) -> None:
-    """Name the layers that there is room for: all that are no blocks, and every so many blocks."""
+    """Name the layers that there is room for: all that are no blocks, and every k-th block."""
     step = math.ceil(len(layers) / 18)
     names = [_short(layer) for layer in layers]
     shown = [i for i, name in enumerate(names) if not name.isdigit() or int(name) % step == 0]
@@ -233,11 +179,18 @@ def _short(layer: str) -> str:
     return "embed" if layer == "embedding" else layer.removeprefix("block ")
 
 
-def _heat(axes: Axes, means: Float[np.ndarray, "rows columns"], span: tuple[float, float], label: str) -> None:
-    """Signed values around white, others from dark to light; the few largest share the last colour."""
+def _heat_map(
+    means: Float[np.ndarray, "rows columns"], span: tuple[float, float], layers: Sequence[str], name: str, title: str
+) -> tuple[Figure, Axes]:
+    """A row for each layer, over a span of x. Signed values are around white, others from dark to light; NaN is grey.
+
+    The colours end at the 99th percentile, so that the few largest values share the last colour.
+    """
     most = float(np.nanpercentile(np.abs(means), 99)) or 1.0
     signed = bool((means < 0).any())
     beyond = bool(np.nanmax(np.abs(means)) > most)
+    figure = empty_figure(title, height=5.0)
+    axes: Axes = figure.subplots()
     image = axes.imshow(
         means,
         origin="lower",
@@ -250,7 +203,10 @@ def _heat(axes: Axes, means: Float[np.ndarray, "rows columns"], span: tuple[floa
     )
     axes.set_facecolor("0.85")
     extend = "neither" if not beyond else "both" if signed else "max"
-    axes.figure.colorbar(image, ax=axes, label=label, extend=extend)
+    figure.colorbar(image, ax=axes, label=UNITS.get(name, name), extend=extend)
+    _name_layers(axes.yaxis, layers)
+    axes.set_ylabel("layer (numbers are blocks)")
+    return figure, axes
 
 
 def _path(reading: Reading, token: int) -> tuple[Float[torch.Tensor, "layers dim"], list[str]]:

@@ -1,26 +1,29 @@
-"""What a `Meter` found: figures by measure and layer, in print, in a file, in a table, by position.
+"""What a `Meter` found: numbers by measure and layer, in print, in a file, in a table, in pictures.
 
-found = tp.drift(model, trails, texts, tokenizer)
+found = tp.measure_drift(model, trails, texts, tokenizer)
 print(found)
 found["kl"].mean, found["kl"].interval        # a measure: one summary ...
 found["displacement"]["block 3"].p99          # ... or one a layer
 found["nll"].change.mean                      # a quantity: before, after, and its change
+found.plot(["displacement"])                  # a picture, which shows itself in a notebook
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from tokenpaths.files import write_text
+from tokenpaths.drift.plots import draw_heads, draw_layers, draw_positions
+from tokenpaths.report.records import Record
+from tokenpaths.report.tables import markdown_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OFFSETS = np.arange(-64, 65)
 """Places of a token, counted from the last token of the prompt, which is 0. The ends stand for all beyond them."""
@@ -31,11 +34,10 @@ RunName = Literal["", "before", "after", "change"]
 
 @dataclass(frozen=True)
 class Summary:
-    """What a measure was over `count` tokens.
+    """A measure over `count` tokens, in the measure's unit. Without any number (`count` 0) the others are NaN.
 
-    `interval` is the 95 % interval of the mean over texts (texts are independent, tokens are not), without bounds where
-    fewer than two texts have a figure. `p50` and `p99` are within 0.5 % of the true ones; see `Tally`. Without a single
-    figure (`count` 0) all others are NaN.
+    `interval` is the 95 % interval of the mean over texts: texts are independent, tokens are not. It is without bounds
+    where fewer than two texts have a number. `p50` and `p99` are within 0.5 % of the true quantiles; see `Tally`.
     """
 
     mean: float
@@ -84,11 +86,11 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Measured:
     """One measure or quantity in one run: a summary and a mean by position for each of its rows.
 
-    `layers` is empty for a figure that has no layers, which then has one row. `run` is "" for a measure of both runs.
-    `by_position` has a mean for each of `OFFSETS`, None where no token is.
+    `layers` names the rows; it is empty for a measure without layers, which has one row. `run` is "" for a measure of
+    both runs. `by_position` has a mean for each of `OFFSETS`, None where no token is.
     """
 
     name: str
@@ -103,10 +105,10 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class SetFigure:
-    """A set measure at one layer, over a sample of `count` tokens; NaN, and why, where it could not be computed.
+class MeasuredSet:
+    """A set measure at one layer, over a sample of `count` tokens. Its value is NaN where `reason` says why.
 
-    `run` is "" for a measure of both runs, else which of the two sets the value is of.
+    `run` is "" for a measure of both runs, else the run whose states the value is of.
     """
 
     name: str
@@ -128,21 +130,30 @@ class Perplexity:
 
 
 @dataclass(frozen=True)
-class Drift:
+class Drift(Record):
     """How far one run of a model is from another, over the tokens of some texts.
 
-    `found["kl"]` is a `Summary`, of a measure with layers a `Layered`, of a quantity a `Change` of either. Of a set
-    measure it is a dict of its value by layer, and of a quantity of one set a dict of such dicts, "before" and "after".
+    `found["kl"]` is a `Summary`; for a measure with layers it is a `Layered`, and for a quantity a `Change` of either.
+    For a set measure it is a dict of values by layer, and for a quantity of one set a dict of two such dicts, "before"
+    and "after".
 
-    `moved` is the share of tokens that differ at all after the last block: where it is near 0, the other figures say
-    nothing (`Last(n)` moves no more than n tokens of a text). `massive` is the share with massive activations, which
-    set measures leave out. `calibration` is the expected calibration error before and after, on `answers` tokens of
-    answers; NaN without any.
+    Args:
+        figures: the measures and quantities.
+        sets: the set measures.
+        calibration: the expected calibration error before and after, on tokens of answers; NaN without any.
+        answers: the number of tokens of answers.
+        moved: the share of tokens that differ at all after the last block. Where it is near 0, the other numbers say
+            nothing: `Last(n)` moves no more than n tokens of a text.
+        massive: the share of tokens with massive activations, which set measures leave out.
+        tokens: the number of tokens.
+        texts: the number of texts.
     """
 
-    figures: tuple[Figure, ...]
-    sets: tuple[SetFigure, ...]
-    calibration: tuple[float, float]
+    what: ClassVar[str] = "a drift report"
+
+    figures: tuple[Measured, ...]
+    sets: tuple[MeasuredSet, ...]
+    calibration: tuple[float, ...]  # not tuple[float, float]: a `Record` would read it as an interval
     answers: int
     moved: float
     massive: float
@@ -150,15 +161,12 @@ class Drift:
     texts: int
 
     def __getitem__(self, name: str) -> Any:
-        found = self._named.get(name)
-        if found is not None:
-            return (
-                found[""].view if "" in found else Change(*(found[run].view for run in ("before", "after", "change")))
-            )
+        if runs := self._named.get(name):
+            return runs[""].view if "" in runs else Change(*(runs[run].view for run in ("before", "after", "change")))
         values: dict[RunName, dict[str, float]] = {}
-        for figure in self.sets:
-            if figure.name == name:
-                values.setdefault(figure.run, {})[figure.layer] = figure.value
+        for found in self.sets:
+            if found.name == name:
+                values.setdefault(found.run, {})[found.layer] = found.value
         if not values:
             raise KeyError(f"{name!r} was not measured; there are {', '.join(self.names)}")
         return values.get("", values)
@@ -166,13 +174,13 @@ class Drift:
     @property
     def names(self) -> list[str]:
         """What was measured."""
-        return list(dict.fromkeys(figure.name for figure in (*self.figures, *self.sets)))
+        return list(dict.fromkeys(found.name for found in (*self.figures, *self.sets)))
 
     @cached_property
-    def _named(self) -> dict[str, dict[RunName, Figure]]:
-        found: dict[str, dict[RunName, Figure]] = {}
-        for figure in self.figures:
-            found.setdefault(figure.name, {})[figure.run] = figure
+    def _named(self) -> dict[str, dict[RunName, Measured]]:
+        found: dict[str, dict[RunName, Measured]] = {}
+        for measured in self.figures:
+            found.setdefault(measured.name, {})[measured.run] = measured
         return found
 
     @property
@@ -186,30 +194,30 @@ class Drift:
     def by_position(self, name: str, run: RunName | None = None) -> tuple[Numbers, Numbers]:
         """`OFFSETS`, and the mean at each: [offsets], or [layers, offsets]; NaN where no token is.
 
-        Of a quantity, `run` chooses "before", "after" or "change" (the default).
+        Args:
+            name: a measure or quantity.
+            run: for a quantity, "before", "after" or "change" (the default).
+
+        Raises:
+            KeyError: the report has no positions for this name.
         """
-        runs = self._named.get(name)
-        if runs is None:
-            raise KeyError(f"{name!r} has no positions; these have: {', '.join(self._named)}")
-        figure = runs[run or ("" if "" in runs else "change")]
-        means = np.array(figure.by_position, dtype=np.float64)  # None becomes NaN
-        return OFFSETS.astype(np.float64), means if figure.layers else means[0]
+        measured = self._positions(name, run)
+        means = np.array(measured.by_position, dtype=np.float64)  # None becomes NaN
+        return OFFSETS.astype(np.float64), means if measured.layers else means[0]
 
     def records(self) -> list[dict[str, Any]]:
         """A flat list: one record for each name, run and layer. A set measure has a mean only."""
-        found: list[dict[str, Any]] = []
-        for figure in self.figures:
-            for layer, s in zip(figure.layers or ("",), figure.summaries, strict=True):
-                low, high = s.interval
-                place = {"name": figure.name, "run": figure.run, "layer": layer}
-                figures = {"mean": s.mean, "low": low, "high": high, "p50": s.p50, "p99": s.p99, "max": s.max}
-                found.append({**place, **figures, "count": s.count})
-        for figure in self.sets:
-            place = {"name": figure.name, "run": figure.run, "layer": figure.layer, "mean": figure.value}
-            found.append(
-                {**place, **dict.fromkeys(("low", "high", "p50", "p99", "max"), math.nan), "count": figure.count}
-            )
-        return found
+        nan = math.nan
+        rows = [
+            (found.name, found.run, layer, summary)
+            for found in self.figures
+            for layer, summary in zip(found.layers or ("",), found.summaries, strict=True)
+        ]
+        rows += [(s.name, s.run, s.layer, Summary(s.value, (nan, nan), nan, nan, nan, s.count)) for s in self.sets]
+        keys = ("name", "run", "layer", "mean", "low", "high", "p50", "p99", "max", "count")
+        return [
+            dict(zip(keys, (*row, s.mean, *s.interval, s.p50, s.p99, s.max, s.count), strict=True)) for *row, s in rows
+        ]
 
     def to_frame(self) -> Any:
         """`records()` as a pandas DataFrame. Raises `ImportError` where pandas is not installed."""
@@ -219,46 +227,90 @@ class Drift:
             raise ImportError("to_frame() needs pandas: `pip install pandas`, or use records()") from missing
         return pandas.DataFrame(self.records())
 
-    def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write everything to one JSON file, whole or not at all. Infinity and NaN become null."""
-        write_text(path, json.dumps(finite(asdict(self)), allow_nan=False))
-
-    @classmethod
-    def from_json(cls, path: str | os.PathLike[str]) -> Drift:
-        """Read what `to_json` wrote. Raises `ValueError` for any other file."""
-        try:
-            note = json.loads(Path(path).read_text())
-            figures = tuple(_figure(**figure) for figure in note.pop("figures"))
-            sets = tuple(_set_figure(**figure) for figure in note.pop("sets"))
-            before, after = map(_number, note.pop("calibration"))
-            return cls(figures=figures, sets=sets, calibration=(before, after), **note)
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise ValueError(f"{os.fspath(path)} is not a drift report as to_json writes it: {error}") from error
-
     def to_markdown(self) -> str:
-        """Two tables: what has one figure a token, and the means of what has layers."""
-        lines = ["| measure | mean | 95 % interval | p50 | p99 | max |", "|---|---|---|---|---|---|"]
-        lines += [
-            f"| {' '.join(filter(None, (f.name, f.run)))} | {s.mean:.4g} | {s.interval[0]:.4g} to {s.interval[1]:.4g} "
-            f"| {s.p50:.3g} | {s.p99:.3g} | {s.max:.3g} |"
-            for f, s in ((figure, figure.summaries[0]) for figure in self.figures if not figure.layers)
-        ]
-        columns: dict[str, dict[str, float]] = {}
-        for record in self.records():
-            if record["layer"]:
-                title = " ".join(filter(None, (record["name"], record["run"])))
-                columns.setdefault(title, {})[record["layer"]] = record["mean"]
-        if columns:
-            layers = list(dict.fromkeys(layer for column in columns.values() for layer in column))
-            lines += ["", f"| layer | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-            for layer in layers:
-                cells = (f"{column[layer]:.4g}" if layer in column else "" for column in columns.values())
-                lines.append(f"| {layer} | {' | '.join(cells)} |")
-        share = f"{self.moved:.1%} of {self.tokens} tokens in {self.texts} texts moved"
-        return "\n".join([*lines, "", f"{share}; {self.massive:.2%} of them have massive activations."])
+        """Two tables: what has one number a token, and the means of what has layers."""
+        plain = [("measure", "mean", "95 % interval", "p50", "p99", "max")]
+        columns: dict[str, dict[str, str]] = {}
+        for r in self.records():
+            title = f"{r['name']} {r['run']}".rstrip()
+            if r["layer"]:
+                columns.setdefault(title, {})[r["layer"]] = f"{r['mean']:.4g}"
+            else:
+                interval = f"{r['low']:.4g} to {r['high']:.4g}"
+                plain.append((title, f"{r['mean']:.4g}", interval, *(f"{r[key]:.3g}" for key in ("p50", "p99", "max"))))
+        layers = dict.fromkeys(layer for column in columns.values() for layer in column)
+        layered = [("layer", *columns), *((layer, *(c.get(layer, "") for c in columns.values())) for layer in layers)]
+        tables = [markdown_table(rows) for rows in (plain, layered if columns else []) if rows]
+        return "\n\n".join([*tables, f"{self._moved()}; {self.massive:.2%} of them have massive activations."])
+
+    def plot(self, names: Sequence[str] = ("displacement",)) -> Figure:
+        """Measures by layer, averaged over tokens: a panel for each name, the 95 % interval over texts as a band.
+
+        Args:
+            names: measures, quantities or set measures with layers. Of a quantity, the frozen and the steered run are
+                drawn together. A set measure has no interval.
+
+        Raises:
+            ValueError: no names, or a name that was not measured by layer.
+            ImportError: matplotlib is not installed, here as in the other plots.
+        """
+        if not names:
+            raise ValueError(f"plot was given no names; the report has {', '.join(self.names)}")
+        panels: dict[str, dict[str, list[dict[str, Any]]]] = {name: {} for name in names}
+        for record in self._by_layer(*names):
+            if record["run"] != "change" and record["name"] in panels:
+                panels[record["name"]].setdefault(record["run"], []).append(record)
+        title = f"Drift by layer: mean over {self.tokens:,} tokens, 95 % interval over {self.texts:,} texts"
+        return draw_layers(panels, title)
+
+    def plot_positions(self, name: str = "displacement", run: RunName | None = None) -> Figure:
+        """A heat map of a measure: layers upward, and tokens by their distance from the end of the prompt, at 0.
+
+        The outermost columns stand for all tokens beyond them; grey has no tokens. The colours end at the 99th
+        percentile.
+
+        Args:
+            name: a measure or quantity with layers.
+            run: for a quantity, "before", "after" or "change" (the default).
+
+        Raises:
+            ValueError: the measure was not measured by layer.
+            KeyError: the report has no positions for this name.
+        """
+        measured = self._positions(name, run)
+        self._by_layer(name)
+        title = f"Drift by layer and position: mean over {self.tokens:,} tokens"
+        return draw_positions(*self.by_position(name, run), measured.layers, name, title)
+
+    def plot_heads(self, name: str = "attention_js", run: RunName | None = None) -> Figure:
+        """A heat map of an attention measure, averaged over tokens: layers upward, heads along. Grey has no head.
+
+        Args:
+            name: an attention measure or quantity.
+            run: for a quantity, "before", "after" or "change" (the default).
+
+        Raises:
+            ValueError: the name was not measured by head.
+        """
+        records = [r for r in self.records() if r["name"] == name and " head " in r["layer"]]
+        run = run or ("change" if any(r["run"] == "change" for r in records) else "")
+        places = [(*r["layer"].split(" head "), r["mean"]) for r in records if r["run"] == run]
+        if not places:
+            raise ValueError(
+                f"{name!r} was not measured by head; give it to the meter: Meter(..., attention=(attention_js,)). "
+                f"The report has {', '.join(self.names)}"
+            )
+        layers = list(dict.fromkeys(layer for layer, _, _ in places))
+        means = np.full((len(layers), 1 + max(int(head) for _, head, _ in places)), np.nan)
+        for layer, head, mean in places:
+            means[layers.index(layer), int(head)] = mean
+        return draw_heads(means, layers, name, f"Drift of attention: mean over {self.tokens:,} tokens")
 
     def __str__(self) -> str:
-        return ", ".join([*self._said(), f"{self.moved:.1%} of {self.tokens} tokens in {self.texts} texts moved"])
+        return ", ".join([*self._said(), self._moved()])
+
+    def _moved(self) -> str:
+        return f"{self.moved:.1%} of {self.tokens} tokens in {self.texts} texts moved"
 
     def _said(self) -> Iterator[str]:
         if "kl" in self._named:
@@ -274,34 +326,21 @@ class Drift:
             layered: Layered = self["displacement"]
             yield f"displacement at most {layered[layered.largest].mean:.3f} ({layered.largest})"
 
+    def _positions(self, name: str, run: RunName | None) -> Measured:
+        """The measure of a name that has positions; of a quantity, its change or the run that is asked for."""
+        runs = self._named.get(name)
+        if runs is None:
+            raise KeyError(f"{name!r} has no positions; these have: {', '.join(self._named)}")
+        return runs[run or ("" if "" in runs else "change")]
 
-def _figure(
-    name: str, run: RunName, layers: list[str], summaries: list[dict[str, Any]], by_position: list[list[float | None]]
-) -> Figure:
-    return Figure(name, run, tuple(layers), tuple(_summary(**s) for s in summaries), tuple(map(tuple, by_position)))
-
-
-def _set_figure(value: float | None, **rest: Any) -> SetFigure:
-    return SetFigure(value=_number(value), **rest)
-
-
-def _summary(interval: list[float | None], count: int, **numbers: float | None) -> Summary:
-    low, high = interval
-    bounds = (-math.inf if low is None else low, math.inf if high is None else high)
-    return Summary(interval=bounds, count=count, **{name: _number(value) for name, value in numbers.items()})
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def finite(value: Any) -> Any:
-    """The same, with None for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    def _by_layer(self, *names: str) -> list[dict[str, Any]]:
+        """The records of what was measured by layer and not by head, which each of the names must be."""
+        found = [r for r in self.records() if r["layer"] and " head " not in r["layer"]]
+        known = dict.fromkeys(r["name"] for r in found)
+        for name in names:
+            if name not in known:
+                raise ValueError(f"{name!r} was not measured by layer; these were: {', '.join(known)}")
+        return found
 
 
 def _exp(x: float) -> float:

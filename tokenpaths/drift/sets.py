@@ -2,17 +2,17 @@
 
     cka(x, y)        # x, y: the frozen and the steered states of the same n tokens, n x d
 
-Similarities are at most 1: `cka`, `biased_cka`, `svcca`, `pwcca`, `rsa`. Distances are at least 0: `procrustes`, `mmd`
-(about 0, and unbiased), `frechet`, `sliced_w2`, `principal_angle`. Equal sets give exactly 1 or 0. Of one set:
-`effective_rank`, `participation_ratio`.
+Similarities are at most 1: `cka`, `biased_cka`, `rsa`. Distances are at least 0: `procrustes`, `mmd` (about 0, and
+unbiased), `frechet`, `sliced_w2`. Equal sets give exactly 1 or 0. `tokenpaths.drift.subspaces` has the measures of the
+directions that sets use.
 
 Frozen and steered states share a basis, so a measure that is blind to rotation (`svcca`, `pwcca`, `procrustes`) can
-miss a real one: read it beside the displacement of each token. Few tokens of many dimensions flatter a similarity: each
-docstring says what independent sets give. Leave massive activations out, or one token may be the whole answer. States
-that hold NaN or infinity are refused.
+miss a real change: read it beside the displacement of each token. Few tokens of many dimensions raise a similarity:
+each docstring says what independent sets give. Leave massive activations out, or one token may decide the result.
+States that hold NaN or infinity are refused.
 
-All is computed in float64. 1024 tokens of 576 dimensions take one thread up to 0.5 s a measure, and of 2048 dimensions
-up to 2 s; `svcca`, `pwcca` and `principal_angle`, which need two SVDs, 0.6 and 4 s.
+Everything is computed in float64. With 1024 tokens, one thread needs up to 0.5 s a measure for 576 dimensions and 2 s
+for 2048; `svcca`, `pwcca` and `principal_angle`, which need two SVDs, take 0.6 and 4 s.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def cka(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"]) -> float:
 
     Song et al. 2012 (HSIC_1, eq. 5); Kornblith et al. 2019 (CKA); Murphy et al. 2024 (the bias).
     """
-    x, y = _checked(x, y, at_least=4)
+    x, y = checked(x, y, at_least=4)
     if torch.equal(x, y):
         return 1.0
     x, y = _standardised(x, y)
@@ -58,55 +58,11 @@ def biased_cka(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"]) -> float:
 
     Kornblith et al. 2019.
     """
-    x, y = _checked(x, y)
+    x, y = checked(x, y)
     if torch.equal(x, y):
         return 1.0
     x, y = _standardised(x, y)
-    return _cosine(_inner(x, y), _inner(x, x), _inner(y, y))
-
-
-def svcca(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"], *, keep: float = 0.99) -> float:
-    """The mean canonical correlation of the principal subspaces that hold `keep` of each set's variance.
-
-        rho = singular values of U_x^T U_y,    SVCCA = mean rho,    X - mean = U_x S_x V_x^T cut at `keep`
-
-    From 0 to 1. Blind to rotation, shift and isotropic scaling of either set. Independent sets of k kept directions
-    still give about .85 sqrt(k / n), which is .27 at the ten tokens a direction that are asked for.
-
-    Raises:
-        ValueError: fewer than 10 k tokens, or a set that does not vary.
-
-    Raghu et al. 2017.
-    """
-    x, y = _checked(x, y)
-    if torch.equal(x, y):
-        return 1.0
-    left, right = _principal(x, keep)[0], _principal(y, keep)[0]
-    _enough_for_cca(left, right)
-    return torch.linalg.svdvals(left.T @ right).mean().clamp(max=1).item()
-
-
-def pwcca(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"], *, keep: float = 0.99) -> float:
-    """Canonical correlations weighted by how much of the frozen set each canonical variate h_i explains.
-
-        PWCCA = sum_i a_i rho_i / sum_i a_i,    a_i = sum_j |<h_i, x_j>|,    x_j: dimension j of the frozen set
-
-    rho is that of `svcca`. From 0 to 1; not symmetric. Blind to shift and isotropic scaling of either set, and to
-    rotation of the steered set. Independent sets give about what they give in `svcca`.
-
-    Raises:
-        ValueError: as `svcca`.
-
-    Morcos et al. 2018.
-    """
-    x, y = _checked(x, y)
-    if torch.equal(x, y):
-        return 1.0
-    left, right = _principal(x, keep)[0], _principal(y, keep)[0]
-    _enough_for_cca(left, right)
-    turn, rho, _ = torch.linalg.svd(left.T @ right, full_matrices=False)
-    weight = ((left @ turn).T @ _centred(x)).abs().sum(1)
-    return (weight @ rho / weight.sum()).clamp(max=1).item()
+    return _cosine(inner(x, y), inner(x, x), inner(y, y))
 
 
 def procrustes(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"]) -> float:
@@ -122,10 +78,10 @@ def procrustes(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"]) -> float:
 
     Williams et al. 2021 (the angular shape metric); Schoenemann 1966 (the rotation).
     """
-    x, y = _checked(x, y)
+    x, y = checked(x, y)
     if torch.equal(x, y):
         return 0.0
-    x, y = _varying(x), _varying(y)
+    x, y = varying(x), varying(y)
     chord = _gap_after_turning((x / x.norm()).T, (y / y.norm()).T)
     return 2 * math.asin(min(1.0, chord.item() / 2))
 
@@ -143,10 +99,10 @@ def rsa(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"]) -> float:
 
     Kriegeskorte et al. 2008.
     """
-    x, y = _checked(x, y, at_least=3)
+    x, y = checked(x, y, at_least=3)
     if torch.equal(x, y):
         return 1.0
-    a, b = (_centred(_ranks(_dissimilarities(states))) for states in (x, y))
+    a, b = (centred(_ranks(_dissimilarities(states))) for states in (x, y))
     return _cosine(a @ b, a @ a, b @ b)
 
 
@@ -165,7 +121,7 @@ def mmd(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"]) -> float:
 
     Gretton et al. 2012, eq. 4.
     """
-    x, y = _checked(x, y)
+    x, y = checked(x, y)
     if torch.equal(x, y):
         return 0.0
     x, y = x - x.mean(0), y - x.mean(0)  # nothing but rounding changes
@@ -199,11 +155,11 @@ def frechet(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"]) -> float:
 
     Dowson & Landau 1982.
     """
-    x, y = _checked(x, y)
+    x, y = checked(x, y)
     if torch.equal(x, y):
         return 0.0
     root = math.sqrt(len(x) - 1)
-    spread = _gap_after_turning(_centred(x) / root, _centred(y) / root)
+    spread = _gap_after_turning(centred(x) / root, centred(y) / root)
     return math.hypot((x.mean(0) - y.mean(0)).norm().item(), spread.item())
 
 
@@ -221,7 +177,7 @@ def sliced_w2(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"], *, directions: i
 
     Bonneel et al. 2015.
     """
-    x, y = _checked(x, y)
+    x, y = checked(x, y)
     if torch.equal(x, y):
         return 0.0
     generator = torch.Generator().manual_seed(seed)
@@ -230,72 +186,18 @@ def sliced_w2(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"], *, directions: i
     return ((x @ u).sort(0).values - (y @ u).sort(0).values).square().mean().sqrt().item()
 
 
-def principal_angle(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"], *, keep: float = 0.99) -> float:
-    """The largest angle, in radians, between the principal subspaces that hold `keep` of each set's variance.
-
-        sin a = ||V - W W^T V||_2,    cos a = s_min(W^T V),    V, W: orthonormal bases, V of the smaller subspace
-
-    From 0 to pi/2; near pi/2 for independent sets of k < d/2 kept directions. Blind to shift and scaling of either set.
-    It is the worst of k angles: where the last variances are close, their directions turn far at a small change.
-
-    Raises:
-        ValueError: fewer than 2 tokens, or a set that does not vary.
-
-    Bjoerck & Golub 1973; Knyazev & Argentati 2002 (the sine, for small angles).
-    """
-    x, y = _checked(x, y)
-    if torch.equal(x, y):
-        return 0.0
-    smaller, larger = sorted((_principal(x, keep)[1], _principal(y, keep)[1]), key=lambda basis: basis.shape[1])
-    within = larger.T @ smaller
-    sine = torch.linalg.matrix_norm(smaller - larger @ within, 2)
-    return torch.atan2(sine, torch.linalg.svdvals(within).min()).item()
-
-
-def effective_rank(x: Float[Tensor, "n d"]) -> float:
-    """How many directions the set uses: exp of the entropy of its normalised singular values.
-
-        exp(-sum_i p_i log p_i),    p_i = s_i / sum_j s_j,    s: singular values of the centred states
-
-    From 1 to min(n - 1, d). Blind to rotation, shift and scaling. Grows with n until n >> d: compare at equal n only.
-
-    Raises:
-        ValueError: fewer than 2 tokens, or a set that does not vary.
-
-    Roy & Vetterli 2007.
-    """
-    s = torch.linalg.svdvals(_varying(_sound(x)))
-    return torch.special.entr(s / s.sum()).sum().exp().item()
-
-
-def participation_ratio(x: Float[Tensor, "n d"]) -> float:
-    """How many directions the set's variance lies in; small directions count for less than in `effective_rank`.
-
-        (sum_i l_i)^2 / sum_i l_i^2 = (tr C)^2 / ||C||_F^2,    l: eigenvalues of the covariance C
-
-    From 1 to min(n - 1, d). Blind to rotation, shift and scaling. White noise gives about n d / (n + d): compare at
-    equal n only.
-
-    Raises:
-        ValueError: fewer than 2 tokens, or a set that does not vary.
-
-    Gao et al. 2017.
-    """
-    x = _varying(_sound(x))
-    return (x.square().sum() ** 2 / _inner(x, x)).item()
-
-
-def _checked(x: Tensor, y: Tensor, at_least: int = 2) -> tuple[Tensor, Tensor]:
-    """Both sets in float64."""
+def checked(x: Tensor, y: Tensor, at_least: int = 2) -> tuple[Tensor, Tensor]:
+    """Both sets, in float64. Raises `ValueError` for sets of other shapes, and as `sound`."""
     if x.shape != y.shape:
         raise ValueError(
             f"the frozen states are {tuple(x.shape)} and the steered ones {tuple(y.shape)}; "
             "give the states of the same tokens at one layer, tokens x dimensions"
         )
-    return _sound(x, "frozen ", at_least), _sound(y, "steered ", at_least)
+    return sound(x, "frozen ", at_least), sound(y, "steered ", at_least)
 
 
-def _sound(x: Float[Tensor, "n d"], name: str = "", at_least: int = 2) -> Float[Tensor, "n d"]:
+def sound(x: Float[Tensor, "n d"], name: str = "", at_least: int = 2) -> Float[Tensor, "n d"]:
+    """The set, in float64. Raises `ValueError` for fewer than `at_least` tokens, and for NaN or infinity."""
     if len(x) < at_least:
         raise ValueError(f"{len(x)} tokens are too few, this measure needs {at_least} or more; read more text")
     finite = x.isfinite().all(1)
@@ -307,18 +209,19 @@ def _sound(x: Float[Tensor, "n d"], name: str = "", at_least: int = 2) -> Float[
     return x.detach().double()
 
 
-def _centred(x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
+def centred(x: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
+    """The set without its mean."""
     return x - x.mean(0)
 
 
-def _varying(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """The centred set, which must not be a single point."""
+def varying(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """The centred set. Raises `ValueError` for a set whose states are all equal."""
     if torch.equal(x.amin(0), x.amax(0)):
         raise ValueError(
             f"all {len(x)} states of a set are equal, so it has no shape to compare; give more varied tokens, "
             "or read the displacement, which is defined"
         )
-    return _centred(x)
+    return centred(x)
 
 
 def _standardised(
@@ -326,11 +229,11 @@ def _standardised(
 ) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]:
     """Both sets centred, in units of the frozen deviation, without dimensions in which the frozen set is constant."""
     varies = x.amin(0) < x.amax(0)
-    deviation = _varying(x)[:, varies].std(0)
-    return _centred(x)[:, varies] / deviation, _varying(y[:, varies]) / deviation
+    deviation = varying(x)[:, varies].std(0)
+    return centred(x)[:, varies] / deviation, varying(y[:, varies]) / deviation
 
 
-def _inner(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"]) -> Tensor:
+def inner(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"]) -> Tensor:
     """The product tr X X^T Y Y^T = ||X^T Y||_F^2, by the smaller of the two forms."""
     n, d = x.shape
     return (x.T @ y).square().sum() if d < n else ((x @ x.T) * (y @ y.T)).sum()
@@ -341,7 +244,7 @@ def _unbiased_hsic(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"]) -> Tensor:
     n = len(x)
     diagonal_x, diagonal_y = x.square().sum(1), y.square().sum(1)
     rows_x, rows_y = x @ x.sum(0) - diagonal_x, y @ y.sum(0) - diagonal_y  # K~1, L~1
-    trace = _inner(x, y) - diagonal_x @ diagonal_y  # tr K~L~
+    trace = inner(x, y) - diagonal_x @ diagonal_y  # tr K~L~
     total = rows_x.sum() * rows_y.sum() / ((n - 1) * (n - 2))
     return (trace + total - 2 / (n - 2) * rows_x @ rows_y) / (n * (n - 3))
 
@@ -350,26 +253,6 @@ def _cosine(xy: Tensor, xx: Tensor, yy: Tensor) -> float:
     if xx <= 0 or yy <= 0:
         raise ValueError("in one of the sets all tokens are equally alike, so a correlation with it is undefined")
     return (xy / (xx * yy).sqrt()).clamp(-1, 1).item()
-
-
-def _principal(x: Float[Tensor, "n d"], keep: float) -> tuple[Float[Tensor, "n k"], Float[Tensor, "d k"]]:
-    """U and V of the fewest singular directions of the centred set that hold `keep` of its variance."""
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep is {keep}, but it is a share of the variance: above 0, at most 1")
-    u, s, vh = torch.linalg.svd(_varying(x), full_matrices=False)
-    s = s[s > s[0] * 1e-12]  # directions of rounding hold no variance
-    held = s.square().cumsum(0) / s.square().sum()
-    k = min(int((held < keep).sum()) + 1, len(s))
-    return u[:, :k], vh[:k].T
-
-
-def _enough_for_cca(left: Float[Tensor, "n k"], right: Float[Tensor, "n l"]) -> None:
-    n, kept = len(left), max(left.shape[1], right.shape[1])
-    if n < 10 * kept:
-        raise ValueError(
-            f"{n} tokens are too few for {kept} kept directions: canonical correlations would be high by chance; read "
-            f"{10 * kept} tokens or more, or lower keep"
-        )
 
 
 def _gap_after_turning(a: Float[Tensor, "m k"], b: Float[Tensor, "m k"]) -> Tensor:

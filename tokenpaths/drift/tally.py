@@ -31,12 +31,14 @@ class Tally:
     """Rows of numbers (a row for each layer), of which only summaries are kept.
 
     - Mean and maximum, in float64.
-    - The interval of the mean by the Poisson bootstrap over texts: in each of 1,000 replicates a text counts Poisson(1)
-      times, which is the bootstrap's multinomial without its fixed total, so that texts need not be known beforehand
-      (Hanley & MacGibbon 2006; Chamandy et al. 2012). The interval is that of the replicates' 2.5 and 97.5 percentiles.
+    - The 95 % interval of the mean, which is `stats.intervals.streamed_interval`: on each side the wider of Student's t
+      and of percentiles of a Poisson bootstrap over texts, expanded for few texts. In each of its 1,000 replicates a
+      text counts Poisson(1) times, which is the bootstrap's multinomial without its fixed total, so that texts need not
+      be known beforehand (Hanley & MacGibbon 2006; Chamandy et al. 2012).
     - Quantiles from counts in buckets gamma^(i - 1/2) < |x| < gamma^(i + 1/2), gamma = (1 + a)^2, whose middle gamma^i
-      is within a = 0.5 % of each number in it, for |x| from 1e-12 to 1e6; smaller and larger ones are pooled at these
-      ends. Zeros have their own bucket. This is DDSketch (Masson et al. 2019), its buckets moved so that 1 is exact.
+      is within a = 0.5 % of each number in it, for |x| from 1e-12 to 1e6. Smaller and larger numbers are pooled at
+      these ends. Zeros have their own bucket. This is DDSketch (Masson et al. 2019), its buckets moved so that 1 is
+      exact.
     - Means by position, for each of `OFFSETS`.
 
     Every array but the maximum adds up, so two tallies merge by addition.
@@ -106,18 +108,9 @@ class Tally:
             return Summary(np.nan, (-np.inf, np.inf), np.nan, np.nan, np.nan, 0)
         largest = float(self.maximum[row])
         p50, p99 = (min(_quantile(self.buckets[row], q), largest) for q in (0.5, 0.99))
-        return Summary(float(self.total[row] / count), self._interval(row), p50, p99, largest, count)
-
-    def _interval(self, row: int) -> tuple[float, float]:
-        if self.texts[row] < 2:
-            return -np.inf, np.inf
-        return streamed_interval(
-            float(self.total[row]),
-            float(self.count[row]),
-            self.replicate_total[row],
-            self.replicate_count[row],
-            int(self.texts[row]),
-        )
+        total, texts = float(self.total[row]), int(self.texts[row])
+        interval = streamed_interval(total, float(count), self.replicate_total[row], self.replicate_count[row], texts)
+        return Summary(total / count, interval, p50, p99, largest, count)
 
 
 @dataclass(eq=False)

@@ -1,7 +1,7 @@
 """Run a model, and keep what need not be run again."""
 
-from tokenpaths.engine.answers import answer_logits as answer_logits
-from tokenpaths.engine.answers import answers as answers
+from tokenpaths.engine.forwards import answer_logits as answer_logits
+from tokenpaths.engine.forwards import answers as answers
 from tokenpaths.engine.logits import Logits as Logits
 from tokenpaths.engine.logits import logits_at as logits_at
 from tokenpaths.engine.readings import Reading as Reading

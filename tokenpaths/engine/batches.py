@@ -35,7 +35,7 @@ def shown(items: Iterable[T], what: str, progress: bool) -> Iterable[T]:
 def bar(
     what: str, progress: bool, *, items: Iterable[Any] | None = None, done: int = 0, total: int | None = None
 ) -> Any:
-    """A tqdm bar over items, or one that is moved by hand from `done` to `total`. Without `progress` it is not shown."""
+    """A tqdm bar over items, or one that is moved by hand from `done` to `total`; hidden without `progress`."""
     from tqdm.auto import tqdm
 
     return tqdm(items, desc=what, disable=not progress, initial=done, total=total)

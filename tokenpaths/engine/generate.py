@@ -1,6 +1,6 @@
-"""The one way to let a model write: greedily or by sampling, behind prompts of any length.
+r"""The one way to let a model write: greedily or by sampling, behind prompts of any length.
 
-    written = generate(model, prompts, tokenizer, max_new_tokens=32, stop_strings="\\n")
+    written = generate(model, prompts, tokenizer, max_new_tokens=32, stop_strings="\n")
     written[0].text, written[0].ids
 
 **Which of the model's generation settings hold**: its end-of-text tokens, and nothing else. Its temperature, top-p,

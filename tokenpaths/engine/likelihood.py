@@ -21,12 +21,13 @@ from tokenpaths.attachment.watcher import Watcher
 from tokenpaths.data.encoding import encode, encode_texts
 from tokenpaths.data.examples import IGNORED, Batch, Example, collate
 from tokenpaths.data.items import Choice
-from tokenpaths.engine.answers import answer_logits
 from tokenpaths.engine.batches import batches
 from tokenpaths.engine.divergence import at_least_float32
+from tokenpaths.engine.forwards import answer_logits
 from tokenpaths.engine.logits import logits_at
 from tokenpaths.site.host import unwrapped
 
+Ids = tuple[int, ...]
 Options = tuple[Example, ...]
 
 
@@ -56,15 +57,27 @@ def encode_choices(items: Sequence[Choice], tokenizer: Any) -> list[Options]:
 
 @torch.no_grad()
 def nats(
-    model: nn.Module, examples: Sequence[Example], max_batch_tokens: int
+    model: nn.Module, examples: Sequence[Example], max_batch_tokens: int, *, from_token: Sequence[int] | None = None
 ) -> tuple[Float[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """-sum_t log p(t | all before it) of each example, and over how many tokens t: its answer, or all but the first.
+    """-sum_t log p(t | all before it) of each example, in nats, and over how many tokens t.
 
-    Batches have at most `max_batch_tokens` tokens, padding included.
+    Args:
+        model: a causal language model, as it stands.
+        examples: of an example with an answer, the tokens t are the answer; of one without, all tokens but the first.
+        max_batch_tokens: the most tokens in one forward, padding included.
+        from_token: for each example, the place before which no token is scored.
+
+    Raises:
+        ValueError: a sum is not finite.
     """
     sums, counts = np.zeros(len(examples)), np.zeros(len(examples), dtype=np.int64)
     for rows in batches([len(example) for example in examples], max_batch_tokens):
-        batch = _to_read(collate([examples[i] for i in rows])).to(next(model.parameters()).device)
+        batch = _to_read(collate([examples[i] for i in rows]))
+        if from_token is not None:
+            begins = torch.tensor([from_token[i] for i in rows])[:, None]
+            scored = torch.arange(batch.labels.shape[1]) >= begins
+            batch = replace(batch, labels=batch.labels.where(scored, IGNORED))
+        batch = batch.to(next(model.parameters()).device)
         logits, targets = answer_logits(model, batch)
         losses = F.cross_entropy(at_least_float32(logits), targets, reduction="none").double().cpu().numpy()
         counts[rows] = (batch.labels != IGNORED).sum(1).cpu().numpy()
@@ -72,34 +85,54 @@ def nats(
     return _finite(sums), counts
 
 
+def option_scores(
+    model: nn.Module, contexts: Sequence[Example], options: Sequence[Sequence[Ids]], max_batch_tokens: int
+) -> list[Float[np.ndarray, " options"]]:
+    """For each context, the summed log-likelihood of each of its options, in nats.
+
+    The contexts of a batch fill one cache, behind which the options are read. Where the cache cannot be cut back
+    (sliding windows, recurrent states) and options have several tokens, each option is read as a text of its own.
+
+    Args:
+        model: a causal language model, as it stands.
+        contexts: what stands before the options. The answer tokens of a context count as written by the model.
+        options: for each context, the token ids of its options.
+        max_batch_tokens: the most tokens in one forward, padding included.
+    """
+    scores = [np.zeros(len(row)) for row in options]
+    alone: list[int] = []
+    lengths = [len(context) + max(map(len, row)) for context, row in zip(contexts, options, strict=True)]
+    for rows in batches(lengths, max_batch_tokens):
+        found = behind(model, collate([contexts[i] for i in rows], side="left"), [options[i] for i in rows])
+        if found is None:
+            alone += rows
+            continue
+        for i, row in zip(rows, found, strict=True):
+            scores[i] = row
+    if alone:
+        texts = [_continued(contexts[i], ids) for i in alone for ids in options[i]]
+        begins = [len(contexts[i]) for i in alone for _ in options[i]]
+        flat, _ = nats(model, texts, max_batch_tokens, from_token=begins)
+        for i, part in zip(alone, np.split(flat, np.cumsum([len(options[i]) for i in alone])[:-1]), strict=True):
+            scores[i] = -part
+    return scores
+
+
 def log_likelihoods(
     model: nn.Module, items: Sequence[Options], max_batch_tokens: int
 ) -> list[Float[np.ndarray, " options"]]:
-    """Of each item, the summed log-likelihood of each option: of the answer, or of the whole text."""
-    scores = [np.zeros(len(options)) for options in items]
+    """For each item of `encode_choices`, the summed log-likelihood of each option: of the answer, or the whole text."""
     asked = [i for i, options in enumerate(items) if any(options[0].answer)]
-    asked.sort(key=lambda i: (items[i][0].prompt_length, sum(map(len, items[i]))))  # little padding of answers
-    alone = [i for i, options in enumerate(items) if not any(options[0].answer)]
-    for rows in batches([items[i][0].prompt_length for i in asked], max_batch_tokens):
-        chosen = [asked[row] for row in rows]
-        prompts = [items[i][0].ids[: items[i][0].prompt_length] for i in chosen]
-        contexts = collate([Example(ids, (False,) * len(ids)) for ids in prompts], side="left")
-        found = behind(
-            model,
-            contexts,
-            [[o.ids[len(ids) :] for o in items[i]] for i, ids in zip(chosen, prompts, strict=True)],
-        )
-        if found is None:
-            alone += chosen
-            continue
-        for i, row in zip(chosen, found, strict=True):
-            scores[i] = row
-    if alone:
-        flat, _ = nats(model, [option for i in alone for option in items[i]], max_batch_tokens)
-        ends = np.cumsum([len(items[i]) for i in alone])
-        for i, part in zip(alone, np.split(flat, ends[:-1]), strict=True):
-            scores[i] = -part
-    return scores
+    lengths = [items[i][0].prompt_length for i in asked]
+    prompts = [Example(items[i][0].ids[:n], (False,) * n) for i, n in zip(asked, lengths, strict=True)]
+    answers = [[option.ids[n:] for option in items[i]] for i, n in zip(asked, lengths, strict=True)]
+    found = dict(zip(asked, option_scores(model, prompts, answers, max_batch_tokens), strict=True))
+    whole = [i for i in range(len(items)) if i not in found]
+    if whole:
+        flat, _ = nats(model, [option for i in whole for option in items[i]], max_batch_tokens)
+        parts = np.split(-flat, np.cumsum([len(items[i]) for i in whole])[:-1])
+        found |= dict(zip(whole, parts, strict=True))
+    return [found[i] for i in range(len(items))]
 
 
 def right(scores: Sequence[Float[np.ndarray, " options"]], items: Sequence[Choice]) -> Float[np.ndarray, " items"]:
@@ -108,53 +141,20 @@ def right(scores: Sequence[Float[np.ndarray, " options"]], items: Sequence[Choic
     return np.array([hit[item.right] / hit.sum() for hit, item in zip(best, items, strict=True)])
 
 
-@torch.no_grad()
 def likeliest(
-    model: nn.Module, contexts: Sequence[Example], options: Sequence[Sequence[tuple[int, ...]]], max_batch_tokens: int
+    model: nn.Module, contexts: Sequence[Example], options: Sequence[Sequence[Ids]], max_batch_tokens: int
 ) -> list[int]:
-    """Which of its options each context is followed by most likely; the first of equals.
-
-    The contexts of a batch fill one cache, behind which the options are read. Where it cannot be cut back (sliding
-    windows, recurrent states), and options have several tokens, each is read as a text of its own.
-    """
-    best = [0] * len(contexts)
-    longest = [max(map(len, row)) for row in options]
-    lengths = [len(example) + longest[i] for i, example in enumerate(contexts)]
-    for rows in batches(lengths, max_batch_tokens):
-        told = [options[i] for i in rows]
-        found = behind(model, collate([contexts[i] for i in rows], side="left"), told)
-        if found is None:
-            found = [_one_by_one(model, contexts[i], options[i], max_batch_tokens) for i in rows]
-        for i, scores in zip(rows, found, strict=True):
-            best[i] = int(np.argmax(scores))
-    return best
+    """Which of its options each context is followed by most likely; the first of equals. See `option_scores`."""
+    return [int(np.argmax(row)) for row in option_scores(model, contexts, options, max_batch_tokens)]
 
 
-def _one_by_one(
-    model: nn.Module, before: Example, options: Sequence[tuple[int, ...]], max_batch_tokens: int
-) -> np.ndarray:
-    """The log-likelihoods of options, each in a forward over the whole of its text."""
-    scores = np.zeros(len(options))
-    device = next(model.parameters()).device
-    for rows in batches([len(before) + len(ids) for ids in options], max_batch_tokens):
-        batch = collate([_written_behind(before, options[i]) for i in rows])
-        place = torch.arange(batch.input_ids.shape[1])[None]
-        asked = (batch.labels != IGNORED) & (place >= len(before))
-        batch = replace(batch, labels=torch.where(asked, batch.labels, IGNORED)).to(device)
-        logits, targets = answer_logits(model, batch)
-        losses = F.cross_entropy(logits, targets, reduction="none").double().cpu().numpy()
-        ends = np.cumsum([len(options[i]) for i in rows])
-        scores[rows] = [-part.sum() for part in np.split(losses, ends[:-1])]
-    return scores
-
-
-def _written_behind(before: Example, written: tuple[int, ...]) -> Example:
+def _continued(before: Example, written: Ids) -> Example:
     return Example(before.ids + written, before.answer + (True,) * len(written))
 
 
 @torch.no_grad()
 def behind(
-    model: nn.Module, contexts: Batch, options: Sequence[Sequence[tuple[int, ...]]]
+    model: nn.Module, contexts: Batch, options: Sequence[Sequence[Ids]]
 ) -> list[Float[np.ndarray, " options"]] | None:
     """The summed log-likelihoods of options, as token ids, behind contexts that are padded at the left or not at all.
 

@@ -93,7 +93,6 @@ def runs(model: nn.Module, trails: Adapter, *, tokenizer: Any = None) -> tuple[R
 
     `tokenizer` is for the rule `Match`.
     """
-
     laid: list[bool] = []  # whether the trails were on when `ready` laid them in and switched them off
 
     @contextmanager

@@ -1,6 +1,7 @@
 """Limits on what a trail can do: in which directions, on which states, how strongly, and how far in one step."""
 
 from tokenpaths.limits.directions import confine as confine
+from tokenpaths.limits.gates import Gates as Gates
 from tokenpaths.limits.gates import Guard as Guard
 from tokenpaths.limits.gates import guard as guard
 from tokenpaths.limits.strength import AtStrength as AtStrength

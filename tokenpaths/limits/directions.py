@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenpaths.data.examples import Example
+from tokenpaths.drift.measures import massive
 from tokenpaths.limits.states import entering
 from tokenpaths.site import Site
 from tokenpaths.trailmap.trailmap import TrailMap
@@ -21,23 +22,36 @@ def confine(
     trails: TrailMap,
     general: Sequence[Example],
     task: Sequence[Example] | None = None,
+    tokenizer: Any = None,
     *,
     beta: float = 0.9,
-    tokenizer: Any = None,
     batch_size: int = 8,
 ) -> dict[Site, float]:
     """Give each `Confined` trail the directions that general text uses least.
 
-    With C = E[h h^T] over the frozen model's states of `general` at a site, U holds the eigenvectors of C's smallest
-    eigenvalues: the null space that is left of it. With `task`, U holds those of the largest eigenvalues of
-    (1 - beta) C_task - beta C, each C divided by its trace: SC-LoRA's contrastive directions (arXiv 2505.23724), which
-    here stay where they are. States of massive norm (10 times the median) are left out.
+    Let C = E[h h^T] over the frozen model's states of `general` at a site. U gets the eigenvectors of C's smallest
+    eigenvalues, an approximate null space. With `task`, U gets those of the largest eigenvalues of
+
+        (1 - beta) C_task - beta C,    each C divided by its trace,
+
+    which are SC-LoRA's contrastive directions (arXiv:2505.23724); here they are not trained. Massive activations are
+    left out. The trails are changed in place.
+
+    Args:
+        model: the model that the trails will be trained in.
+        trails: a map in which at least one trail is, or has within it, a `Confined`.
+        general: examples of text that shall stay as it is.
+        task: examples of the task, for contrastive directions.
+        tokenizer: for `Match` rules.
+        beta: the weight of the general text against the task, 0 to 1.
+        batch_size: examples in one forward.
 
     Returns:
         For each site the share of the general states' squared length that lies in the span of U.
 
     Raises:
-        ValueError: no confined trail, beta outside [0, 1], or a rule that chooses no token.
+        ValueError: no confined trail, no examples, beta outside [0, 1], a rule that chooses no token, or trails that
+            are attached already.
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"beta={beta} must be from 0 to 1")
@@ -80,9 +94,8 @@ def _second_moments(
 
 
 def _ordinary(states: Float[Tensor, "n dim"]) -> Float[Tensor, "m dim"]:
-    """Without states of massive norm, which would make up most of any moment (Sun et al. 2024, arXiv 2402.17762)."""
-    norms = states.norm(dim=-1)
-    return states if not len(states) else states[norms <= 10 * norms.median()]
+    """Without massive activations, which would make up most of any moment (Sun et al. 2024, arXiv:2402.17762)."""
+    return states[~massive(states.norm(dim=-1))] if len(states) else states
 
 
 def _unit_trace(moment: Tensor) -> Tensor:

@@ -1,15 +1,11 @@
-"""Limits on what a trail can do: in which directions, on which states, and how strongly.
-
-`confine` is called before training, and says in which directions a trail may move a state. `guard` and
-`strength_within` are called after it: on which states the trails shall act, and how strongly.
-"""
+"""Gates before trained trails: on which states they act."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,16 +19,27 @@ from tokenpaths.trailmap.trailmap import TrailMap
 from tokenpaths.trails.base import Trail
 from tokenpaths.trails.wrappers import Guarded, at_unit_scale
 
-_HELD = 4  # one text in so many is held out, to place the gate's threshold
+_HELD = 4  # one text in 4 is held out, to place the gate's threshold
 
 
 @dataclass(frozen=True)
 class Guard:
-    """How a gate fits, on texts that it was not fitted on: its mean opening, and the share of tokens it opens on."""
+    """How a gate does on texts that it was not fitted on.
+
+    `task` and `other` are its mean opening, 0 to 1, on states of the task and on others; `other_share` is the share of
+    the others that it opens on at all.
+    """
 
     task: float
     other: float
     other_share: float
+
+
+class Gates(NamedTuple):
+    """Guarded trails, and how each gate does, by the sites of these trails: `trails, fits = guard(...)`."""
+
+    trails: TrailMap
+    fits: dict[Site, Guard]
 
 
 def guard(
@@ -40,46 +47,59 @@ def guard(
     trails: TrailMap,
     task: Sequence[Example],
     other: Sequence[Example],
+    tokenizer: Any = None,
     *,
     tokens: Rule = All(),
     shut: float = 0.9999,
     most: int = 4096,
-    tokenizer: Any = None,
     batch_size: int = 8,
-) -> tuple[TrailMap, dict[Site, Guard]]:
-    """Put a gate before each trained trail, which opens on states like those it was trained on, and on no others.
+) -> Gates:
+    """Put a gate before each trained trail. It opens on states like those the trail was trained on, and on no others.
 
         trails = TrailMap({site: DiReFT(dim, rank=4) for site in sites(model, tokens=Last(1) | Answer())})
         for step in steps(model, trails, [Imitate(examples)], steps=200): ...
-        trails, fits = guard(model, trails, examples, plain(tokenizer, texts))
+        trails, fits = guard(model, trails, examples, encode_texts(texts, tokenizer))
 
-    The trails come back as `Guarded`, at the same layers and streams but at `tokens`: where the prompt ends need no
-    longer be known, since the gate finds the states by itself; and text on which it stays shut is left to the bit as
-    the frozen model has it. At each site, let mu1 be the mean of the states (at unit scale, as `Guarded` reads them)
-    that enter the trail at the tokens its rule chooses in `task`, moved as they are by the trails below; mu0 that of
-    the other states of `task` that `tokens` chooses, and of the frozen model's in `other`; and S their pooled
-    covariance within both classes, shrunk by 1 % towards its diagonal. Fisher's discriminant w = S^-1 (mu1 - mu0)
-    scores a state. On held-out texts, one in four, let `high` be the quantile `shut` of the other states' scores and
-    `low` the 2 % quantile of the task's: the gate begins to open half way from `high` to `low`, and is wide open at
-    three quarters. Where the classes overlap it begins at `high`.
+    The trails come back as `Guarded`, at the same layers and streams but with the rule `tokens`. A gate finds its
+    states by itself, so that the end of the prompt need not be known. Text on which all gates stay shut is, to the bit,
+    as the frozen model has it.
 
-    The more kinds of text `other` holds, the better: what a gate takes for the task are prompts that look like it.
+    At each site there are two classes of states, at unit scale as `Guarded` reads them. The task's are those that enter
+    the trail, moved by the trails below, at the tokens that its rule chooses in `task`; their mean is mu1. The others
+    are what `tokens` chooses besides in `task`, and all of the frozen model's states in `other`; their mean is mu0. Let
+    S be the pooled covariance within the classes, shrunk by 1 % towards its diagonal. A state h is scored by Fisher's
+    discriminant,
+
+        score(h) = w . h,    w = S^-1 (mu1 - mu0)
+
+    One text in four is held out. On these let `high` be the quantile `shut` of the others' scores, and `low` the 2 %
+    quantile of the task's. The gate is 0 up to the score high + (low - high) / 2, is 1 from high + 3 (low - high) / 4
+    on, and is linear between. Where the classes overlap (low <= high) it is 0 up to `high` and 1 from the median of the
+    task's scores on, and a warning says so.
+
+    The more kinds of text `other` holds, the better: a gate mistakes for the task what looks like the task.
 
     Args:
         model: the model that the trails were trained in.
         trails: trained trails. They share their parameters with those that are returned.
         task: examples such as they were trained on.
-        other: examples of anything else, such as `plain(tokenizer, texts)`.
-        tokens: the token rule of the guarded trails. Where the task's own tokens cannot be told apart by their states,
-            as in a chain of names that its prompt holds too, keep the rule that the trails were trained at.
-        shut: the share of the other states on which a gate must be shut.
-        most: so many tokens, about, are read of `task`, and of `other`, evenly spaced. Their states at all sites are
-            kept in memory meanwhile.
+        other: examples of anything else, such as `encode_texts(texts, tokenizer)`.
         tokenizer: for `Match` rules.
-        batch_size: of the forwards.
+        tokens: the token rule of the guarded trails. Keep the rule that the trails were trained with where states alone
+            cannot tell the task's tokens, as in a chain of names that its prompt holds too.
+        shut: the share of the other states on which a gate must be shut, above 0 and at most 1.
+        most: about this many tokens of `task`, and of `other`, are read, from evenly spaced examples. Meanwhile their
+            states at all sites are kept in memory.
+        batch_size: examples in one forward.
+
+    Returns:
+        The guarded trails, and for each of their sites how its gate does.
 
     Raises:
-        ValueError: too few texts, or a rule that chooses no token of `task`, or every one.
+        ValueError: `shut` out of range, fewer than 8 examples, a rule that chooses no token of `task`, or trails that
+            are attached already.
+
+    Fisher 1936 (the discriminant).
     """
     if not 0 < shut <= 1:
         raise ValueError(f"shut={shut} must be above 0 and at most 1")
@@ -90,7 +110,10 @@ def guard(
     rest = _sample(model, trails, other, 0.0, All(), most, tokenizer, batch_size)
     gates: dict[Trail, Guarded] = {}
     found: dict[Trail, Guard] = {}
-    for trail, at in _by_trail(trails).items():
+    by_trail: dict[Trail, list[Site]] = {}  # a tied trail has one gate for all its sites
+    for site, trail in trails.items():
+        by_trail.setdefault(trail, []).append(site)
+    for trail, at in by_trail.items():
         ours = [own[site] for site in at]
         yes = _Sample.joined([sample.where(sample.chosen) for sample in ours])
         no = _Sample.joined([*(s.where(~s.chosen & s.reached) for s in ours), *(rest[site] for site in at)])
@@ -104,7 +127,7 @@ def guard(
             )
     sites = {site: Site(site.layer, tokens, site.stream, site.head) for site in trails}
     made = TrailMap([(sites[site], gates[trail]) for site, trail in trails.items()], blocks=trails.blocks)
-    return made, {sites[site]: found[trail] for site, trail in trails.items()}
+    return Gates(made, {sites[site]: found[trail] for site, trail in trails.items()})
 
 
 def _fit(trail: Trail, yes: _Sample, no: _Sample, shut: float) -> tuple[Guarded, Guard, bool]:
@@ -128,7 +151,7 @@ def _fit(trail: Trail, yes: _Sample, no: _Sample, shut: float) -> tuple[Guarded,
 
 @dataclass(frozen=True, eq=False)
 class _Sample:
-    """States at one site, at unit scale: which of them its rule chooses, which the new one, which are held out."""
+    """States at one site, at unit scale: which of them its rule chooses, which the new rule, and which are held out."""
 
     states: Float[Tensor, "n dim"]
     chosen: Bool[Tensor, " n"]
@@ -144,14 +167,6 @@ class _Sample:
         return _Sample(*(torch.cat(part) for part in parts))
 
 
-def _by_trail(trails: TrailMap) -> dict[Trail, list[Site]]:
-    """Each trail, and the sites where it lies."""
-    found: dict[Trail, list[Site]] = {}
-    for site, trail in trails.items():
-        found.setdefault(trail, []).append(site)
-    return found
-
-
 def _sample(
     model: nn.Module,
     trails: TrailMap,
@@ -162,7 +177,7 @@ def _sample(
     tokenizer: Any,
     batch_size: int,
 ) -> dict[Site, _Sample]:
-    """What enters each trail, at a strength: the states of evenly spaced examples, about `most` of them."""
+    """What enters each trail at a strength: about `most` states, of evenly spaced examples."""
     chosen = examples[:: max(1, round(sum(map(len, examples)) / most))]
     parts: dict[Site, list[_Sample]] = {site: [] for site in trails}
     seen = 0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokenpaths.attachment.handle import attach, is_attached
 from tokenpaths.data.examples import Batch, Example, collate
-from tokenpaths.engine.answers import forward_states
+from tokenpaths.engine.forwards import forward_states
 from tokenpaths.engine.readings import evaluating
 from tokenpaths.engine.states import recording
 from tokenpaths.site import Host, Site

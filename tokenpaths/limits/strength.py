@@ -17,25 +17,34 @@ from tokenpaths.trailmap.trailmap import TrailMap
 
 @dataclass(frozen=True)
 class AtStrength:
-    """Trails at one strength: what they can do, and what they cost."""
+    """Trails at one strength: how well they do the task, and how far they move the model."""
 
     strength: float
     score: float
-    measure_drift: Drift
+    drift: Drift
 
 
 def strength_curve(
     model: nn.Module,
     trails: TrailMap,
-    score: Callable[[], float],
     texts: Sequence[str] | Sequence[Example],
     tokenizer: Any = None,
     *,
+    score: Callable[[], float],
     at: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
 ) -> list[AtStrength]:
-    """Task against drift, over strengths: `score()` is called with the trails attached at each.
+    """Task against drift, over strengths.
 
-    Raises `ValueError` for trails that are attached already.
+    Args:
+        model: the model that the trails were trained in.
+        trails: trails that are not attached.
+        texts: what the drift is measured on, as in `measure_drift`.
+        tokenizer: for strings, and for `Match` rules.
+        score: how well the model does the task; it is called with the trails attached at each strength.
+        at: the strengths, by which displacements are multiplied.
+
+    Raises:
+        ValueError: the trails are attached already, or as `measure_drift`.
     """
     found: list[AtStrength] = []
     for strength in at:
@@ -53,22 +62,34 @@ def strength_within(
     budget: float,
     halvings: int = 6,
 ) -> float:
-    """The largest strength in [0, 1] found at which the mean KL(frozen || steered) on `texts` is at most `budget` nats.
+    """The largest strength in [0, 1] found at which the mean KL(frozen || steered) on `texts` is at most `budget`.
 
-    1 if that is within the budget, else by halving the interval `halvings` times, which takes it that drift rises with
-    strength; that the answer is within the budget is measured in any case. To keep it, attach with this strength, or
-    wrap each trail as `Scaled(trail, strength)`.
+    It is 1 if that is within the budget. Else the interval [0, 1] is halved `halvings` times, on the assumption that
+    drift rises with strength. That the result is within the budget is measured and not assumed. To keep it, attach with
+    this strength, or wrap each trail as `Scaled(trail, strength)`.
 
-    Raises `ValueError` for a budget below 0 and for trails that are attached already.
+    Args:
+        model: the model that the trails were trained in.
+        trails: trails that are not attached.
+        texts: what the drift is measured on, as in `measure_drift`.
+        tokenizer: for strings, and for `Match` rules.
+        budget: the most nats a token.
+        halvings: how often the interval is halved: the result is less than 2^-halvings below the largest strength.
+
+    Raises:
+        ValueError: a budget below 0, the trails are attached already, or as `measure_drift`.
     """
     if not budget >= 0:
         raise ValueError(f"budget={budget} must be at least 0 nats a token")
-    low, high = 0.0, 2.0  # so that the first to be tried is 1
-    for _ in range(halvings + 1):
+
+    def within(strength: float) -> bool:
+        with attached_at(model, trails, strength, tokenizer):
+            return measure_drift(model, trails, texts, tokenizer)["kl"].mean <= budget
+
+    if within(1.0):
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(halvings):
         middle = (low + high) / 2
-        with attached_at(model, trails, middle, tokenizer):
-            mean = measure_drift(model, trails, texts, tokenizer)["kl"].mean
-        low, high = (middle, high) if mean <= budget else (low, middle)
-        if low == 1.0:
-            break
+        low, high = (middle, high) if within(middle) else (low, middle)
     return low

@@ -21,17 +21,21 @@ from tokenpaths.trailmap.adapter import Adapter
 class TrustRegion:
     """The mean of `measure` between the model before and after an optimizer step is at most `most`, on `probe`.
 
-    A step that goes further is shortened until it does not: p <- p + a (p' - p) with a halved, or cut more where the
-    measure says so, each time. The bound is exact on the probe, and a step that no shortening brings inside it is not
-    taken. What the optimizer remembers of the step is left as it is. Each step costs a forward of the probe, and each
-    cut one more.
+    A step from parameters p to p' that goes further is shortened: p + a (p' - p), with a halved each time, or cut more
+    where the measure is far above the bound. The bound is exact on the probe. A step that no shortening brings within
+    it is not taken. The optimizer's state is left as it is. Each step costs a forward of the probe, and each cut one
+    more. It is a `training.loop.StepLimit`.
 
     Args:
-        probe: the examples to measure on, all in one batch: a few texts, of the kinds that must stay.
+        probe: the examples to measure on, all in one batch: a few texts of the kinds that must stay.
         most: the bound, in units of the measure (nats for `kl`).
         measure: of two readings, such as those of `tokenpaths.drift.measures`: `kl`, `displacement`, or your own.
-        attention: in place of it, a measure of two attention maps, such as `attention_js` (needs eager attention).
+        attention: in place of `measure`, a measure of two attention maps, such as `attention_js` (needs eager
+            attention).
         cuts: how often a step is shortened before it is given up.
+
+    Raises:
+        ValueError: no probe, `most` that is not a finite number above 0, or `cuts` below 1.
     """
 
     probe: Sequence[Example] = field(repr=False)
@@ -49,12 +53,18 @@ class TrustRegion:
             raise ValueError(f"TrustRegion: cuts={self.cuts} must be at least 1")
 
     def begin(self, model: nn.Module, trails: Adapter, parameters: Sequence[nn.Parameter]) -> Probe:
-        """Go to work in a run, before its first step."""
+        """Come into force in a run, before its first step.
+
+        Args:
+            model: the model that is trained.
+            trails: the adapter that is trained, at work in the model.
+            parameters: what the optimizer steps.
+        """
         return Probe(self, model, trails, parameters)
 
 
 class Probe:
-    """A trust region at work in a run: it knows how the model answered after the last step."""
+    """A trust region in force in a run: it knows what the model made of the probe after the last step."""
 
     def __init__(
         self, region: TrustRegion, model: nn.Module, trails: Adapter, parameters: Sequence[nn.Parameter]

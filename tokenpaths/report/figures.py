@@ -51,7 +51,25 @@ def grid(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def forest(
+    axes: Axes,
+    names: Sequence[str],
+    values: Sequence[float],
+    intervals: Sequence[tuple[float, float]],
+    colours: Sequence[str],
+) -> None:
+    """Values with their intervals, a row each from the top, named at the left, and an upright line at 0."""
+    lengths = zip(*error_bars(values, intervals), strict=True)
+    for row, (value, (below, above), colour) in enumerate(zip(values, lengths, colours, strict=True)):
+        bar = [[below], [above]]
+        axes.errorbar(value, row, xerr=bar, fmt="o", color=colour, capsize=3, elinewidth=1)
+    axes.axvline(0, color="0.3", linewidth=1)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    grid(axes)
+
+
 def error_bars(values: Sequence[float], intervals: Sequence[tuple[float, float] | None]) -> Any:
-    """Lengths below and above each value, as matplotlib wants them; 0 where there is no finite interval."""
+    """Two rows, the lengths of the bars below and above each value; 0 where a bound is missing or not finite."""
     bars = [(v - i[0], i[1] - v) if i else (0.0, 0.0) for v, i in zip(values, intervals, strict=True)]
     return [[max(0.0, b) if math.isfinite(b) else 0.0 for b in side] for side in zip(*bars, strict=True)]

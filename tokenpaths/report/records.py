@@ -1,4 +1,4 @@
-"""Reports on disk: dataclasses as JSON, and back, by their annotations. Nothing in a file is executed or imported."""
+"""Reports in files: dataclasses as JSON, and back by their annotations. Nothing in a file is executed or imported."""
 
 from __future__ import annotations
 
@@ -24,24 +24,27 @@ class Record:
 
     what: ClassVar[str] = "a report"
     """What the file is, for the error that refuses another."""
+    derived: ClassVar[tuple[str, ...]] = ()
+    """Names of properties that are written before the fields, for a reader of the file. Reading passes over them."""
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one JSON file, whole or not at all."""
-        text = json.dumps(finite(asdict(cast("Any", self))), indent=1, ensure_ascii=False, allow_nan=False)
-        files.write_text(path, text + "\n")
+        told = {name: getattr(self, name) for name in self.derived} | asdict(cast("Any", self))
+        files.write_text(path, json.dumps(finite(told), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
     @classmethod
     def from_json(cls: type[R], path: str | os.PathLike[str]) -> R:
         """Read what `to_json` wrote. Raises `FileNotFoundError`, and `ValueError` for any other file."""
         text = Path(path).read_text(encoding="utf-8")
         try:
-            return cast("R", _built(cls, json.loads(text)))
+            found = {key: value for key, value in json.loads(text).items() if key not in cls.derived}
+            return cast("R", _built(cls, found))
         except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{os.fspath(path)} is not {cls.what} as to_json writes it: {error}") from error
 
 
 def finite(value: Any) -> Any:
-    """The same, with None for numbers that JSON does not have."""
+    """The same value, with None for infinities and NaN, and lists for tuples."""
     if isinstance(value, dict):
         return {key: finite(part) for key, part in cast("dict[Any, Any]", value).items()}
     if isinstance(value, (list, tuple)):
@@ -50,7 +53,7 @@ def finite(value: Any) -> Any:
 
 
 def _built(kind: Any, value: Any) -> Any:
-    """A dataclass, or a part of one, of what `finite` made of it, by its annotations."""
+    """What `finite` made JSON of, built again by the annotations of a dataclass or of its parts."""
     if is_dataclass(kind):
         hints, make = get_type_hints(kind), cast("Callable[..., Any]", kind)
         if set(value) != {field.name for field in fields(kind)}:

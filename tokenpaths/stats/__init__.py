@@ -1,5 +1,7 @@
 """Intervals, paired tests, power."""
 
+from tokenpaths.stats.intervals import difference_interval as difference_interval
+from tokenpaths.stats.intervals import mean_interval as mean_interval
 from tokenpaths.stats.paired import Effect as Effect
 from tokenpaths.stats.paired import effect as effect
 from tokenpaths.stats.paired import holm as holm

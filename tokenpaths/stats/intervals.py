@@ -11,7 +11,7 @@ same numbers give the same bounds. `UNKNOWN`, (-inf, inf), stands where fewer th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -35,7 +35,7 @@ def mean_interval(values: Values, weights: Values | None = None, confidence: flo
 
     Where all values are equal, or all d, it is (v, v). That says that no item differed, not that none would: a share of
     up to 1 - ((1 - confidence) / 2)^(1 / n) may, which callers put in a note. Right answers in pairs have bounds there
-    too in `ab.paired.tango`. `values` are one number an item in any unit, `weights` what each counts, as its tokens.
+    too in `stats.paired.tango`. `values` are one number an item in any unit, `weights` what each counts, as its tokens.
 
     Raises:
         ValueError: a number that is not finite, a weight below 0 or none above, or a confidence outside (0, 1).
@@ -64,17 +64,15 @@ def difference_interval(x: Values, y: Values, confidence: float = 0.95) -> Inter
     V_y^2 / (n_y - 1)) degrees of freedom. (v, v) where neither sample has any spread, as in `mean_interval`, and
     `UNKNOWN` for fewer than two items in either. Of proportions see `newcombe`. ValueError as `mean_interval`.
     """
-    from scipy.special import stdtrit
-
     _check(confidence, x, y)
     if min(len(x), len(y)) < 2:
         return UNKNOWN
-    value, (a, b) = float(x.mean() - y.mean()), (_variance_of_mean(x), _variance_of_mean(y))
+    value, (a, b) = float(x.mean() - y.mean()), (variance_of_mean(x), variance_of_mean(y))
     if not a + b > 0:
         return value, value
     share = a / (a + b)
     freedom = 1 / (share**2 / (len(x) - 1) + (1 - share) ** 2 / (len(y) - 1))
-    half = float(stdtrit(freedom, (1 + confidence) / 2)) * math.sqrt(a + b)
+    half = half_width([(a + b, freedom)], 1 - confidence)
     return value - half, value + half
 
 
@@ -108,13 +106,13 @@ def streamed_interval(
     """
     if texts < 2 or not (replicate_counts > 0).any():
         return UNKNOWN
-    from scipy.special import ndtr, stdtrit
+    from scipy.special import ndtr
 
     ratio, drawn, wider = total / count, replicate_counts > 0, texts / (texts - 1)
-    t = float(stdtrit(texts - 1, 0.975))
-    tail = float(ndtr(-t * math.sqrt(wider)))
+    tail = float(ndtr(-half_width([(wider, texts - 1)], 0.05)))
     low, high = np.quantile(replicate_totals[drawn] / replicate_counts[drawn], [tail, 1 - tail])
-    half = t * math.sqrt(wider * float(np.mean(((replicate_totals - ratio * replicate_counts) / count) ** 2)))
+    variance = wider * float(np.mean(((replicate_totals - ratio * replicate_counts) / count) ** 2))
+    half = half_width([(variance, texts - 1)], 0.05)
     return min(float(low), ratio - half), max(float(high), ratio + half)
 
 
@@ -157,20 +155,57 @@ def ratio_interval(x: Values, y: Values) -> Interval:
     return bound(lp, uq, -1), bound(up, lq, 1)
 
 
+def variance_of_mean(values: Values) -> float:
+    """s^2 / n of n values, in their unit squared; exactly 0 where all are equal."""
+    return 0.0 if (values == values[0]).all() else float(values.var(ddof=1)) / len(values)
+
+
+def half_width(parts: Sequence[tuple[float, int | float]], alpha: float) -> float:
+    """sqrt(sum_k t_k^2 V_k), half of a two-sided interval of confidence 1 - alpha.
+
+    `parts` are variances V_k, each with the degrees of freedom of its own quantile t_k, at least 1 (Cochran and Cox
+    1950). One part gives Student's t sqrt(V).
+    """
+    from scipy.special import stdtrit
+
+    return math.sqrt(sum(float(stdtrit(max(1, df), alpha / 2)) ** 2 * variance for variance, df in parts))
+
+
+def edge(inside: Callable[[float], bool], within: float, beyond: float) -> float:
+    """The last number on the way from `within` to `beyond` at which `inside` is true, by bisection.
+
+    `inside` is true at `within`, and changes once at most. Found to 3e-14 of the way; `beyond` itself if it is inside.
+    """
+    if inside(beyond):
+        return beyond
+    for _ in range(45):
+        middle = (within + beyond) / 2
+        within, beyond = (middle, beyond) if inside(middle) else (within, middle)
+    return within
+
+
+def larger(values: Values) -> tuple[int, Values]:
+    """The values sorted, with 1, or their negatives, with -1: of the two the larger.
+
+    What is drawn from them follows from neither the order nor the sign of the values.
+    """
+    up, down = np.sort(values), np.sort(-values)
+    return (1, up) if up.tolist() >= down.tolist() else (-1, down)
+
+
 def _of_mean(values: Values, confidence: float) -> Interval:
-    """The wider of t and BCa. What is drawn hangs on neither order nor sign: of values and their negatives, the larger.
+    """The wider of t and BCa, whose draws are of `larger(values)`.
 
     BCa's bounds are percentiles of the means of draws, at Phi(z0 + (z0 + z) / (1 - a (z0 + z))) for the normal
     quantiles z, with Phi(z0) the share of draws below the mean and a = sum_i c_i^3 / (6 (sum_i c_i^2)^1.5), c centred.
     """
-    from scipy.special import ndtr, ndtri, stdtrit
+    from scipy.special import ndtr, ndtri
 
-    up, down = np.sort(values), np.sort(-values)
-    sign, ordered = (1, up) if up.tolist() >= down.tolist() else (-1, down)
-    mean, spread = float(ordered.mean()), math.sqrt(_variance_of_mean(ordered))
-    if not spread > 0:
+    sign, ordered = larger(values)
+    mean, variance = float(ordered.mean()), variance_of_mean(ordered)
+    if not variance > 0:
         return sign * mean, sign * mean
-    half = float(stdtrit(len(values) - 1, (1 + confidence) / 2)) * spread
+    half, spread = half_width([(variance, len(values) - 1)], 1 - confidence), math.sqrt(variance)
     means = np.concatenate([ordered[drawn].mean(1) for drawn in _draws(len(values))])
     ties = 1e-9 * spread  # equal but for rounding
     z0 = ndtri(((means < mean - ties).mean() + (means <= mean + ties).mean()) / 2)
@@ -186,10 +221,6 @@ def _draws(items: int) -> Iterator[Int[np.ndarray, "draws items"]]:
     """The numbers of the items in each of 9,999 bootstrap draws, as `scipy.stats.bootstrap(rng=0, batch=500)` draws."""
     random = np.random.default_rng(0)
     return (random.integers(0, items, (min(500, DRAWS - k), items)) for k in range(0, DRAWS, 500))
-
-
-def _variance_of_mean(values: Values) -> float:
-    return 0.0 if (values == values[0]).all() else float(values.var(ddof=1)) / len(values)
 
 
 def _check(confidence: float, *samples: Values) -> None:

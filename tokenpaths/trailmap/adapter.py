@@ -1,7 +1,7 @@
-"""What is trained beside a frozen base model: the little that training and measuring ask of it.
+"""What is trained beside a frozen base model, and the few things that training and measuring ask of it.
 
-A `TrailMap` is one, and so is `peers.PeftAdapter`, which holds what PEFT has laid into a model. `steps`, objectives,
-`drift` and `retention` take either, so that two runs may differ by the method and by nothing else.
+A `TrailMap` is an adapter. So is `PeftAdapter` of `tokenpaths.lab.peers`, which holds what PEFT has put into a model.
+Whatever trains or measures takes either, so that two runs can differ in the method alone.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from tokenpaths.site import Site
 class Adapter(nn.Module, ABC):
     """Parameters that are trained while the base model is frozen.
 
-    Its `parameters()` are its own and none of the base, and `train()` and `eval()` set the modes of its own modules, as
-    of dropout. Where a function says `trails`, it takes any adapter.
+    Its `parameters()` are its own and none of the base. `train()` and `eval()` set the modes of its own modules, as of
+    dropout. An argument that is named `trails` takes any adapter.
     """
 
     saved_as: ClassVar[str]
-    """The name that `save` is given in the folder of a run."""
+    """The name of its file or folder in the folder of a run."""
     sites: tuple[Site, ...] = ()
-    """Where it moves states; empty if it changes weights, so that nothing can be said of what it leaves as it was."""
+    """Where it moves states; empty if it changes weights, and may move every state."""
     blocks: str | None = None
     """The name of the block list of a model that has several."""
 
     @abstractmethod
     def off(self) -> AbstractContextManager[None]:
-        """Inside, the model is the frozen base; afterwards all is as before. It may be nested."""
+        """Inside, the model is the frozen base; afterwards all is as before. These contexts may be nested."""
 
     @abstractmethod
     def check(self, model: nn.Module) -> None:
@@ -40,11 +40,11 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def save(self, path: str | os.PathLike[str], model: nn.Module | None = None) -> None:
-        """Write it, whole or not at all. `model` is the base, for a note of which one it was."""
+        """Write it to a file or folder, whole or not at all. `model` is the base, whose fingerprint is kept."""
 
     @abstractmethod
     def restore(self, path: str | os.PathLike[str]) -> None:
-        """Take over the numbers that `save` wrote, in place, to the bit."""
+        """Copy the numbers that `save` wrote into its own parameters, to the bit."""
 
     def size(self) -> int:
         """The number of trained parameters."""

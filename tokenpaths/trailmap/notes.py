@@ -1,7 +1,7 @@
-"""What a trail file is: one safetensors file whose metadata holds a JSON note.
+"""What a trail file says. It is one safetensors file whose metadata holds a JSON note.
 
-The tensors are the trails' parameters; the note says how to rebuild them: the class and constructor arguments of each
-trail, the site that it lies at, and the model that it was made for. Nothing in a file is ever executed or imported:
+The tensors are the trails' parameters. The note says how to rebuild the trails: the class and constructor arguments of
+each, the site that it lies at, and the model that it was made for. Nothing in a file is ever executed or imported:
 class names are looked up among tokenpaths' own trails and the classes that the caller passes.
 """
 
@@ -24,18 +24,12 @@ from tokenpaths.trails.base import Trail, arguments
 from tokenpaths.trails.stiefel import OrthonormalRows
 
 _DEEPEST = 64  # how far trails, rules or lists may be nested
-
-
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
 _RULES: dict[str, type[Rule]] = {
     name: value
     for name, value in vars(tokens).items()
     if isinstance(value, type) and issubclass(value, Rule) and not isabstract(value)
 }
-
-
 _TRAILS: dict[str, type[Trail]] = {
     name: value
     for name, value in vars(trails).items()
@@ -44,7 +38,10 @@ _TRAILS: dict[str, type[Trail]] = {
 
 
 def named(classes: Sequence[type[Trail]]) -> dict[str, type[Trail]]:
-    """The classes that a file may name: tokenpaths' own trails, and those of the caller."""
+    """The classes that a file may name: tokenpaths' own trails and those of the caller, by name.
+
+    Raises `TypeError` for what is no `Trail` class, and `ValueError` for two classes of one name.
+    """
     known = dict(_TRAILS)
     for cls in classes:
         if not (isinstance(cls, type) and issubclass(cls, Trail)):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -55,7 +52,10 @@ def named(classes: Sequence[type[Trail]]) -> dict[str, type[Trail]]:
 
 
 def trail_to_note(trail: Trail, depth: int = 0) -> dict[str, Any]:
-    """The class name and constructor arguments of a trail, nested trails included."""
+    """The class name and constructor arguments of a trail, and of the trails inside it.
+
+    Raises `TypeError` for an argument that JSON does not have, and `ValueError` beyond 64 levels.
+    """
     name = type(trail).__name__
     if _TRAILS.get(name, type(trail)) is not type(trail):
         raise TypeError(f"your class {name} has the name of one of tokenpaths' own trails: rename it, then save")
@@ -64,7 +64,7 @@ def trail_to_note(trail: Trail, depth: int = 0) -> dict[str, Any]:
 
 
 def trail_from_note(note: Any, known: Mapping[str, type[Trail]], depth: int = 0) -> Trail:
-    """Build a trail from its note. Raises `TrailFileError`, also for whatever a constructor refuses."""
+    """Build a trail from its note. Raises `TrailFileError`, also for arguments that a constructor refuses."""
     _check_note(note, {"class", "arguments"}, "a trail", depth)
     name, given = note["class"], note["arguments"]
     if not isinstance(name, str) or name not in known:
@@ -96,7 +96,10 @@ def site_from_note(note: Any) -> Site:
 
 
 def rule_to_note(rule: Rule, depth: int = 0) -> dict[str, Any]:
-    """The class name of a rule and its fields, nested rules included."""
+    """The class name of a rule and its fields, and those of the rules inside it.
+
+    Raises `TypeError` for a rule that is not of `tokenpaths.tokens`, and `ValueError` beyond 64 levels.
+    """
     if _RULES.get(type(rule).__name__) is not type(rule):
         raise TypeError(f"{rule} is a rule of your own and cannot be saved; combine the rules of tokenpaths.tokens")
     if depth > _DEEPEST:
@@ -120,8 +123,27 @@ def rule_from_note(note: Any, depth: int = 0) -> Rule:
         raise TrailFileError(f"the file holds an impossible token rule: {error!s:.200}") from None
 
 
+def check_map(note: Mapping[str, Any]) -> dict[str, str] | None:
+    """The base model that the note of a map names, if any: its name and fingerprint.
+
+    Raises `TrailFileError` unless the note has a list of trails, a list of sites, a block list and a base.
+    """
+    if set(note) != {"trails", "sites", "blocks", "base"}:
+        raise TrailFileError(f"its note has the keys {', '.join(sorted(note)):.120}")
+    if not isinstance(note["trails"], list) or not isinstance(note["sites"], list):
+        raise TrailFileError("its trails and sites must be lists")
+    blocks, base = note["blocks"], note["base"]
+    if not isinstance(blocks, str | None):
+        raise TrailFileError(f"its blocks must be a string or null, not {blocks!r:.80}")
+    words = cast("dict[str, Any]", base) if isinstance(base, dict) else {}
+    described = words.keys() == {"name", "fingerprint"} and all(isinstance(word, str) for word in words.values())
+    if base is not None and not described:
+        raise TrailFileError(f"its base must have a name and a fingerprint, but is {base!r:.80}")
+    return words or None
+
+
 def load_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give a module the tensors of a file, in the file's dtype, after checking all of them."""
+    """Give a module the tensors of a file, in the file's dtype. Raises `TrailFileError` unless all are sound."""
     expected = module.state_dict()
     check_shapes(expected, tensors)
     for name, tensor in expected.items():
@@ -146,13 +168,13 @@ def check_shapes(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) 
 
 @torch.no_grad()
 def fault(module: nn.Module) -> str | None:
-    """What makes the numbers of a module unfit to be kept, by name; None where they are sound."""
+    """Why the numbers of a module cannot be kept, with the name of the tensor; None if they are sound."""
     for name, tensor in module.state_dict().items():
         if not bool(tensor.isfinite().all()):
             return f"{name} holds NaN or infinity"
     for name, part in module.named_modules():
         if isinstance(part, OrthonormalRows):
-            # any matrix has an orthonormal factor: one whose rows depend on each other does not determine which
+            # every matrix has an orthonormal factor, but dependent rows do not determine it
             triangle = torch.linalg.qr(part.weight.cpu().double().mT, mode="r").R.diagonal().abs()
             if not triangle.min() > 1e-6 * triangle.max():
                 return f"the rows of {name}.weight depend on each other, so they span no subspace of their number"

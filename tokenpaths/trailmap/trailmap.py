@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -27,9 +27,16 @@ FILE_NAME = "trails.safetensors"
 class TrailMap(Adapter):
     """Trails at their sites: `TrailMap({Site(15, Last(1)): LoReFT(576, rank=4)})`.
 
-    The same trail at two sites is one trail, tied: trained once and stored once. Trails at sites of one layer and
-    stream read the same state, and their displacements are added. `blocks` names the block list of a model that has
-    several, as in `blocks="encoder.block"`.
+    A trail that is given at two sites is tied: it is trained once and stored once. Trails at sites of one layer and
+    stream read the same state, and their displacements are added. A map reads like a dict from sites to trails.
+
+    Args:
+        trails: a dict from `Site` to `Trail`, or such pairs.
+        blocks: the name of the block list of a model that has several, as in `blocks="encoder.block"`.
+
+    Raises:
+        TypeError: `trails` is not made of sites and trails.
+        ValueError: there is no trail, or a site is named twice.
     """
 
     saved_as: ClassVar[str] = FILE_NAME
@@ -47,8 +54,12 @@ class TrailMap(Adapter):
         self.enabled = True
 
     def items(self) -> list[tuple[Site, Trail]]:
-        unique = [trail for trail in self.trails if isinstance(trail, Trail)]
-        return [(site, unique[i]) for site, i in zip(self.sites, self.index, strict=True)]
+        """Each site with its trail, in the order given."""
+        return [(site, self._unique[i]) for site, i in zip(self.sites, self.index, strict=True)]
+
+    @property
+    def _unique(self) -> list[Trail]:
+        return cast("list[Trail]", list(self.trails))
 
     def __getitem__(self, site: Site) -> Trail:
         found = dict(self.items())
@@ -67,16 +78,16 @@ class TrailMap(Adapter):
         return "TrailMap({" + ", ".join(f"{site}: {trail}" for site, trail in self.items()) + "}" + blocks + ")"
 
     def size(self) -> int:
-        """The number of trained parameters."""
+        """The number of parameters, also of those that are not trained now."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def off(self) -> AbstractContextManager[None]:
-        """Wherever the map is attached, the model is the frozen one while this lasts: `with trails.off(): ...`."""
+        """Inside `with trails.off():`, a model that the map is attached to is the frozen one."""
         return self.switched(False)
 
     @contextmanager
     def switched(self, on: bool) -> Generator[None]:
-        """Inside, the trails move states where the map is attached, or do not."""
+        """Inside, the trails move states of a model that the map is attached to (`on`), or leave them alone."""
         before, self.enabled = self.enabled, on
         try:
             yield
@@ -84,13 +95,23 @@ class TrailMap(Adapter):
             self.enabled = before
 
     def check(self, model: nn.Module) -> None:
-        """Raises `ValueError` for a site that the model does not have; `attach` checks the rest."""
+        """Raise `ValueError` for a site that the model does not have. `attach` checks widths and rules."""
         host = Host.of(model, self.blocks)
         for site in self.sites:
             host.locate(site)
 
     def save(self, path: str | os.PathLike[str], model: nn.Module | None = None) -> None:
-        """Write one safetensors file, whole or not at all. With `model`, note which base the trails were made for."""
+        """Write one safetensors file, whole or not at all.
+
+        Args:
+            path: the file.
+            model: the base model, to keep its name and the fingerprint of its weights in the file.
+
+        Raises:
+            TypeError: an argument of a trail is not of JSON, or a rule is not of `tokenpaths.tokens`.
+            ValueError: a parameter is shared inside the trails, a number is not finite, rows span no subspace of their
+                number, or something is nested more than 64 deep.
+        """
         parameters = list(self.named_parameters(remove_duplicate=False))
         if len({id(parameter) for _, parameter in parameters}) < len(parameters):
             raise ValueError(
@@ -99,7 +120,7 @@ class TrailMap(Adapter):
         if fault := notes.fault(self):
             raise ValueError(f"not saved: {fault}")
         note = {
-            "trails": [notes.trail_to_note(trail) for trail in self.trails if isinstance(trail, Trail)],
+            "trails": [notes.trail_to_note(trail) for trail in self._unique],
             "sites": [{**notes.site_to_note(s), "trail": i} for s, i in zip(self.sites, self.index, strict=True)],
             "blocks": self.blocks,
             "base": None if model is None else describe(model),
@@ -108,31 +129,31 @@ class TrailMap(Adapter):
 
     @torch.no_grad()
     def restore(self, path: str | os.PathLike[str]) -> None:
-        """Take over the numbers of a file of these trails, in place. Raises as `load` does."""
+        """Copy the numbers of a file of these trails into this map's parameters. Raises as `load` does."""
         tensors, _ = files.read(path)
         notes.check_shapes(self.state_dict(), tensors)
         self.load_state_dict(tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *classes: type[Trail], model: nn.Module | None = None) -> TrailMap:
-        """Read a file that `save` wrote. Pass your own `Trail` classes; no name in a file is ever imported.
+        """Read a file that `save` wrote.
 
-        With `model`, warns when the trails were made for other weights. Raises `FileNotFoundError`, and
-        `TrailFileError` for a file that is not whole and sound.
+        Args:
+            path: the file.
+            classes: your own `Trail` classes that the file may hold. No name in a file is ever imported.
+            model: the base model. A warning is given if the trails were made for other weights.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            TrailFileError: the file is not whole and sound, or holds a trail of a class that is not known.
+            TypeError: one of `classes` is no `Trail` class.
+            ValueError: two classes have one name.
         """
         known = notes.named(classes)
         with torch.device("cpu"):
             tensors, note = files.read(path)
         try:
-            if set(note) != {"trails", "sites", "blocks", "base"}:
-                raise TrailFileError(f"its note has the keys {', '.join(sorted(note)):.120}")
-            base = note["base"]
-            if base is not None and not (
-                isinstance(base, dict)
-                and set(base) == {"name", "fingerprint"}
-                and all(isinstance(value, str) for value in base.values())
-            ):
-                raise TrailFileError(f"its base must have a name and a fingerprint, but is {base!r:.80}")
+            base = notes.check_map(note)
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
                 # first without memory: a damaged note may ask for any size
                 try:
@@ -157,10 +178,7 @@ class TrailMap(Adapter):
 
     @classmethod
     def _from_note(cls, note: dict[str, Any], known: Mapping[str, type[Trail]]) -> TrailMap:
-        if not isinstance(note["trails"], list) or not isinstance(note["sites"], list):
-            raise TrailFileError("its trails and sites must be lists")
-        if note["blocks"] is not None and not isinstance(note["blocks"], str):
-            raise TrailFileError(f"its blocks must be a string or null, not {note['blocks']!r:.80}")
+        """Build a map whose note `notes.check_map` has passed, with fresh numbers. Raises `TrailFileError`."""
         trails = [notes.trail_from_note(trail, known) for trail in note["trails"]]
         pairs: list[tuple[Site, Trail]] = []
         for entry in note["sites"]:
@@ -178,14 +196,22 @@ class TrailMap(Adapter):
         return loaded
 
     def push_to_hub(self, repo: str, model: nn.Module | None = None, *, private: bool | None = None) -> str:
-        """Upload the trails to the Hugging Face Hub as `trails.safetensors`; returns the address of the commit."""
+        """Upload the trails to the Hugging Face Hub as `trails.safetensors`, and return the address of the commit.
+
+        Args:
+            repo: the repository, which is made if it is not there. Without an owner it is one of your own.
+            model: the base model, to keep its name and fingerprint in the file.
+            private: whether a repository that is made is private; by default as your organisation has it.
+
+        Raises as `save` does, and `huggingface_hub.errors.HfHubHTTPError` if the Hub refuses.
+        """
         from huggingface_hub import HfApi
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / FILE_NAME
             self.save(path, model)
             api = HfApi()
-            made = api.create_repo(repo, private=private, exist_ok=True)  # with the user's name, where `repo` has none
+            made = api.create_repo(repo, private=private, exist_ok=True)  # adds the user's name where `repo` has none
             commit = api.upload_file(path_or_fileobj=path, path_in_repo=FILE_NAME, repo_id=made.repo_id)
             return commit.commit_url
 
@@ -197,7 +223,16 @@ class TrailMap(Adapter):
         model: nn.Module | None = None,
         revision: str | None = None,
     ) -> TrailMap:
-        """Load `trails.safetensors` from a folder, or from the Hugging Face Hub."""
+        """Load `trails.safetensors` from a folder, or from the Hugging Face Hub.
+
+        Args:
+            repo: a folder, or else a repository on the Hub.
+            classes: your own `Trail` classes, as for `load`.
+            model: the base model, as for `load`.
+            revision: a branch, tag or commit on the Hub.
+
+        Raises as `load` does, and `huggingface_hub.errors.HfHubHTTPError` if the Hub does not have it.
+        """
         if Path(repo).is_dir():
             return cls.load(Path(repo) / FILE_NAME, *classes, model=model)
         from huggingface_hub import hf_hub_download
@@ -206,7 +241,7 @@ class TrailMap(Adapter):
 
 
 def _pairs(trails: Any) -> list[tuple[Site, Trail]]:
-    """What a TrailMap is made of, checked."""
+    """The sites and trails that a TrailMap is given, checked."""
     try:
         pairs = [(site, trail) for site, trail in (trails.items() if isinstance(trails, Mapping) else trails)]
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""How a hidden state is moved: functions from a state to its displacement."""
+"""Trails: how a hidden state is moved. A trail maps a state to its displacement."""
 
 from tokenpaths.trails.base import Trail as Trail
 from tokenpaths.trails.base import arguments as arguments

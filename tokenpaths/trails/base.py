@@ -1,4 +1,4 @@
-"""The contract of a trail: how to move one hidden state."""
+"""The contract of a trail: how a hidden state is moved."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from torch import Tensor, nn
 class Trail(nn.Module):
     """A learned displacement of hidden states: `h` becomes `h + trail(h)` at the chosen tokens.
 
-    To write your own, define `__init__` and `forward`, nothing else, and keep four promises, which
-    `tokenpaths.testing.check_trail` checks:
+    To write your own, define `__init__` and `forward` and keep four promises. `tokenpaths.testing.check_trail` checks
+    them:
 
-    1. `forward(h)` returns the **displacement**, of the same shape and dtype as `h`;
-    2. each token is moved on its own, whatever stands beside it;
-    3. a fresh trail moves nothing (one that cannot promise it sets `starts_at_identity = False`);
-    4. every argument of `__init__` is kept as an attribute of its own name: it is what `repr`, saving and loading use.
+    1. `forward(h)` returns the **displacement**, of the same shape and dtype as `h`.
+    2. Each token is moved on its own, whatever the tokens beside it are.
+    3. A fresh trail moves nothing. A class whose formula cannot promise it sets `starts_at_identity = False`.
+    4. Every argument of `__init__` is kept as an attribute of its own name, for `repr`, saving and loading.
 
-    Masks, casts, strength, devices and hooks are not a trail's business: `attach` computes them around it.
+    A trail does not deal with masks, casts, strength, devices or hooks: `attach` does.
     """
 
     starts_at_identity: bool = True
+    """Whether a fresh trail moves nothing."""
 
     def forward(self, h: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
+        """The displacement of each state, of the shape and dtype of `h`."""
         raise NotImplementedError(f"{type(self).__name__} must define forward(h) and return the displacement of h")
 
     def __repr__(self) -> str:
@@ -34,7 +36,10 @@ class Trail(nn.Module):
 
 
 def arguments(trail: Trail) -> dict[str, Any]:
-    """The constructor arguments of a trail, read back from its attributes."""
+    """The constructor arguments of a trail, read back from its attributes.
+
+    Raises `TypeError` for an argument that is not kept as an attribute, and for `*args` and `**kwargs`.
+    """
     found: dict[str, Any] = {}
     for name, parameter in inspect.signature(type(trail).__init__).parameters.items():
         if name == "self":

@@ -1,11 +1,11 @@
-"""R with orthonormal rows, at every step, whatever the optimizer does.
+"""R with orthonormal rows at every step, under any optimizer.
 
-The free parameter is a `rank x dim` matrix A; R is the Q of its thin QR factorisation. Weight decay, momentum, a
-coarse dtype or a resumed run may move A anywhere: R R^T = I all the same, without a `dim x dim` buffer (torch's
-`parametrizations.orthogonal` stores one, and is zeroed by any weight decay).
+The free parameter is a `rank x dim` matrix A; R is the Q of its thin QR factorisation. Weight decay, momentum, a coarse
+dtype or a resumed run may move A anywhere, and R R^T = I still holds. No `dim x dim` buffer is needed. (torch's
+`parametrizations.orthogonal` stores one, and weight decay sets it to zero.)
 
-The factors are computed once for each value of A and shared by every forward and backward until A changes, and for all
-layers at once: `prepare` stacks the matrices of equal shape into one batched QR.
+The factors are computed once for each value of A. Every forward and backward shares them until A changes. `prepare`
+computes them for all layers at once: it stacks the matrices of equal shape into one batched QR.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from torch.autograd.function import once_differentiable
 
 
 class OrthonormalRows(nn.Module):
-    """`R`, `rank x dim`, with R R^T = I (`rank <= dim`); calling the module returns R, differentiable in `weight`."""
+    """R, `rank x dim`, with R R^T = I. Calling the module returns R in float32 at least, differentiable in `weight`.
+
+    Args:
+        rank: the number of rows, at most `dim`.
+        dim: their length.
+    """
 
     def __init__(self, rank: int, dim: int) -> None:
         super().__init__()
@@ -39,9 +44,9 @@ class OrthonormalRows(nn.Module):
         return _WithFactors.apply(self.weight, rows, triangle) if torch.is_grad_enabled() else rows
 
     def _apply(self, fn: Any, recurse: bool = True) -> OrthonormalRows:
-        """Let the factors move to another device with the weight they were made of.
+        """Move the factors to another device with the weight that they were made of.
 
-        Made anew there, R would differ by rounding from the R that W was set to, and a fresh LoReFT would move h.
+        If R were computed anew there, rounding would set it apart from the W = R of a fresh LoReFT, which would move h.
         """
         super()._apply(fn, recurse)
         old, weight = self._factors, self.weight
@@ -53,7 +58,7 @@ class OrthonormalRows(nn.Module):
 
 
 def prepare(modules: Sequence[OrthonormalRows]) -> None:
-    """Factorise all matrices that changed, batched by shape, and trust them until `release`."""
+    """Factorise all matrices that changed, batched by shape. Until `release`, no forward compares them again."""
     if torch.compiler.is_compiling():
         return
     alike: dict[Any, list[OrthonormalRows]] = defaultdict(list)
@@ -70,7 +75,7 @@ def prepare(modules: Sequence[OrthonormalRows]) -> None:
 
 
 def release(modules: Sequence[OrthonormalRows]) -> None:
-    """End the trust given by `prepare`: weights may change again."""
+    """Let every forward compare the factors with the weight again: after this, weights may change."""
     for module in modules:
         module._prepared = False  # pyright: ignore[reportPrivateUsage]
 
@@ -94,10 +99,10 @@ def _thin_qr(
 
 
 class _WithFactors(torch.autograd.Function):
-    """R as a function of A, with factors that are known already: each backward costs one triangular solve.
+    """R as a function of A, with factors that are known already. Each backward costs one triangular solve.
 
-    For A^T = Q T the gradient of Q is  dA^T = (dQ + Q copyltu(-dQ^T Q)) T^{-T}  (Walter and Lehmann 2012), where
-    copyltu copies the lower triangle to the upper.
+    For A^T = Q T the gradient is  dA^T = (dQ + Q copyltu(-dQ^T Q)) T^{-T}  (Walter and Lehmann 2012), where copyltu
+    copies the lower triangle to the upper.
     """
 
     @staticmethod
@@ -115,13 +120,13 @@ class _WithFactors(torch.autograd.Function):
         (grad,) = grads
         m = -grad @ rows.mT
         symmetric = m.tril() + m.tril(-1).mT
-        # rows^T and grad^T stand for Q and dQ: transpose the formula once instead of each factor
+        # rows and grad are Q^T and dQ^T: this is the formula, transposed
         right = grad + symmetric @ rows
         return torch.linalg.solve_triangular(triangle, right, upper=True).to(ctx.dtype), None, None
 
 
 def _is_current(made_of: Tensor, weight: Tensor) -> bool:
-    """By value: optimizers that write through `.data` leave no trace in the version counter."""
+    """Compares values: optimizers that write through `.data` leave no trace in the version counter."""
     return (
         made_of.shape == weight.shape
         and made_of.dtype == weight.dtype

@@ -1,4 +1,4 @@
-"""Wrappers: a trail made of other trails. Wrap to change a trail; do not subclass it."""
+"""Wrappers: trails that are made of other trails. To change a trail, wrap it; do not subclass it."""
 
 from __future__ import annotations
 
@@ -11,35 +11,48 @@ from torch import Tensor, nn
 from tokenpaths.trails.base import Trail
 
 
-class Scaled(Trail):
-    """factor * trail(h)."""
+class Wrapper(Trail):
+    """A trail around one other trail, which starts at the identity if the other does."""
+
+    def __init__(self, trail: Trail) -> None:
+        super().__init__()
+        self.trail = trail
+        self.starts_at_identity = trail.starts_at_identity
+
+
+class Scaled(Wrapper):
+    """factor * trail(h).
+
+    Args:
+        trail: the trail to scale.
+        factor: a finite number; `ValueError` is raised for any other.
+    """
 
     def __init__(self, trail: Trail, factor: float) -> None:
-        super().__init__()
+        super().__init__(trail)
         if not math.isfinite(factor):
             raise ValueError(f"Scaled: factor {factor} must be a finite number")
-        self.trail = trail
         self.factor = factor
-        self.starts_at_identity = trail.starts_at_identity
 
     def forward(self, h: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
         return self.factor * self.trail(h)
 
 
-class Capped(Trail):
-    """trail(h), shortened where it is longer than `cap` times the state: ||displacement|| <= cap ||h|| for each token.
+class Capped(Wrapper):
+    """d min(1, cap ||h|| / ||d||) with d = trail(h): no token is moved by more than `cap` times its norm.
 
-    d min(1, cap ||h|| / ||d||). The bound is exact in the trail's dtype; rounding h + d to a coarser model dtype comes
-    after it.
+    The bound is exact in the trail's dtype. Rounding h + d to a coarser dtype of the model comes after it.
+
+    Args:
+        trail: the trail to cap.
+        cap: a finite number of at least 0; `ValueError` is raised for any other.
     """
 
     def __init__(self, trail: Trail, cap: float) -> None:
-        super().__init__()
+        super().__init__(trail)
         if not (math.isfinite(cap) and cap >= 0):
             raise ValueError(f"Capped: cap {cap} must be a finite number, at least 0")
-        self.trail = trail
         self.cap = cap
-        self.starts_at_identity = trail.starts_at_identity
 
     def forward(self, h: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
         d = self.trail(h)
@@ -50,17 +63,19 @@ class Capped(Trail):
         return (d * ratio.clamp_max(1)).to(d.dtype)
 
 
-class Gated(Trail):
-    """sigmoid(w.h + b) * trail(h): the trail opens on some states and stays shut on others.
+class Gated(Wrapper):
+    """sigmoid(w.h + b) trail(h): a learned gate, which opens on some states and shuts on others.
 
-    d + 1 parameters of its own; w = 0 and b = 0 at start, a gate half open.
+    w is in R^d, b is a number; d + 1 parameters beside the trail's. At start w = 0 and b = 0: the gate is half open.
+
+    Args:
+        trail: the trail behind the gate.
+        dim: the width d of the states.
     """
 
     def __init__(self, trail: Trail, dim: int) -> None:
-        super().__init__()
-        self.trail = trail
+        super().__init__(trail)
         self.dim = dim
-        self.starts_at_identity = trail.starts_at_identity
         self.w = nn.Parameter(torch.zeros(dim))
         self.b = nn.Parameter(torch.zeros(()))
 
@@ -68,22 +83,25 @@ class Gated(Trail):
         return torch.sigmoid(h @ self.w + self.b).unsqueeze(-1) * self.trail(h)
 
 
-class Guarded(Trail):
-    """clamp(w.n + b, 0, 1) * trail(h), n = h / rms(h): a gate, exactly shut on states that are not like the task's.
+class Guarded(Wrapper):
+    """clamp(w.n + b, 0, 1) trail(h) with n = h / rms(h): a gate that is exactly shut on states unlike the task's.
 
-    w and b are not learned: `guard` finds them, from states. A fresh gate is open: w = 0, b = 1.
-    Where it is shut the displacement is zero, so a text on all of whose tokens it is shut keeps the frozen model's
-    outputs. It reads the state at unit scale, as the model's own norms do, so that massive activations cannot open it.
+    w is in R^d, b is a number. They are not learned: `guard` finds them from states. A fresh gate is open: w = 0 and
+    b = 1. Where it is shut, the displacement is zero, and a text on which it is always shut keeps the frozen model's
+    outputs. The gate reads the state at unit scale, as the model's own norms do, so that massive activations cannot
+    open it.
+
+    Args:
+        trail: the trail behind the gate.
+        dim: the width d of the states.
     """
 
     w: Tensor
     b: Tensor
 
     def __init__(self, trail: Trail, dim: int) -> None:
-        super().__init__()
-        self.trail = trail
+        super().__init__(trail)
         self.dim = dim
-        self.starts_at_identity = trail.starts_at_identity
         self.register_buffer("w", torch.zeros(dim))
         self.register_buffer("b", torch.ones(()))
 
@@ -95,22 +113,25 @@ class Guarded(Trail):
         return self.gate(h).unsqueeze(-1) * self.trail(h)
 
 
-class Confined(Trail):
-    """U^T U trail(h), with U U^T = I: the displacement stays in the span of `directions` chosen directions.
+class Confined(Wrapper):
+    """U^T U trail(h) with U U^T = I: the displacement stays in the span of a few directions, the rows of U.
 
-    U is not learned: `confine` finds it, from states. A fresh U holds the first coordinates.
+    U is `directions` x d. It is not learned: `confine` finds it from states. A fresh U is the first rows of I.
+
+    Args:
+        trail: the trail to confine.
+        dim: the width d of the states.
+        directions: the number of directions, from 1 to dim; `ValueError` is raised for any other.
     """
 
     U: Float[Tensor, "directions dim"]
 
     def __init__(self, trail: Trail, dim: int, directions: int) -> None:
-        super().__init__()
+        super().__init__(trail)
         if not 1 <= directions <= dim:
             raise ValueError(f"Confined: directions {directions} must be from 1 to dim {dim}")
-        self.trail = trail
         self.dim = dim
         self.directions = directions
-        self.starts_at_identity = trail.starts_at_identity
         self.register_buffer("U", torch.eye(dim)[:directions])
 
     def forward(self, h: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
@@ -118,7 +139,12 @@ class Confined(Trail):
 
 
 class Chain(Trail):
-    """One trail after another: the second reads the state as the first has moved it."""
+    """d + second(h + d) with d = first(h): the second trail reads the state that the first has moved.
+
+    Args:
+        first: the trail that reads the state of the model.
+        second: the trail that reads the moved state.
+    """
 
     def __init__(self, first: Trail, second: Trail) -> None:
         super().__init__()
@@ -132,16 +158,16 @@ class Chain(Trail):
 
 
 def at_unit_scale(h: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
-    """The state divided by the root mean square of its entries; 0 for 0."""
+    """Each state divided by the root mean square of its entries; 0 for 0."""
     wide = torch.promote_types(h.dtype, torch.float32)
     length = torch.linalg.vector_norm(h, dim=-1, keepdim=True, dtype=wide).clamp_min(1e-30)
     return (h * (math.sqrt(h.shape[-1]) / length)).to(h.dtype)
 
 
 def _length(x: Float[Tensor, "*tokens dim"]) -> tuple[Float[Tensor, "*tokens 1"], Float[Tensor, "*tokens 1"]]:
-    """Two factors of the norm: the largest entry, and the length in units of it, from 1 (also of 0) to sqrt(dim).
+    """Two factors of each norm: the largest entry, and the norm in units of it, from 1 (also for 0) to sqrt(dim).
 
-    So no square overflows or vanishes, and no root is taken at zero, where it has no gradient.
+    With them no square overflows or vanishes, and no root is taken at zero, where it has no gradient.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     peak = x.detach().abs().amax(-1, keepdim=True)

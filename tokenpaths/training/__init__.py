@@ -1,4 +1,4 @@
-"""Train trails: objectives, the training loop, and what the frozen model itself writes to rehearse."""
+"""Train trails: objectives, the loop, trails under the loop of another library, texts that the frozen model writes."""
 
 from tokenpaths.training.foreign import trainable as trainable
 from tokenpaths.training.loop import Step as Step
@@ -11,7 +11,6 @@ from tokenpaths.training.objectives.align import score_attempts as score_attempt
 from tokenpaths.training.objectives.base import Objective as Objective
 from tokenpaths.training.objectives.imitate import Imitate as Imitate
 from tokenpaths.training.objectives.parts import ImitateParts as ImitateParts
-from tokenpaths.training.objectives.parts import encode_parts as encode_parts
 from tokenpaths.training.objectives.replay import Replay as Replay
 from tokenpaths.training.objectives.stay import Stay as Stay
 from tokenpaths.training.objectives.stay import StayAttention as StayAttention

@@ -1,4 +1,4 @@
-"""What is refused before the first step: data that the model or the token rules can do nothing with."""
+"""Checks before the first step: data that the model or the token rules can do nothing with is refused."""
 
 from __future__ import annotations
 
@@ -18,10 +18,15 @@ Pieces = Callable[[Sequence[int]], list[str]]
 
 
 def check(model: nn.Module, trails: Adapter, goals: Sequence[Objective], tokenizer: Any) -> None:
-    """Raises `ValueError` for what cannot be trained, and warns of what is likely a mistake."""
+    """Check a run before its first step, and warn of what is likely a mistake.
+
+    Raises:
+        ValueError: there are no goals, the trails do not fit the model, an example is longer than the model's window, a
+            token rule chooses nothing anywhere in the examples, or a rule needs a tokenizer and there is none.
+    """
     if not goals or not all(isinstance(goal, Objective) for goal in goals):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"goals must be a list of Objectives, such as [Imitate(examples)], not {goals!r:.80}")
-    if not trails.sites:  # trails are checked when they are attached
+    if not trails.sites:  # an adapter with sites is checked when it is attached
         trails.check(model)
     _check_window(model, goals)
     rules = [leaf for site in trails.sites for leaf in leaves(site.tokens)]
@@ -33,7 +38,7 @@ def check(model: nn.Module, trails: Adapter, goals: Sequence[Objective], tokeniz
 
 
 def span_names(trails: Adapter) -> list[str]:
-    """The names of the spans that token rules ask for."""
+    """The names of the spans that the token rules of the trails ask for."""
     return sorted({leaf.name for site in trails.sites for leaf in leaves(site.tokens) if isinstance(leaf, Span)})
 
 
@@ -51,7 +56,7 @@ def _check_window(model: nn.Module, goals: Sequence[Objective]) -> None:
 
 
 def _check_rules(trails: Adapter, examples: Sequence[Example], pieces: Pieces | None) -> None:
-    """Each rule, and each simple rule that it is made of, must choose a token somewhere in the training set."""
+    """Raise for a rule, or a simple rule in it, that chooses no token anywhere; warn of one that takes nothing away."""
     unseen = {rule for site in trails.sites for rule in (site.tokens, *leaves(site.tokens))}
     for start in range(0, len(examples), 64):
         if not unseen:
@@ -72,7 +77,7 @@ def _check_rules(trails: Adapter, examples: Sequence[Example], pieces: Pieces | 
 
 
 def _signed(rule: Rule, taken_away: bool = False) -> Iterator[tuple[Rule, bool]]:
-    """The simple rules of a rule, and whether the tokens of each are taken away, as in `Answer() - Tokens([198])`."""
+    """The simple rules in a rule, and whether each takes tokens away, as the second of `Answer() - Tokens([198])`."""
     parts = [(value, taken_away) for value in vars(rule).values() if isinstance(value, Rule)]
     if isinstance(rule, Without):
         parts = [(rule.left, taken_away), (rule.right, not taken_away)]

@@ -1,9 +1,10 @@
-"""One optimizer step: gradients of all processes, clipped, at the learning rate of the step."""
+"""One optimizer step: the gradients of all processes, clipped, at the learning rate of the step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
@@ -23,12 +24,12 @@ class Descent:
     Args:
         parameters: what is trained.
         make: a function from the list of parameters to an optimizer; AdamW without weight decay unless given.
-        lr: of AdamW; 1e-3 unless given.
+        lr: the learning rate of AdamW; 1e-3 unless given.
         schedule: a name that `transformers.get_scheduler` knows.
-        warmup: of the schedule, in steps; below 1, a share of all steps.
+        warmup: the steps of the schedule's warm-up; below 1, their share of all steps.
         clip: the largest norm of the gradient; None for any.
         total: the number of steps of the run.
-        accelerator: of the run.
+        accelerator: the run's.
 
     Raises:
         ValueError: both `make` and `lr` are given, or the schedule depends on more than the step.
@@ -59,20 +60,26 @@ class Descent:
         self.prepared: Any = None
 
     def describe(self) -> list[Any]:
-        """What a checkpoint remembers of the optimizer, to refuse another."""
+        """What a checkpoint notes of the optimizer, so that a run with another is refused."""
         groups = [{**group, "params": len(group["params"])} for group in self.optimizer.param_groups]
         return [type(self.optimizer).__name__, groups]
 
-    def begin(self) -> None:
-        """Hand the optimizer to the accelerator."""
+    @contextmanager
+    def ready(self) -> Generator[None]:
+        """Inside, the accelerator has the optimizer, and steps can be taken. Afterwards no gradient is left."""
         self.prepared = self.accelerator.prepare_optimizer(self.optimizer)
+        try:
+            yield
+        finally:
+            self.optimizer.zero_grad()
 
     def step(self, number: int) -> tuple[float, float]:
         """Take step `number`, counted from 0. Returns the learning rate, and the norm of the gradient before clipping.
 
-        Raises `FloatingPointError` for a gradient that is not finite; then nothing is changed.
+        Raises:
+            FloatingPointError: the gradient is not finite. Nothing is changed then.
         """
-        _sum_gradients(self.parameters, self.accelerator)
+        self._sum_gradients()
         norm = float(cast("Tensor", self.accelerator.clip_grad_norm_(self.parameters, self.most)))
         if not math.isfinite(norm) and self.accelerator.scaler is None:  # a scaler skips such a step by itself
             raise FloatingPointError(f"step {number + 1}: the gradient is not finite ({norm}). {KEPT}")
@@ -83,20 +90,19 @@ class Descent:
         self.prepared.zero_grad()
         return self.rates[0] * share, norm
 
+    def _sum_gradients(self) -> None:
+        """Add up the gradients of all processes. They are small, so the model needs no DDP around it."""
+        if self.accelerator.num_processes == 1:
+            return
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters])
+        parts = sum_over_processes(flat, self.accelerator).split([p.numel() for p in self.parameters])
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter).to(parameter.dtype)
+
 
 def sum_over_processes(tensor: Tensor, accelerator: Accelerator) -> Tensor:
     """The sum of a tensor over all processes."""
     return cast("Tensor", accelerator.reduce(tensor, "sum"))
-
-
-def _sum_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
-    """Add up the gradients of all processes. They are small, so the model needs no DDP around it."""
-    if accelerator.num_processes == 1:
-        return
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-    parts = sum_over_processes(flat, accelerator).split([p.numel() for p in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
-        parameter.grad = part.view_as(parameter).to(parameter.dtype)
 
 
 def _schedule(name: str, warmup: int | float, total: int) -> Callable[[int], float]:

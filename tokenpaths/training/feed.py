@@ -18,9 +18,18 @@ if TYPE_CHECKING:
 
 
 class Feed:
-    """The examples of each step, known from its number alone: each epoch is a permutation made from the seed.
+    """The examples of each step. They follow from its number alone: each epoch is a permutation made from the seed.
 
-    Those of a `Mix` come in its own order, in which each step has its share of originals.
+    The examples of a `Mix` come in the order of the mixture, in which each step has its share of originals. A goal is
+    named by its place in `goals`, a step by its number, counted from 0.
+
+    Args:
+        goals: the objectives.
+        spans: the names of the spans that a batch has a mask for.
+        batch_size: examples of a goal in one forward of one process, unless the goal has its own number.
+        accumulate: forwards of a goal in a step.
+        seed: of the permutations.
+        accelerator: the run's, which knows the processes and the device.
     """
 
     def __init__(
@@ -40,7 +49,7 @@ class Feed:
         self.order = lru_cache(maxsize=2 * len(goals))(self._order)
 
     def batches(self, number: int) -> Iterator[tuple[int, Batch, float]]:
-        """This process's batches of a step: the number of the goal, the batch, and its share of the goal's terms."""
+        """The batches of a step on this process: the place of its goal, the batch, its share of the goal's terms."""
         for place, goal in enumerate(self.goals):
             if not self.due(place, number):
                 continue
@@ -71,7 +80,7 @@ class Feed:
         return size * accumulate * self.accelerator.num_processes
 
     def draws(self, place: int, steps: int) -> float:
-        """How often, on average, an example of a goal comes in so many steps."""
+        """How often an example of a goal comes in `steps` steps, on average."""
         examples = self.goals[place].examples
         different = len(examples) / examples.epochs if isinstance(examples, Mix) else len(examples)
         return -(-steps // self.goals[place].every) * self.in_a_step(place) / different
@@ -81,6 +90,7 @@ class Feed:
         return number % self.goals[place].every == 0
 
     def tokens(self, number: int) -> int:
+        """The tokens of a step without padding, of all goals and processes."""
         due = [place for place in range(len(self.goals)) if self.due(place, number)]
         return sum(len(example) for place in due for example in self.examples(place, number))
 
@@ -90,5 +100,5 @@ class Feed:
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed made of several numbers, all of which matter."""
+    """One seed made of several numbers; a change of any of them changes it."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")

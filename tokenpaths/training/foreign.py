@@ -1,4 +1,4 @@
-"""Trails under a training loop that is not ours: Hugging Face `Trainer`, TRL."""
+"""Trails under the training loop of another library: Hugging Face `Trainer`, TRL."""
 
 from __future__ import annotations
 
@@ -18,25 +18,30 @@ from tokenpaths.trailmap.trailmap import FILE_NAME, TrailMap
 from tokenpaths.training.frozen import frozen_base, trained
 
 NAME = "trails"  # of the trails among the model's submodules, so that their keys are those of a trail file
-# Where a Trainer looks for what it saved. A trail file under this name is all that it needs to resume.
+# A Trainer looks for what it saved under this name, so it resumes from a trail file that is named so.
 TRAINER_FILE_NAME = "model.safetensors"
 
 
 @contextmanager
 def trainable(model: nn.Module, trails: TrailMap, **options: Any) -> Generator[TrailMap]:
-    """Inside, training the model trains the trails and nothing else. `options` are those of `attach`.
+    """Inside, training the model trains the trails and nothing else.
 
         with trainable(model, trails):
             Trainer(model, TrainingArguments("runs/a", max_grad_norm=1.0), train_dataset=rows).train()
         trails = TrailMap.from_pretrained("runs/a/checkpoint-500")
 
-    The trails are parameters of the model meanwhile (`model.trails`), so that the loop's optimizer, clipping, modes and
-    device moves see them, and `save_pretrained`, which is what a Trainer's checkpoints call, saves them alone. The
-    batches need `labels`, which tell where the prompt ends, or `prompt_mask`.
+    Meanwhile the trails are parameters of the model, as `model.trails`, so that the optimizer, clipping, modes and
+    device moves of the loop reach them. `save_pretrained`, which a Trainer's checkpoints call, saves the trails alone.
+    The batches need `labels`, which say where the prompt ends, or `prompt_mask`.
+
+    Args:
+        model: a Hugging Face model.
+        trails: what is trained.
+        options: of `attach`.
 
     Raises:
-        ValueError: a site that the model does not have, trails that are all frozen, or a model that has `trails`
-            already; and from the forward, a batch that does not say where its prompts end.
+        ValueError: the model lacks a site, all trails are frozen, or the model has an attribute `trails` already; in
+            the forward, a batch does not say where its prompts end.
     """
     trained(trails)
     if hasattr(model, NAME):
@@ -71,7 +76,7 @@ def _saver(trails: TrailMap) -> Any:
 
 
 def _expect_trails_only(model: nn.Module, result: Any) -> None:
-    """A state of the trails alone is whole: the missing base is not missed."""
+    """Let a state of the trails alone count as complete, although it lacks the base."""
     base = {name for name in model.state_dict() if not name.startswith(f"{NAME}.")}
     if set(result.missing_keys) == base:
         result.missing_keys.clear()

@@ -15,7 +15,7 @@ from tokenpaths.trailmap.adapter import Adapter
 
 @contextmanager
 def frozen_base(model: nn.Module, trails: Adapter) -> Generator[None]:
-    """Inside, no parameter of the model learns but the trails'; afterwards the flags and modes are as before."""
+    """Inside, the parameters of the trails learn and no others; afterwards `requires_grad` and modes are as before."""
     own = {id(parameter) for parameter in trails.parameters()}
     base = [(p, p.requires_grad) for p in model.parameters() if id(p) not in own]
     modes = [(module, module.training) for part in (model, trails) for module in part.modules()]
@@ -32,7 +32,12 @@ def frozen_base(model: nn.Module, trails: Adapter) -> Generator[None]:
 
 
 def trained(trails: Adapter) -> list[nn.Parameter]:
-    """The parameters that are to learn. Raises `ValueError` where all are frozen, `TypeError` for no adapter."""
+    """The parameters that learn.
+
+    Raises:
+        ValueError: all parameters are frozen.
+        TypeError: `trails` is no adapter.
+    """
     if not isinstance(trails, Adapter):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
             f"a TrailMap or another Adapter is trained, not {type(trails).__name__}: wrap a dict as TrailMap({{...}}), "
@@ -53,8 +58,8 @@ def trained(trails: Adapter) -> list[nn.Parameter]:
 def _checkpoints_pass_gradients(model: nn.Module) -> Generator[None]:
     """Inside, a reentrant gradient checkpoint passes gradients on.
 
-    It does so only when its input asks for a gradient, and behind a frozen embedding none does. (transformers 5 sees to
-    it itself; 4.57 does so for PEFT alone.)
+    It does so only if its input requires a gradient, and the output of a frozen embedding does not. (transformers 5
+    sees to this itself, 4.57 for PEFT only.)
     """
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     if embedding is None:

@@ -6,8 +6,8 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -17,8 +17,7 @@ from torch import nn
 
 from tokenpaths.attachment.handle import working
 from tokenpaths.engine.batches import bar
-from tokenpaths.engine.cone.cone import Cone, at_work
-from tokenpaths.site import Host
+from tokenpaths.engine.cone.cone import Cone
 from tokenpaths.site.fingerprint import fingerprint
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.training.checkpoints import Checkpoints
@@ -26,7 +25,7 @@ from tokenpaths.training.checks import check, span_names
 from tokenpaths.training.descent import Descent, MakeOptimizer
 from tokenpaths.training.feed import Feed
 from tokenpaths.training.frozen import frozen_base, trained
-from tokenpaths.training.losses import Losses, describe_goal, pays
+from tokenpaths.training.losses import Losses, describe_goal
 from tokenpaths.training.objectives.base import Objective
 from tokenpaths.training.plan import plan
 
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class HeldStep(Protocol):
-    """A limit at work in a run."""
+    """A limit in force in a run."""
 
     def hold(self) -> tuple[float, float]:
         """Shorten the step that was just taken. Returns the share of it that was kept, and its measure."""
@@ -48,25 +47,35 @@ class StepLimit(Protocol):
     """A bound on every optimizer step, such as `tokenpaths.limits.TrustRegion`."""
 
     def begin(self, model: nn.Module, trails: Adapter, parameters: Sequence[nn.Parameter]) -> HeldStep:
-        """Go to work in a run, before its first step."""
+        """Come into force in a run, before its first step."""
         ...
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step did. `step` counts from 1; `losses` are the goals', `loss` is their weighted sum.
+    """What one optimizer step did.
 
-    `weights` are the goals' in this step. With a trust region, `kept` is the share of the step that was taken and
-    `trust` the measure of what was taken.
+    Args:
+        step: its number, counted from 1.
+        loss: the sum of the goals' losses by their weights.
+        losses: the loss of each goal; NaN for one that is not due in this step.
+        weights: the weight of each goal in this step.
+        lr: the learning rate, of the optimizer's first group.
+        grad_norm: the norm of the gradient before clipping.
+        tokens: tokens without padding, of all goals and processes.
+        seconds: the time that it took.
+        drift: what `drift` returned, in the steps in which it is measured.
+        kept: with `trust`, the share of the step that was taken.
+        trust: with `trust`, the measure of what was taken.
     """
 
     step: int
     loss: float
-    losses: tuple[float, ...]  # NaN for a goal that is not due in this step
+    losses: tuple[float, ...]
     weights: tuple[float, ...]
     lr: float
-    grad_norm: float  # before clipping
-    tokens: int  # real tokens, of all goals and processes
+    grad_norm: float
+    tokens: int
     seconds: float
     drift: float | None = None
     kept: float | None = None
@@ -82,24 +91,24 @@ def steps(
     epochs: int | float | None = None,
     batch_size: int = 16,
     accumulate: int = 1,
+    seed: int = 0,
     lr: float | None = None,
     optimizer: MakeOptimizer | None = None,
     schedule: str = "linear",
     warmup: int | float = 0.1,
     clip: int | float | None = 1.0,
     trust: StepLimit | None = None,
-    mixed_precision: Literal["no", "bf16"] | None = None,
-    seed: int = 0,
     checkpoint: str | PathLike[str] | None = None,
     save_every: int | None = None,
     resume: bool = False,
     progress: bool = True,
+    explain: bool = False,
     drift: Callable[[], float] | None = None,
     drift_every: int = 50,
-    cone: Cone | bool = True,
-    explain: bool = False,
-    tokenizer: Any = None,
+    mixed_precision: Literal["no", "bf16"] | None = None,
     accelerator: Accelerator | None = None,
+    cone: Cone | bool = True,
+    tokenizer: Any = None,
 ) -> Generator[Step]:
     """Train the trails; yields a `Step` after each optimizer step, with the trails attached.
 
@@ -114,36 +123,44 @@ def steps(
         model: a Hugging Face model. It is moved to Accelerate's device, unless it is spread over several.
         trails: what is trained: a `TrailMap`, or another `Adapter` that lies in the model, such as
             `peers.PeftAdapter`. Every process starts from those of the first.
-        goals: objectives; their weighted losses are added up.
-        steps: how many optimizer steps to take.
+        goals: objectives; their losses are added up by their weights.
+
+        steps: the number of optimizer steps.
         epochs: or how often to go through the examples of the first goal.
         batch_size: examples of each goal in one forward, on each process.
         accumulate: forwards of each goal in one step.
-        lr: of AdamW without weight decay; 1e-3 unless told.
+        seed: of the order of examples and of dropout. Torch's own random state is left alone.
+
+        lr: the learning rate of AdamW without weight decay; 1e-3 unless given.
         optimizer: or a function from the list of parameters to an optimizer: `lambda p: torch.optim.SGD(p, lr=0.1)`.
         schedule: a name that `transformers.get_scheduler` knows.
-        warmup: of the schedule, in steps; below 1, a share of all steps.
+        warmup: the steps of the schedule's warm-up; below 1, their share of all steps.
         clip: the largest norm of the gradient; None for any.
         trust: a bound on how far one step may take the model, such as `limits.TrustRegion`.
-        mixed_precision: "bf16" or "no"; unless told, as Accelerate is configured.
-        seed: of the order of examples and of dropout. Torch's own random state is left alone.
-        checkpoint: a folder to save in, every `save_every` steps and at the end.
-        save_every: in steps.
-        resume: continue from the newest checkpoint, bit for bit as if it had never stopped.
+
+        checkpoint: a folder to save the run in, after every `save_every` steps and at the end.
+        save_every: in steps; only at the end unless given.
+        resume: continue from the newest checkpoint, bit for bit as if the run had never stopped.
+
         progress: show a progress bar.
-        drift: measured every `drift_every` steps and at the end: `lambda: drift(model, trails, texts)["kl"].mean`.
-        drift_every: in steps.
-        cone: what the trails cannot change (states below the first moved layer, keys and values of an unmoved prefix)
-            is computed once for each example, and kept: a `Cone` shared with other runs over this base, True for one of
-            this run alone, which keeps what comes often enough for that to pay, False to run everything in every step.
-            It changes no result but in its rounding. An adapter without sites has none.
         explain: print the plan before the first step: what is left out, what is kept, and the FLOPs of a step.
+        drift: a function that is called after every `drift_every` steps and at the end, such as
+            `lambda: measure_drift(model, trails, texts)["kl"].mean`.
+        drift_every: in steps.
+
+        mixed_precision: "bf16" or "no"; unless given, as Accelerate is configured.
+        accelerator: one of your own, for what has no argument here, such as fp16.
+        cone: where to keep what the trails cannot change (the states below the first moved layer, the keys and values
+            of an unmoved prefix), which is computed once for each example. True keeps it for this run, where examples
+            come often enough for that to pay; a `Cone` is shared with other runs over this base and keeps everything;
+            False computes everything in every step. Results differ by rounding only. An adapter without sites has no
+            cone.
         tokenizer: for `Match` rules.
-        accelerator: one of your own, for what is not said here (such as fp16).
 
     Raises:
         ValueError: nothing to train, data that the model or the token rules can do nothing with, or a checkpoint of
             another run.
+        FileNotFoundError: there is no checkpoint to resume from.
         FloatingPointError: a loss or gradient is not finite; the trails are as after the last good step.
     """
     parameters = trained(trails)
@@ -154,7 +171,8 @@ def steps(
     feed = Feed(goals, span_names(trails), batch_size, accumulate, seed, accelerator)
     total = steps or max(1, math.ceil((epochs or 0) * len(goals[0].examples) / feed.in_a_step(0)))
     descent = Descent(parameters, optimizer, lr, schedule, warmup, clip, total, accelerator)
-    kept: Checkpoints | None = None
+    losses = Losses(model, trails, feed, seed, mixed_precision)
+    saved: Checkpoints | None = None
     if checkpoint is not None:
         settings = {
             "model": fingerprint(model, trails.parameters()),
@@ -165,61 +183,53 @@ def steps(
             **dict(schedule=schedule, warmup=warmup, clip=clip, mixed_precision=mixed_precision, seed=seed),
             "trust": None if trust is None else repr(trust),
         }
-        kept = Checkpoints(Path(checkpoint), settings, save_every, resume)
+        saved = Checkpoints(Path(checkpoint), settings, save_every, resume)
 
     def iterate() -> Generator[Step]:
-        with ExitStack() as undo:
-            undo.enter_context(frozen_base(model, trails))
-            undo.callback(descent.optimizer.zero_grad)
-            _move(model, trails, accelerator)
-            undo.enter_context(working(model, trails, tokenizer))
-            worker = None if used is None else undo.enter_context(used.over(model, trails.blocks))
-            if used is None and at_work(model) is not None:
-                raise ValueError(
-                    "a cone is at work in the model, and keeps what these weights make of it: end it first"
-                )
-            losses = Losses(model, trails, feed, seed, mixed_precision)
-            # a cone that is given may be shared with other runs, so it keeps everything
-            losses.let_rest(
-                worker, [isinstance(cone, Cone) or pays(goal, feed.draws(i, total)) for i, goal in enumerate(goals)]
-            )
+        with (
+            _laid(model, trails, tokenizer, accelerator),
+            losses.inside(used, total, keep_all=isinstance(cone, Cone)),
+            descent.ready(),
+        ):
             if explain:
-                in_a_step = [feed.in_a_step(i) for i in range(len(goals))]
-                accelerator.print(plan(Host.of(model, trails.blocks), trails, goals, in_a_step, used, losses.pays))
-            descent.begin()
-            done = 0 if kept is None else kept.restore(trails, descent.optimizer, losses.weights)
+                in_a_step = [feed.in_a_step(place) for place in range(len(goals))]
+                accelerator.print(plan(model, trails, goals, in_a_step, used, losses.pays))
+            done = 0 if saved is None else saved.restore(trails, descent.optimizer, losses.weights)
             _share_start(trails, accelerator)
-            probe = None if trust is None else trust.begin(model, trails, parameters)
-            shown = undo.enter_context(
-                bar("training", progress and accelerator.is_main_process, done=done, total=total)
-            )
-            for number in range(done, total):
-                began = time.perf_counter()
-                parts = losses.of_step(number)
-                weighed = tuple(losses.weights)
-                rate, norm = descent.step(number)
-                share, went = (None, None) if probe is None else probe.hold()
-                losses.reweigh(number, parts)
-                last = number + 1 == total
-                if kept is not None and accelerator.is_main_process and kept.due(number + 1, last):
-                    kept.write(number + 1, trails, model, descent.optimizer, losses.weights)
-                step = Step(
-                    step=number + 1,
-                    loss=sum(weight * part for weight, part in zip(weighed, parts, strict=True)),
-                    losses=tuple(part if feed.due(i, number) else math.nan for i, part in enumerate(parts)),
-                    weights=weighed,
-                    lr=rate,
-                    grad_norm=norm,
-                    tokens=feed.tokens(number),
-                    seconds=time.perf_counter() - began,
-                    drift=drift() if drift and (last or (number + 1) % drift_every == 0) else None,
-                    kept=share,
-                    trust=went,
-                )
-                _show(shown, step)
-                yield step
+            held = None if trust is None else trust.begin(model, trails, parameters)
+            with bar("training", progress and accelerator.is_main_process, done=done, total=total) as shown:
+                for number in range(done, total):
+                    began, last = time.perf_counter(), number + 1 == total
+                    step = _take(number, losses, descent, held)
+                    if saved is not None and accelerator.is_main_process and saved.due(step.step, last):
+                        saved.write(step.step, trails, model, descent.optimizer, losses.weights)
+                    measured = drift() if drift and (last or step.step % drift_every == 0) else None
+                    step = replace(step, drift=measured, seconds=time.perf_counter() - began)
+                    _show(shown, step)
+                    yield step
 
     return iterate()
+
+
+def _take(number: int, losses: Losses, descent: Descent, held: HeldStep | None) -> Step:
+    """Take step `number`, counted from 0. The time is not measured yet."""
+    weights, feed = tuple(losses.weights), losses.feed
+    parts = losses.of_step(number)
+    rate, norm = descent.step(number)
+    kept, went = (None, None) if held is None else held.hold()
+    losses.reweigh(number, parts)
+    return Step(
+        step=number + 1,
+        loss=sum(weight * part for weight, part in zip(weights, parts, strict=True)),
+        losses=tuple(part if feed.due(place, number) else math.nan for place, part in enumerate(parts)),
+        weights=weights,
+        lr=rate,
+        grad_norm=norm,
+        tokens=feed.tokens(number),
+        seconds=0.0,
+        kept=kept,
+        trust=went,
+    )
 
 
 def _check_options(
@@ -260,6 +270,15 @@ def _accelerator(given: Accelerator | None) -> Accelerator:
     if given.gradient_accumulation_steps != 1:
         raise ValueError("give steps(accumulate=...), and not an Accelerator that accumulates as well")
     return given
+
+
+@contextmanager
+def _laid(model: nn.Module, trails: Adapter, tokenizer: Any, accelerator: Accelerator) -> Generator[None]:
+    """Inside, the base is frozen, and the trails are attached, all on the accelerator's device."""
+    with frozen_base(model, trails):
+        _move(model, trails, accelerator)
+        with working(model, trails, tokenizer):
+            yield
 
 
 def _move(model: nn.Module, trails: Adapter, accelerator: Accelerator) -> None:

@@ -1,23 +1,24 @@
-"""The losses of a step: forwards and backwards of all goals, and how their weights follow."""
+"""The losses of a step: the forward and the backward of each goal, and the weights of the next step."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenpaths.engine.cone.cone import AtWork
+from tokenpaths.engine.cone.cone import ActiveCone, Cone, active_cone
 from tokenpaths.engine.cone.prefix import common_prefix
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.training.descent import KEPT, sum_over_processes
 from tokenpaths.training.feed import Feed, seed_of
 from tokenpaths.training.objectives.base import Objective
+from tokenpaths.training.plan import pays
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
 
 class Losses:
     """Runs the goals of a step, batch by batch, and leaves their gradients in the parameters of the trails.
+
+    Args:
+        model: the model, with the trails attached while `of_step` runs.
+        trails: what is trained.
+        feed: the goals, and the examples of each step.
+        seed: of the random numbers of each step.
+        mixed_precision: "bf16" or "no"; None for what the accelerator is configured to do.
 
     `weights` are those of the goals in the next step. `pays` says of each goal whether a cone keeps its examples.
     """
@@ -34,17 +42,22 @@ class Losses:
         self.goals, self.accelerator = feed.goals, feed.accelerator
         self.mixed_precision = mixed_precision
         self.weights = [goal.weight for goal in feed.goals]
-        self.worker: AtWork | None = None
+        self.cone: ActiveCone | None = None
         self.pays = [True] * len(feed.goals)
 
-    def let_rest(self, worker: AtWork | None, pays: Sequence[bool]) -> None:
-        """Let a cone rest in the batches of goals whose examples come too seldom to be kept."""
-        self.worker, self.pays = worker, list(pays)
-        if worker is not None:
-            worker.shared = [common_prefix(goal.examples) for goal in self.goals]
+    @contextmanager
+    def inside(self, cone: Cone | None, steps: int, keep_all: bool) -> Generator[None]:
+        """Inside, a cone keeps what the trails cannot change: of all goals, or of those for which it pays."""
+        if not self.trails.sites and active_cone(self.model) is not None:
+            raise ValueError("a cone is at work in the model, and keeps what these weights make of it: end it first")
+        self.pays = [keep_all or pays(goal, self.feed.draws(i, steps)) for i, goal in enumerate(self.goals)]
+        with nullcontext() if cone is None else cone.over(self.model, self.trails.blocks) as self.cone:
+            if self.cone is not None:
+                self.cone.shared = [common_prefix(goal.examples) for goal in self.goals]
+            yield
 
     def of_step(self, number: int) -> tuple[float, ...]:
-        """The loss of each goal in step `number`, over all processes. Each is propagated back at once.
+        """The loss of each goal in step `number`, counted from 0, over all processes; each has been propagated back.
 
         Raises:
             FloatingPointError: a loss is not finite.
@@ -54,22 +67,22 @@ class Losses:
         with _own_randomness(self.accelerator, self.seed, number), _learning(self.trails):
             for place, batch, share in self.feed.batches(number):
                 weighs = self.weights[place] > 0
-                if self.worker is not None:
-                    self.worker.rests = not self.pays[place]
+                if self.cone is not None:
+                    self.cone.rests = not self.pays[place]
                 with self._precision(), torch.set_grad_enabled(weighs):
                     loss = share * self.goals[place].loss(self.model, self.trails, batch)
                 if weighs:
                     _check_reaches(loss, self.goals, place)
                     self.accelerator.backward(self.weights[place] * loss)  # before the next forward changes the masks
                 losses[place] += loss.detach()
-        if self.worker is not None:
-            self.worker.rests = False
+        if self.cone is not None:
+            self.cone.rests = False
         parts = tuple(sum_over_processes(losses, self.accelerator).tolist())
         _check_finite(number, self.goals, parts)
         return parts
 
     def reweigh(self, number: int, parts: Sequence[float]) -> None:
-        """Let the weight of each goal that was due in the step follow its loss."""
+        """Let the weight of each goal that was due in step `number` follow its loss."""
         for place, (goal, part) in enumerate(zip(self.goals, parts, strict=True)):
             if self.feed.due(place, number):
                 self.weights[place] = goal.reweigh(self.weights[place], part)
@@ -82,25 +95,13 @@ class Losses:
 
 
 def describe_goal(goal: Objective) -> dict[str, Any]:
+    """What a checkpoint notes of a goal: its class, a digest of its examples, and its settings."""
     digest = hashlib.sha256()
     for example in goal.examples:
         digest.update(repr(example).encode())
     rest = {f.name: getattr(goal, f.name) for f in fields(goal) if f.name != "examples"}
     plain = {k: v if isinstance(v, (bool, int, float, str, dict)) else type(v).__name__ for k, v in rest.items()}
     return {"class": type(goal).__name__, "examples": f"{len(goal.examples)} ({digest.hexdigest()[:16]})", **plain}
-
-
-_ALONE = 128
-
-
-def pays(goal: Objective, draws: float) -> bool:
-    """Whether keeping what trails cannot change saves more than it costs.
-
-    A row is computed by itself for that, in all blocks below, which costs about as much more as `_ALONE` tokens of a
-    batch do there; each time that it comes again its own tokens are saved.
-    """
-    some = goal.examples[:: max(1, len(goal.examples) // 256)]
-    return (draws - 1) * sum(map(len, some)) / len(some) >= _ALONE
 
 
 @contextmanager
@@ -114,6 +115,7 @@ def _own_randomness(accelerator: Accelerator, seed: int, number: int) -> Generat
 
 @contextmanager
 def _learning(trails: Adapter) -> Generator[None]:
+    """Inside, the trails are in training mode; afterwards each of their modules is in the mode that it was in."""
     modes = [(module, module.training) for module in trails.modules()]
     trails.train()
     try:

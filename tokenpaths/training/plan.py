@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
+from torch import nn
 
-from tokenpaths.data.examples import IGNORED, collate
-from tokenpaths.engine.cone.cone import Cone, at_work
+from tokenpaths.data.examples import IGNORED, Example, collate
+from tokenpaths.engine.cone.cone import Cone, active_cone
 from tokenpaths.engine.cone.prefix import WORTHWHILE, common_prefix, starts
 from tokenpaths.site import Host
 from tokenpaths.site.host import text_config
@@ -17,29 +18,48 @@ from tokenpaths.training.objectives.base import Objective
 from tokenpaths.training.objectives.imitate import Imitate
 from tokenpaths.training.objectives.stay import Stay
 
-_SAMPLE = 256  # examples of a goal to look at
+_ALONE = 128
+"""What it costs to compute a row by itself, in tokens of a batch. A cone does so once for each row that it keeps."""
 
 
 @dataclass(frozen=True)
 class GoalPlan:
     """The plan for one goal. Tokens are means over its examples; FLOPs and bytes are expected, not measured.
 
-    `flops` are those of a step in which all is known, from the second epoch on; `flops_in_full` with the cone off.
+    Args:
+        name: the class of the goal.
+        tokens: the length of an example.
+        run: its tokens that are run in a forward with the trails on.
+        shared: the tokens that all prompts begin with.
+        kept_bytes: what is kept of all examples.
+        flops: of a step from the second epoch on, when everything to be kept is there.
+        flops_in_full: of a step without a cone.
+        pays: whether examples come often enough to be kept.
     """
 
     name: str
     tokens: float
-    run: float  # tokens whose blocks are run, in a forward with the trails on
-    shared: int  # tokens that all its prompts begin with
+    run: float
+    shared: int
     kept_bytes: float
     flops: float
     flops_in_full: float
-    pays: bool = True  # otherwise its examples come too seldom to be kept
+    pays: bool = True
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run leaves out. `str(plan)` says it in words."""
+    """What a run leaves out. `str(plan)` says it in words.
+
+    Args:
+        model: the class of the model.
+        blocks: the number of its blocks.
+        below: the blocks below the first moved state.
+        goals: the plan for each goal.
+        budget: bytes that the cone may keep; None for a run without a cone.
+        in_full: why rows are run whole, if they are.
+        boundless: the class of an adapter without a cone.
+    """
 
     model: str
     blocks: int
@@ -47,7 +67,7 @@ class Plan:
     goals: tuple[GoalPlan, ...]
     budget: int | None
     in_full: str | None
-    boundless: str | None = None  # the kind of an adapter that has no cone
+    boundless: str | None = None
 
     def __str__(self) -> str:
         if self.boundless is not None:
@@ -89,8 +109,19 @@ class Plan:
         return "\n".join(lines)
 
 
+def pays(goal: Objective, draws: float) -> bool:
+    """Whether it pays to keep rows: each of the `draws` of a row but the first saves the row's tokens."""
+    examples = _some(goal)
+    return (draws - 1) * sum(map(len, examples)) / len(examples) >= _ALONE
+
+
+def _some(goal: Objective) -> list[Example]:
+    """At least 256 examples of a goal, evenly spaced; all of them if there are fewer."""
+    return list(goal.examples[:: max(1, len(goal.examples) // 256)])
+
+
 def plan(
-    host: Host,
+    model: nn.Module,
     trails: Adapter,
     goals: Sequence[Objective],
     in_a_step: Sequence[int],
@@ -99,9 +130,15 @@ def plan(
 ) -> Plan:
     """The plan of a run whose trails are attached.
 
-    `in_a_step` are the examples of each goal in one step, and `pays` says whether what is known of them is kept.
+    Args:
+        model: the model, inside the cone if there is one.
+        trails: what is trained.
+        goals: the objectives.
+        in_a_step: how many examples of each goal a step has.
+        cone: the cone of the run; None for none.
+        pays: whether the cone keeps the examples of each goal.
     """
-    worker = at_work(host.model)
+    host, worker = Host.of(model, trails.blocks), active_cone(model)
     below = host.blocks_below(trails.sites)
     on = worker is not None and cone is not None
     in_full = worker.whole_rows() if worker is not None else None
@@ -117,11 +154,10 @@ def plan(
 def _goal(
     host: Host, trails: Adapter, goal: Objective, count: int, left_out: int, below: int, whole: bool, pays: bool
 ) -> GoalPlan:
-    examples = list(goal.examples[:: max(1, len(goal.examples) // _SAMPLE)])
-    lengths = [len(example) for example in examples]
-    mean = sum(lengths) / len(lengths)
+    examples = _some(goal)
+    mean = sum(map(len, examples)) / len(examples)
     answers = sum(sum(example.answer) for example in examples) / len(examples)
-    worker, before = at_work(host.model), 0.0
+    worker, before = active_cone(host.model), 0.0
     if pays and not whole and worker is not None and isinstance(goal, Imitate):
         cuts: list[int] = []
         for start in range(0, len(examples), 32):
@@ -149,7 +185,7 @@ def _goal(
 
 @dataclass(frozen=True)
 class _Cost:
-    """FLOPs of one row of tokens: two for each weight and token, and those of attention to `keys` tokens."""
+    """FLOPs of one row of tokens: two for each weight and token, and four x width for each token and its key."""
 
     blocks: int
     weights: float  # of one block

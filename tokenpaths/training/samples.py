@@ -2,14 +2,14 @@
 
     samples = self_samples(model, tokenizer, 500, path="samples.jsonl")       # from its begin-of-text token
     goals = [Imitate(task), Stay(samples, within=0.01)]
-    drift(model, trails, held_out_samples)["kl"].mean                         # nats a token, on its own distribution
+    measure_drift(model, trails, held_out_samples)["kl"].mean                 # nats a token, on its own distribution
 
-At temperature 1 and top-p 1 the samples are the model's own distribution p, so that the mean of KL(p || q) over them is
-an unbiased estimate of how far a steered model q is from it, and no text of anyone else's is needed for it. Other
+At temperature 1 and top-p 1 the samples are drawn from the model's own distribution p, so that the mean of KL(p || q)
+over them is an unbiased estimate of how far a steered model q is from it, and no text of anyone else's is needed. Other
 settings sharpen the samples, and the estimate is then of what the model says most.
 
 A sample is an `Example` whose prompt is the opening and whose answer is what the model wrote after it, its end-of-text
-token included: the very ids, since a text that is tokenised again may come out as others.
+token included. It holds the very ids, since a text that is tokenised again may have others.
 
 Chats come in two rounds: first the user's words, then the answers to them (as in Magpie, Xu et al. 2024, arXiv
 2406.08464):
@@ -28,8 +28,7 @@ import importlib.metadata
 import json
 import os
 import warnings
-from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +36,20 @@ import numpy as np
 from torch import nn
 
 from tokenpaths import files
+from tokenpaths.data.contamination import GRAM, grams
 from tokenpaths.data.examples import Example
 from tokenpaths.engine.batches import bar
-from tokenpaths.engine.generate import end_tokens, seeded, write_ids
-from tokenpaths.engine.readings import evaluating, frozen
+from tokenpaths.engine.generate import end_tokens, generate
+from tokenpaths.engine.readings import frozen
 from tokenpaths.site import host
 from tokenpaths.site.fingerprint import fingerprint
 from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.training.checkpoints import differences
 
-GRAM = 8
-"""Two samples are alike by the runs of so many tokens that they share."""
-BUCKETS = 8  # of so many batches of openings, those of like length are put into one batch
-BARREN = 10  # batches in a row that bring nothing new: then there is nothing more to come
+BUCKETS = 8
+"""The openings of `BUCKETS` batches are drawn together, and those of like length are put into one batch."""
+BARREN = 10
+"""After so many batches in a row that bring nothing new, nothing more is expected."""
 
 
 class SampleFileError(ValueError):
@@ -73,80 +74,82 @@ def self_samples(
 ) -> list[Example]:
     """Let the frozen model write `count` texts, no two of them alike. Attached trails are off while it writes.
 
-    A text is left out if at least `near` of its 8-token runs are in texts that came before it (of a shorter one, if the
-    whole of it came), as the same text twice always is; and so is one in which nothing was written but its end.
+    A text is left out if at least `near` of its 8-token runs stand in texts that came before it. (A text of fewer than
+    8 tokens is one run.) The same text twice is thus always left out, and so is a text that is empty but for its end.
 
     Args:
-        model: a Hugging Face causal language model, where it is, in any dtype. Its mode, its generation settings and
+        model: a Hugging Face causal language model, on any device, in any dtype. Its mode, its generation settings and
             torch's random state are afterwards as before.
         tokenizer: its tokenizer.
-        count: how many samples.
+        count: the number of samples.
         openings: what the texts begin with, each taken equally often: strings, tokenised as a prompt is, or token ids.
-            Unless told, the begin-of-text token.
+            Unless given, the begin-of-text token.
         temperature: p is proportional to p^(1/temperature).
         top_p: the words drawn from are the likeliest, of this probability together; 1 for all words.
-        max_new_tokens: the most that are written.
-        near: above 0; at 1, only texts are left out that hold nothing new at all.
-        batch_size: of one `generate`.
-        seed: with it, on one machine, the samples are the same; batch k follows from seed and k alone.
-        path: keep them in this file, written whole after each batch. What is in it already, of the same model and
-            settings, is not written again: so a run goes on after a kill, and a larger `count` adds to a smaller one.
+        max_new_tokens: the most tokens that are written of a text.
+        near: in (0, 1]. At 1, only texts are left out that hold nothing new at all.
+        batch_size: texts in one batch.
+        seed: the same seed gives the same samples on one machine. Batch k follows from the seed and k alone.
+        path: a file to keep them in, written whole after each batch. What it holds already, of the same model and
+            settings, is not written again: a run goes on after a kill, and a larger `count` adds to a smaller one.
         progress: show a progress bar.
-        trails: an adapter that lies in the model without being attached, as PEFT's do: it is off meanwhile.
+        trails: an adapter that lies in the model without being attached, as PEFT's do. It is off meanwhile.
 
     Raises:
-        ValueError: a setting that cannot be, an opening without tokens or too long for the model, a file of another
-            model or of other settings (naming them), or texts so alike that there are no `count` different ones.
-        SampleFileError: a file that holds something else.
+        ValueError: a setting is out of range, an opening has no token or is too long for the model, the file is of
+            another model or of other settings (the error names them), or the texts are so alike that there are no
+            `count` different ones.
+        SampleFileError: the file holds something else.
     """
     prompts = _openings(tokenizer, openings)
-    _check(model, prompts, count, temperature, top_p, max_new_tokens, near, batch_size)
     ends = end_tokens(model, tokenizer)
-    with _frozen(model, trails):
-        weights = fingerprint(model)
-    settings = {
-        "model": weights,
-        "openings": f"{len(prompts)} ({hashlib.sha256(repr(prompts).encode()).hexdigest()[:16]})",
+    settings: dict[str, Any] = {
         **dict(temperature=float(temperature), top_p=float(top_p), max_new_tokens=max_new_tokens, near=float(near)),
         **dict(batch_size=batch_size, seed=seed, ends=ends),
     }
-    kept, note = _begin(path, settings, model)
-    seen = {gram for example in kept for gram in _grams(example)}
-    barren = 0
-    with ExitStack() as stack:
-        shown = stack.enter_context(bar("self-samples", progress, done=min(len(kept), count), total=count))
-        stack.enter_context(_frozen(model, trails))
+    _check(model, max(map(len, prompts)), count, settings)
+    with frozen(model, trails), bar("self-samples", progress, total=count) as shown:
+        asked = f"{len(prompts)} ({hashlib.sha256(repr(prompts).encode()).hexdigest()[:16]})"
+        kept, note = _begin(path, {"model": fingerprint(model), "openings": asked, **settings}, model)
+        seen = {run for example in kept for run in _runs(example)}
+        barren = 0
         while len(kept) < count:
-            new = 0
-            for example in _write(model, _batch(prompts, note["batches"], batch_size, seed), settings, note["batches"]):
-                grams = _grams(example)
+            shown.update(len(kept) - shown.n)
+            before, batch = len(kept), _batch(prompts, note["batches"], batch_size, seed)
+            for example in _write(model, tokenizer, batch, settings, note["batches"]):
+                runs = _runs(example)
                 empty = not (set(example.ids[example.prompt_length :]) - set(ends))
-                alike = not empty and sum(gram in seen for gram in grams) >= near * len(grams)
+                alike = not empty and sum(run in seen for run in runs) >= near * len(runs)
                 note["drawn"] += 1
                 note["empty"] += empty
                 note["alike"] += alike
                 if not empty and not alike:
-                    seen |= grams
+                    seen |= runs
                     kept.append(example)
-                    new += 1
             note["batches"] += 1
             if path is not None:
                 _save(Path(path), note, kept, tokenizer)
-            shown.update(max(0, min(new, count - shown.n)))
-            barren = 0 if new else barren + 1
+            barren = 0 if len(kept) > before else barren + 1
             if barren == BARREN:
                 raise ValueError(
                     f"{note['drawn']} texts were drawn and {len(kept)} of them differ, the last {BARREN} batches "
                     f"bringing no new one: {note['alike']} were like others, {note['empty']} empty. For {count}, raise "
                     "temperature, top_p or near, or give more openings"
                 )
+        shown.update(count - shown.n)
     return kept[:count]
 
 
 def load_samples(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> list[Example]:
-    """The samples of a file of `self_samples`. With `model`, warns when another model wrote them.
+    """The samples of a file of `self_samples`.
 
-    Raises `FileNotFoundError`, and `SampleFileError` for a file that is not whole and sound.
+    Args:
+        path: the file.
+        model: warn if another model wrote them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        SampleFileError: it is not a whole file of samples.
     """
     kept, note = _read(Path(path))
     if model is not None and note["settings"].get("model") != (here := fingerprint(model)):
@@ -159,9 +162,10 @@ def load_samples(path: str | os.PathLike[str], *, model: nn.Module | None = None
 
 
 def chat_opening(tokenizer: Any) -> list[int]:
-    """The tokens of the tokenizer's chat template up to the user's first word: there the model writes a user's part.
+    """The tokens of the tokenizer's chat template up to the user's first word. Behind them the model writes as a user.
 
-    Raises `ValueError` for a template that does not contain what the user says.
+    Raises:
+        ValueError: the template does not contain what the user says.
     """
     mark = "tokenpaths-mark"
     text: str = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
@@ -188,39 +192,32 @@ def _openings(tokenizer: Any, openings: Sequence[str] | Sequence[Sequence[int]] 
     return prompts
 
 
-def _check(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    count: int,
-    temperature: float,
-    top_p: float,
-    max_new_tokens: int,
-    near: float,
-    batch_size: int,
-) -> None:
-    for name, value in (("count", count), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+def _check(model: nn.Module, longest: int, count: int, settings: dict[str, Any]) -> None:
+    """Refuse settings that are out of range, and texts that may not fit the model's window."""
+    most = settings["max_new_tokens"]
+    for name, value in (("count", count), ("max_new_tokens", most), ("batch_size", settings["batch_size"])):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature={temperature} must be a finite number above 0")
-    for name, value in (("top_p", top_p), ("near", near)):
-        if not 0 < value <= 1:
-            raise ValueError(f"{name}={value} must be above 0 and at most 1")
+    if not 0 < settings["temperature"] < float("inf"):
+        raise ValueError(f"temperature={settings['temperature']} must be a finite number above 0")
+    for name in ("top_p", "near"):
+        if not 0 < settings[name] <= 1:
+            raise ValueError(f"{name}={settings[name]} must be above 0 and at most 1")
     if not getattr(model, "can_generate", lambda: False)():
         raise ValueError(f"{type(model).__name__} does not write texts: self_samples needs a causal language model")
-    most = host.window(model)
-    longest = max(map(len, prompts))
-    if most is not None and most < longest + max_new_tokens:
+    window = host.window(model)
+    if window is not None and window < longest + most:
         raise ValueError(
-            f"the longest opening has {longest} tokens, and with max_new_tokens={max_new_tokens} more the text would not fit "
-            f"the model's window of {most}: shorten either"
+            f"the longest opening has {longest} tokens, and with max_new_tokens={most} more the text would not fit "
+            f"the model's window of {window}: shorten either"
         )
 
 
 def _batch(prompts: Sequence[tuple[int, ...]], number: int, size: int, seed: int) -> list[tuple[int, ...]]:
-    """The openings of a batch: the openings in permutations, those of `BUCKETS` batches sorted by length.
+    """The openings of batch `number`. They come in permutations, and those of `BUCKETS` batches are sorted by length.
 
-    These come in an order of their own, so that wherever the writing stops, long and short are alike in number.
+    These batches come in a random order, so that wherever the writing stops, long and short openings have come about
+    equally often.
     """
     window, place = divmod(number, BUCKETS)
     orders: dict[int, Any] = {}
@@ -235,48 +232,38 @@ def _batch(prompts: Sequence[tuple[int, ...]], number: int, size: int, seed: int
     return chosen[bucket * size : (bucket + 1) * size]
 
 
-def _write(model: Any, prompts: Sequence[tuple[int, ...]], settings: dict[str, Any], number: int) -> list[Example]:
+def _write(
+    model: Any, tokenizer: Any, prompts: Sequence[tuple[int, ...]], settings: dict[str, Any], number: int
+) -> list[Example]:
     """Let the model go on from openings. Its random numbers are those of the batch's number."""
-    ends: list[int] = settings["ends"]
-    seed = int(np.random.default_rng([settings["seed"], 2, number]).integers(2**62))
-    with seeded(model, seed):
-        rows = write_ids(
-            model,
-            [Example(prompt, (False,) * len(prompt)) for prompt in prompts],
-            ends=ends,
-            pad=ends[0] if ends else 0,
-            max_new_tokens=settings["max_new_tokens"],
-            temperature=settings["temperature"],
-            top_p=settings["top_p"],
-        )
-    return [
-        Example((*prompt, *row), (False,) * len(prompt) + (True,) * len(row))
-        for prompt, row in zip(prompts, rows, strict=True)
-    ]
+    written = generate(
+        model,
+        [Example.of(prompt) for prompt in prompts],
+        tokenizer,
+        max_new_tokens=settings["max_new_tokens"],
+        sample=True,
+        temperature=settings["temperature"],
+        top_p=settings["top_p"],
+        seed=int(np.random.default_rng([settings["seed"], 2, number]).integers(2**62)),
+        batch_size=len(prompts),
+    )
+    return [Example.of(prompt, one.ids) for prompt, one in zip(prompts, written, strict=True)]
 
 
-@contextmanager
-def _frozen(model: nn.Module, trails: Adapter | None) -> Generator[None]:
-    """Inside, the model is the frozen one, in evaluation mode."""
-    with frozen(model, trails), evaluating(model):
-        yield
-
-
-def _grams(example: Example) -> set[tuple[int, ...]]:
-    """The runs of `GRAM` tokens among those that the model wrote; the whole of them where they are fewer."""
+def _runs(example: Example) -> set[tuple[int, ...]]:
+    """The runs of `GRAM` tokens that the model wrote; all of its tokens as one run, if they are fewer."""
     written = example.ids[example.prompt_length :]
-    return {written[i : i + GRAM] for i in range(max(1, len(written) - GRAM + 1))}
+    return set(grams(written, min(GRAM, len(written))))
 
 
 def _begin(path: Any, settings: dict[str, Any], model: Any) -> tuple[list[Example], dict[str, Any]]:
-    """What is written already, and the note to go on with."""
+    """The samples that the file holds already, and the note to go on with."""
     if path is not None and Path(path).exists():
         kept, note = _read(Path(path))
-        then = note["settings"]
-        different = [name for name in {**then, **settings} if then.get(name) != settings.get(name)]
-        if different:
-            named = "; ".join(f"{n} was {then.get(n)!r:.80}, is {settings.get(n)!r:.80}" for n in different)
-            raise ValueError(f"{path} holds samples made otherwise ({named}): give another path, or take the file away")
+        if different := differences(note["settings"], settings):
+            raise ValueError(
+                f"{path} holds samples made otherwise ({different}): give another path, or take the file away"
+            )
         return kept, note
     versions = {name: importlib.metadata.version(name) for name in ("tokenpaths", "torch", "transformers")}
     name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
@@ -289,7 +276,7 @@ def _save(path: Path, note: dict[str, Any], kept: Sequence[Example], tokenizer: 
     lines: list[dict[str, Any]] = [{"tokenpaths samples": 1, **note, "kept": len(kept)}]
     for example in kept:
         start = example.prompt_length
-        text = tokenizer.decode(example.ids[start:])  # for whoever looks into the file: the ids are what is read
+        text = tokenizer.decode(example.ids[start:])  # for people who open the file; `_read` reads the ids
         lines.append({"opening": example.ids[:start], "written": example.ids[start:], "text": text})
     files.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
@@ -300,13 +287,7 @@ def _read(path: Path) -> tuple[list[Example], dict[str, Any]]:
         note, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
         if note.pop("tokenpaths samples") != 1:
             raise ValueError("its first line is of another version")
-        kept = [
-            Example(
-                tuple(line["opening"]) + tuple(line["written"]),
-                (False,) * len(line["opening"]) + (True,) * len(line["written"]),
-            )
-            for line in lines
-        ]
+        kept = [Example.of(line["opening"], line["written"]) for line in lines]
         if missing := {"name", "settings", "kept", "batches", "drawn", "alike", "empty"} - set(note):
             raise ValueError(f"its first line lacks {', '.join(sorted(missing))}")
         if not isinstance(note["settings"], dict) or note.pop("kept") != len(kept):

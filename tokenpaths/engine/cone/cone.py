@@ -81,30 +81,29 @@ class Cone:
         return f"<Cone({self.budget}{where}{how}): {self.kept.used} bytes kept>"
 
     @contextmanager
-    def over(self, model: nn.Module, blocks: str | None = None) -> Generator[AtWork | None]:
+    def over(self, model: nn.Module, blocks: str | None = None) -> Generator[ActiveCone | None]:
         """Inside, forwards of the model leave out what is known. The base must not be trained meanwhile.
 
         `blocks` names the block list of a model that has several. Gives None for a model that is always run in full.
         """
-        if at_work(model) is not None or always_in_full(model) is not None:
+        if active_cone(model) is not None or always_in_full(model) is not None:
             yield None
             return
-        worker = AtWork(self, Host.of(model, blocks))
-        worker.begin_work()
+        active = ActiveCone(self, Host.of(model, blocks))
         try:
-            yield worker
+            with active.installed():
+                yield active
         finally:
-            worker.end_work()
             self.kept.flush()
 
 
-def at_work(model: nn.Module) -> AtWork | None:
+def active_cone(model: nn.Module) -> ActiveCone | None:
     """The cone at work in a model."""
     found = [listener for watcher in Watcher.known(model) for listener in watcher.listeners]
-    return next((listener for listener in found if isinstance(listener, AtWork)), None)
+    return next((listener for listener in found if isinstance(listener, ActiveCone)), None)
 
 
-class AtWork:
+class ActiveCone:
     """A cone in a model: it is first to see a forward, and stands before the `forward` of each block."""
 
     def __init__(self, cone: Cone, host: Host) -> None:
@@ -129,22 +128,19 @@ class AtWork:
         self._outputs: Mapping[int, Tensor] | None = None  # in a forward that leaves out blocks: what these return
         self._look: _Look | None = None  # in a forward that computes what is to be kept
         self._beside: dict[int, int | None] = {}  # what a block returns beside its states: so many things, or no tuple
-        self._undo: list[Callable[[], None]] = []
 
-    def begin_work(self) -> None:
+    @contextmanager
+    def installed(self) -> Generator[None]:
+        """Inside, it hears of each forward first, and stands before each block."""
         self.watcher.join(self, compiled=self.host.compiled)
         first = Hook(self._ahead)
         handle = self.watcher.root.register_forward_pre_hook(first, with_kwargs=True, prepend=True)
-        self._undo.append(handle.remove)
-        standing = ExitStack()
-        standing.enter_context(forwards(self.layers, self._block))
-        self._undo.append(standing.close)
-
-    def end_work(self) -> None:
-        for undo in self._undo:
-            undo()
-        self._undo.clear()
-        self.watcher.leave(self)
+        try:
+            with forwards(self.layers, self._block):
+                yield
+        finally:
+            handle.remove()
+            self.watcher.leave(self)
 
     def begin(self, moment: Moment | None) -> None: ...
 
@@ -166,10 +162,6 @@ class AtWork:
                 self._below[attachment] = self.host.blocks_below(attachment.trails.sites)
         return min([self._below[a] for a in attached], default=len(self.layers))
 
-    def takes(self, argument: str) -> bool:
-        """Whether the model that reads tokens takes an argument."""
-        return argument in self.watcher.arguments[self.watcher.reader]
-
     def whole_rows(self) -> str | None:
         """Why rows must be run whole, or None where they may be run behind their unmoved prefix."""
         if self.is_random():
@@ -178,7 +170,7 @@ class AtWork:
             return "the trails' dropout is drawn for whole rows"
         if self.watcher.checkpointing():
             return "gradient checkpointing runs without a cache"
-        if not self.takes("past_key_values"):
+        if not self.watcher.takes("past_key_values"):
             return "the model takes no cache of keys and values"
         if self.below() == len(self.layers):
             return "no block can be changed"

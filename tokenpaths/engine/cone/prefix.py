@@ -28,7 +28,7 @@ from tokenpaths.attachment.handle import Attachment
 from tokenpaths.attachment.moment import Moment
 from tokenpaths.attachment.watcher import Watcher
 from tokenpaths.data.examples import Batch, Example
-from tokenpaths.engine.cone.cone import AtWork, at_work
+from tokenpaths.engine.cone.cone import ActiveCone, active_cone
 from tokenpaths.engine.states import recording
 from tokenpaths.site import Place
 from tokenpaths.tokens import Context
@@ -58,7 +58,7 @@ def narrowed(
 
     With a cone at work, and where trails leave the start of rows as it was, it runs fewer tokens than the batch has.
     """
-    worker = at_work(model)
+    worker = active_cone(model)
     cut = None if worker is None else _cut(worker, model, batch, needed)
     if worker is None or cut is None:
         yield inputs_of(batch), needed
@@ -107,7 +107,7 @@ class _Made:
     entering: Float[Tensor, "one run dim"]
 
 
-def _cut(worker: AtWork, model: nn.Module, batch: Batch, needed: Bool[Tensor, "batch seq"]) -> _Cut | None:
+def _cut(worker: ActiveCone, model: nn.Module, batch: Batch, needed: Bool[Tensor, "batch seq"]) -> _Cut | None:
     attached = worker.attached()
     if not attached or worker.rests or worker.narrows is False or worker.whole_rows() is not None:
         return None
@@ -144,7 +144,7 @@ def _cut(worker: AtWork, model: nn.Module, batch: Batch, needed: Bool[Tensor, "b
 
 
 def _behind_prefixes(
-    worker: AtWork, model: nn.Module, batch: Batch, needed: Bool[Tensor, "batch seq"], before: Sequence[int]
+    worker: ActiveCone, model: nn.Module, batch: Batch, needed: Bool[Tensor, "batch seq"], before: Sequence[int]
 ) -> _Cut:
     real, device = batch.attention_mask.bool(), batch.input_ids.device
     rows = _rows(worker, batch, before)
@@ -181,7 +181,7 @@ def _behind_prefixes(
     return _Cut(inputs, shift(needed)[:, past:], entering)
 
 
-def _cache(worker: AtWork, rows: Sequence[Mapping[str, Tensor]], past: int, device: torch.device) -> Any:
+def _cache(worker: ActiveCone, rows: Sequence[Mapping[str, Tensor]], past: int, device: torch.device) -> Any:
     """A cache that holds the prefixes, each ending in the last column."""
     below = worker.below()
     stand_in = torch.zeros(len(rows), 1, past, 1)  # these layers are not run, but the length is read off the first
@@ -214,7 +214,7 @@ def _filled(layers: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> An
     return cache
 
 
-def _rows(worker: AtWork, batch: Batch, before: Sequence[int]) -> list[dict[str, Tensor]]:
+def _rows(worker: ActiveCone, batch: Batch, before: Sequence[int]) -> list[dict[str, Tensor]]:
     """For each row the keys and values of its prefix, and what enters the blocks run: kept, or computed now.
 
     The front that it shares with others stands apart, and is held once.
@@ -232,7 +232,7 @@ def _rows(worker: AtWork, batch: Batch, before: Sequence[int]) -> list[dict[str,
 
 
 def _kept(
-    worker: AtWork, what: str, ids: Int[Tensor, " n"], front: Mapping[str, Tensor] | None, count: int
+    worker: ActiveCone, what: str, ids: Int[Tensor, " n"], front: Mapping[str, Tensor] | None, count: int
 ) -> dict[str, Tensor]:
     """The frozen model's keys and values of the first `count` tokens behind the front; a front has all layers'."""
     row = ids[None]
@@ -251,7 +251,7 @@ def _kept(
     return own
 
 
-def _frozen(worker: AtWork, row: Tensor, front: Mapping[str, Tensor] | None, start: int) -> _Made:
+def _frozen(worker: ActiveCone, row: Tensor, front: Mapping[str, Tensor] | None, start: int) -> _Made:
     """One row as the frozen model runs it, by itself: what is kept of it does not depend on its company."""
     known = [] if front is None else zip(front["keys"][:, None], front["values"][:, None], strict=True)
     cache = _filled(known, row.device)
@@ -270,19 +270,19 @@ def _frozen(worker: AtWork, row: Tensor, front: Mapping[str, Tensor] | None, sta
     return _Made(layers, entered[below] if below else torch.zeros(1, 0, 0))
 
 
-def _shared_length(worker: AtWork, ids: Int[Tensor, " n"], before: int) -> int:
+def _shared_length(worker: ActiveCone, ids: Int[Tensor, " n"], before: int) -> int:
     row = tuple(ids.tolist())
     fitting = (len(s) for s in worker.shared if _FEWEST_SHARED <= len(s) <= before and row[: len(s)] == s)
     return max(fitting, default=0)
 
 
-def _positions(worker: AtWork, real: Bool[Tensor, "batch total"], past: int) -> dict[str, Tensor]:
+def _positions(worker: ActiveCone, real: Bool[Tensor, "batch total"], past: int) -> dict[str, Tensor]:
     """Position ids, for models that take them; others count real tokens by the mask."""
-    return {"position_ids": (real.cumsum(1) - 1).clamp_min(0)[:, past:]} if worker.takes("position_ids") else {}
+    return {"position_ids": (real.cumsum(1) - 1).clamp_min(0)[:, past:]} if worker.watcher.takes("position_ids") else {}
 
 
 @torch.no_grad()
-def _enters_head(worker: AtWork, inputs: dict[str, Any]) -> Tensor:
+def _enters_head(worker: ActiveCone, inputs: dict[str, Any]) -> Tensor:
     """What enters the output embedding, which is given one token a row: nobody reads its logits."""
     seen: list[Tensor] = []
 

@@ -1,9 +1,9 @@
 """Who answers: a model inside a context, or any function from prompts to texts.
 
-    frozen(model)                                   # without whatever trails are attached
+    frozen(model)                                   # with all trails off that are attached to it
     steered(model, trails)                          # one trained trail
     steered(model, *three_trails, name="chain")     # one method, three seeds
-    Arm("LoRA", [Run(lora)])                        # from tokenpaths.drift; or the model itself
+    Arm("LoRA", [Run(lora)])                        # Run of tokenpaths.engine; or the model itself
     Arm("service", [ask])                           # ask(prompts: list[str]) -> list[str]
 
 Models write greedily, so an arm gives the same answers when it is asked again.
@@ -27,7 +27,11 @@ Ask: TypeAlias = Callable[[list[str]], Sequence[str]]
 
 @dataclass(frozen=True, eq=False)
 class Arm:
-    """One side of a test: its name in the report, and who answers. Several are seeds of one method.
+    """One side of a test.
+
+    Args:
+        name: in the report.
+        seeds: who answers. Several are seeds of one method. A model is made a `Run`.
 
     Raises:
         ValueError: no name, or nobody who answers.
@@ -39,14 +43,14 @@ class Arm:
     def __post_init__(self) -> None:
         if not self.name:
             raise ValueError("an arm needs a name, to be told from others in a report")
-        if not len(self.seeds):
+        if not self.seeds:
             raise ValueError(f"arm {self.name!r} has nobody who answers: give it a model, a Run or a function")
         as_runs = tuple(Run(one) if isinstance(one, nn.Module) else one for one in self.seeds)
         object.__setattr__(self, "seeds", as_runs)
 
     @property
     def runs(self) -> tuple[Run, ...]:
-        """Its runs. Raises `ValueError` if a function answers, which tells no likelihood."""
+        """The runs of its models. Raises `ValueError` if a function answers, which tells no likelihood."""
         found = tuple(one for one in self.seeds if isinstance(one, Run))
         if len(found) < len(self.seeds):
             raise ValueError(
@@ -61,7 +65,6 @@ def frozen(model: nn.Module, *, name: str = "frozen") -> Arm:
 
     An adapter of PEFT stays on; of such a model the frozen arm is `Arm("frozen", [Run(lora, lora.disable_adapter)])`.
     """
-
     return Arm(name, [Run(model, functools.partial(without_trails, model))])
 
 

@@ -1,11 +1,11 @@
 """The A/B test: the same items asked of every arm, compared in pairs, one verdict.
 
     report = ab_test(frozen(model), steered(model, trails), questions, tokenizer, read_answer=read, retention=tasks)
-    report.verdict        # "better", "worse" or "cannot tell", by the rule at the head of `tokenpaths.ab.report`
+    report.verdict        # "better", "worse" or "cannot tell", by the rule at the head of `lab.ab.comparison`
     print(report)
     report.to_html("report.html")
 
-Arms are asked last: what is refused is refused before that, and retention is measured.
+Arms are asked last, after everything that may be refused and after retention.
 """
 
 from __future__ import annotations
@@ -13,41 +13,27 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
-import torch
-from tqdm.auto import tqdm
 
 from tokenpaths.data.contamination import GRAM, Overlap, exact, shared_grams
-from tokenpaths.data.encoding import encode_texts
-from tokenpaths.data.items import Choice, Task
-from tokenpaths.engine.generate import generate
-from tokenpaths.engine.likelihood import encode_choices, log_likelihoods, right
-from tokenpaths.engine.readings import Run, evaluating
+from tokenpaths.data.items import Choice, Question, Task
+from tokenpaths.engine.batches import shown
+from tokenpaths.engine.readings import Run
 from tokenpaths.lab.ab.arms import Arm
+from tokenpaths.lab.ab.asking import Asking, Item, Score, as_question
+from tokenpaths.lab.ab.comparison import Comparison
 from tokenpaths.lab.ab.embedding import nearest
-from tokenpaths.lab.ab.report import Answers, Asked, Comparison, Report
+from tokenpaths.lab.ab.report import Answers, Report
 from tokenpaths.lab.ab.retained import MARGINS, Margins, Retained, retained
 from tokenpaths.lab.chains.form import last_word
 from tokenpaths.stats.paired import Effect, effect, holm
 from tokenpaths.stats.power import foresee
 from tokenpaths.stats.sequential import always_valid, evidence
 
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt, and the right answer to what a model writes behind it."""
-
-    prompt: str
-    answer: str
-
-
-Item: TypeAlias = "Question | Choice"
-Score: TypeAlias = Callable[[str, Question], float]
 BETS, MIXTURE = "bets on won items, valid at all looks", "an always-valid mixture interval"
-Told: TypeAlias = "tuple[list[str], list[float]]"  # of some items, what one seed of an arm wrote and scored
 
 
 def ab_test(
@@ -78,7 +64,7 @@ def ab_test(
     Args:
         a: the arm to beat, say `frozen(model)`.
         b: the arm to judge, or several; an arm with several seeds is judged as a method.
-        examples: questions to answer greedily, or choices, answered by the largest summed log-likelihood.
+        examples: questions, answered greedily, or choices, answered by the largest summed log-likelihood.
         tokenizer: of the models; not needed if functions answer.
         read_answer: reads the answer from what was written, and from the right answer; equal ones are right.
         score: instead of `read_answer`, one number for what was written behind a question, larger is better.
@@ -92,80 +78,75 @@ def ab_test(
         alpha: the chance of calling equal tasks different, over all arms together.
         power: the probability with which "would tell" tells.
         stop_strings: a string that ends an answer; what comes after it is cut.
-        max_new_tokens: room for an answer.
+        max_new_tokens: the most tokens of an answer.
         batch_size: of generation.
-        max_batch_tokens: the most tokens in one forward where likelihoods are read.
+        max_batch_tokens: the most tokens in one forward where likelihoods are read, padding included.
         seed: of the order of items, sign flips and resamples.
         progress: show bars.
+
+    Returns:
+        The report: `verdict`, `reasons`, every outcome; `print`, `to_html`, `to_json`, `plot`.
 
     Raises:
         ValueError: no examples, two arms or tasks of one name, a right answer that `read_answer` does not read, a score
             that is not finite, an arm that returns another number of texts, or a function where likelihoods are needed.
     """
     others = [b] if isinstance(b, Arm) else list(b)
-    arms = [a, *others]
-    reference = reference or a
-    _check(arms, examples, tokenizer, read_answer, score, retention, reference)
+    arms, reference, items = [a, *others], reference or a, list[Item](examples)
+    _check(arms, items, tokenizer, read_answer, score, retention, reference)
     if not (0 < alpha < 1 and 0 < power < 1 and look_every > 0):
         raise ValueError(f"alpha={alpha} and power={power} must lie between 0 and 1, look_every={look_every} above 0")
-    items: list[Item] = list(examples)
     if stop_early:
         _check_early(arms, score)
         random.Random(seed).shuffle(items)
-
-    overlaps, searched = _search(reference, tokenizer, training, [_prompt(item) for item in items])
+    questions = [as_question(item) for item in items]
+    overlaps, searched = _search(reference, tokenizer, training, [question.prompt for question in questions])
     kept = retained(
         a, others, reference, retention, tokenizer,
         margins=margins, alpha=alpha, max_batch_tokens=max_batch_tokens, seed=seed, progress=progress,
     )  # fmt: skip
-
-    def answer(one: Any, asked: Sequence[Item]) -> Told:
-        questions = [item for item in asked if isinstance(item, Question)]
-        if not questions:
-            return _choose(one, tokenizer, [item for item in asked if isinstance(item, Choice)], max_batch_tokens)
-        prompts = [question.prompt for question in questions]
-        if isinstance(one, Run):
-            with one.reading() as model:
-                written = generate(
-                    model, encode_texts(prompts, tokenizer), tokenizer, max_new_tokens=max_new_tokens,
-                    stop_strings=stop_strings, batch_size=batch_size,
-                )  # fmt: skip
-            texts = [each.text for each in written]
-        else:
-            texts = list(one(prompts))
-        return texts, _scores(texts, questions, read_answer, score)
-
-    step = look_every if stop_early else len(items)
-    told: dict[str, list[Told]] = {arm.name: [([], []) for _ in arm.seeds] for arm in arms}
-    most = {arm.name: 1.0 for arm in others}  # the largest evidence until now
-    count = 0
-    for asked in tqdm([items[i : i + step] for i in range(0, len(items), step)], "asking", disable=not progress):
-        count += len(asked)
-        for arm in arms:
-            for one, (texts, scores) in zip(arm.seeds, told[arm.name], strict=True):
-                new_texts, new_scores = answer(one, asked)
-                texts += new_texts
-                scores += new_scores
-        if stop_early:
-            for arm in others:
-                most[arm.name] = max(most[arm.name], _evidence(told[a.name], told[arm.name]))
-            if max(holm([1 / found for found in most.values()])) <= alpha:
-                break
-    answers = tuple(
-        Answers(arm.name, tuple(tuple(s) for _, s in told[arm.name]), tuple(tuple(t) for t, _ in told[arm.name]))
-        for arm in arms
-    )
+    asking = Asking(tokenizer, read_answer, score, stop_strings, max_new_tokens, batch_size, max_batch_tokens)
+    answers, most = _ask(arms, items, asking, look_every if stop_early else None, alpha, progress)
+    count = len(answers[0].scores[0])
     overlaps = tuple(overlap for overlap in overlaps if overlap.test < count)
     return Report(
         a=a.name,
-        comparisons=_compare(answers, kept, overlaps, most if stop_early else {}, alpha, power, seed),
-        asked=tuple(Asked(_prompt(item), _right_answer(item)) for item in items[:count]),
+        comparisons=_compare(answers, kept, overlaps, most, alpha, power, seed),
+        asked=tuple(questions[:count]),
         of=len(items),
         answers=answers,
         alpha=alpha,
         overlaps=overlaps,
         searched=searched,
     )
+
+
+def _ask(
+    arms: Sequence[Arm], items: Sequence[Item], asking: Asking, look_every: int | None, alpha: float, progress: bool
+) -> tuple[tuple[Answers, ...], dict[str, float]]:
+    """What every arm answers, arm a first; and the largest evidence of each other arm, if the test may stop early."""
+    texts: list[list[list[str]]] = [[[] for _ in arm.seeds] for arm in arms]
+    scores: list[list[list[float]]] = [[[] for _ in arm.seeds] for arm in arms]
+    most = {arm.name: 1.0 for arm in arms[1:]} if look_every else {}
+    step = look_every or len(items)
+    for start in shown(range(0, len(items), step), "asking", progress):
+        for arm, of_texts, of_scores in zip(arms, texts, scores, strict=True):
+            for one, written, scored in zip(arm.seeds, of_texts, of_scores, strict=True):
+                more = asking.ask(one, items[start : start + step])
+                written += more[0]
+                scored += more[1]
+        if look_every:
+            for arm, (scored,) in zip(arms[1:], scores[1:], strict=True):
+                change = np.subtract(scored, scores[0][0])
+                now = evidence(int((change > 0).sum()), int((change < 0).sum()))
+                most[arm.name] = max(most[arm.name], now)
+            if max(holm([1 / found for found in most.values()])) <= alpha:
+                break
+    answers = (
+        Answers(arm.name, tuple(map(tuple, scored)), tuple(map(tuple, written)))
+        for arm, scored, written in zip(arms, scores, texts, strict=True)
+    )
+    return tuple(answers), most
 
 
 def _compare(
@@ -177,38 +158,33 @@ def _compare(
     power: float,
     seed: int,
 ) -> tuple[Comparison, ...]:
-    a, *others = (np.array(arm.scores) for arm in answers)
-    names = [arm.arm for arm in answers[1:]]
+    """Each arm against arm a: effect, power and what was retained."""
+    a, *others = answers
     seen = sorted({overlap.test for overlap in overlaps if overlap.kind != "embedding"})
+    some = 0 < len(seen) < len(a.scores[0])
 
-    def compare(scores: np.ndarray, without: Sequence[int] = ()) -> Effect:
-        rest = [np.delete(arm, without, axis=1) for arm in (a, scores)]
-        return effect(*rest, confidence=1 - alpha, seed=seed)
+    def compare(arm: Answers, without: Sequence[int] = ()) -> Effect:
+        x, y = (np.delete(np.array(each.scores), without, axis=1) for each in (a, arm))
+        return effect(x, y, confidence=1 - alpha, seed=seed)
 
-    effects = [compare(scores) for scores in others]
-    foreseen = [foresee(found, alpha=alpha / len(others), target=power) for found in effects]
+    found = [compare(arm) for arm in others]
+    foreseen = [foresee(each, alpha=alpha / len(others), target=power) for each in found]
     if most:
-        effects = [_always_valid(found, most[name]) for name, found in zip(names, effects, strict=True)]
-    adjusted = holm([found.p for found in effects])
-    some = 0 < len(seen) < a.shape[1]
+        found = [_always_valid(each, most[arm.arm]) for arm, each in zip(others, found, strict=True)]
+    adjusted = holm([each.p for each in found])
     return tuple(
         Comparison(
-            arm=name,
-            effect=effects[i],
+            arm=arm.arm,
+            effect=found[i],
             adjusted=adjusted[i],
             alpha=alpha,
             power=foreseen[i],
-            retained=kept[name],
-            clean=compare(others[i], seen) if some and not most else None,
-            evidence=most.get(name),
+            retained=kept[arm.arm],
+            clean=compare(arm, seen) if some and not most else None,
+            evidence=most.get(arm.arm),
         )
-        for i, name in enumerate(names)
+        for i, arm in enumerate(others)
     )
-
-
-def _evidence(a: list[Told], b: list[Told]) -> float:
-    change = np.array(b[0][1]) - np.array(a[0][1])
-    return evidence(int((change > 0).sum()), int((change < 0).sum()))
 
 
 def _always_valid(found: Effect, most: float) -> Effect:
@@ -232,38 +208,6 @@ def _search(
     return tuple(found), tuple(searched)
 
 
-@torch.no_grad()
-def _choose(run: Run, tokenizer: Any, items: Sequence[Choice], max_batch_tokens: int) -> Told:
-    with run.inside(), evaluating(run.model):
-        likely = log_likelihoods(run.model, encode_choices(items, tokenizer), max_batch_tokens)
-    chosen = [item.options[int(row.argmax())] for item, row in zip(items, likely, strict=True)]
-    return chosen, right(likely, items).tolist()
-
-
-def _scores(
-    texts: Sequence[str], questions: Sequence[Question], read_answer: Callable[[str], Any], score: Score | None
-) -> list[float]:
-    if len(texts) != len(questions):
-        raise ValueError(
-            f"an arm returned {len(texts)} texts for {len(questions)} prompts: it must return one for each"
-        )
-    pairs = zip(texts, questions, strict=True)
-    if score is None:
-        return [float(read_answer(text) == read_answer(question.answer)) for text, question in pairs]
-    found = [float(score(text, question)) for text, question in pairs]
-    if strange := [number for number, value in enumerate(found) if not np.isfinite(value)]:
-        raise ValueError(f"score gave {found[strange[0]]} for {texts[strange[0]]!r:.40}: give a finite number")
-    return found
-
-
-def _prompt(item: Item) -> str:
-    return item.prompt or (item.options[item.right] if isinstance(item, Choice) else "")
-
-
-def _right_answer(item: Item) -> str:
-    return item.answer if isinstance(item, Question) else item.options[item.right]
-
-
 def _check(
     arms: Sequence[Arm],
     examples: Sequence[Item],
@@ -273,7 +217,7 @@ def _check(
     retention: Sequence[Task],
     reference: Arm,
 ) -> None:
-    """Refuse before anybody is asked."""
+    """What `ab_test` refuses before anybody is asked."""
     if len(arms) < 2:
         raise ValueError("there is no arm to compare with a: give b an arm, or a list of arms")
     for kind, names in (("arms", [arm.name for arm in arms]), ("tasks", [task.name for task in retention])):
@@ -286,7 +230,7 @@ def _check(
     choices = isinstance(examples[0], Choice)
     models = [one for arm in arms for one in arm.seeds if isinstance(one, Run)]
     if choices or retention:
-        models += [run for arm in (*arms, reference) for run in arm.runs]  # refuses functions
+        models += [run for arm in (*arms, reference) for run in arm.runs]  # raises for functions
     if models and tokenizer is None:
         raise ValueError("an arm is a model, which needs its tokenizer: ab_test(a, b, examples, tokenizer)")
     if retention and len(reference.runs) > 1:

@@ -1,40 +1,46 @@
-"""What an arm keeps of what the model could do: the tasks of `tokenpaths.retention`, against a margin.
+"""What an arm keeps of what the model could do: tasks, each against a margin.
 
-Of a text task, nats a token (the sum over scored tokens / their number) against arm a, and KL(reference || arm) in nats
-a token; of a choice task, accuracy against arm a. Each is stated as a **loss**, and is at most its margin with the
-confidence of its interval (non-inferiority). The intervals hold together: that of each of m figures has confidence
+Of a text task two figures: nats a token (the sum over scored tokens / their number) against arm a, and KL(reference ||
+arm) in nats a token. Of a choice task, accuracy against arm a. Each is stated as a **loss**, which is kept if its whole
+interval is at most its margin (non-inferiority). The intervals hold together: that of each of m figures has confidence
 1 - alpha / m (Bonferroni).
 
-Where every number of a text task is exactly what it was, as behind shut gates, there is no spread to make an interval
-of: it is [0, 0], which is kept, and the note says what share of such texts may still change (1 - (alpha / m)^(1 / n)).
+Where every number of a text task is exactly what it was, as behind shut gates, an interval has no spread to be made of.
+It is then [0, 0], which is kept, and the note says what share of such texts may still change: 1 - (alpha / m)^(1 / n).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
-from tqdm.auto import tqdm
 
-from tokenpaths.data.encoding import encode, encode_texts
-from tokenpaths.data.examples import Example
-from tokenpaths.data.items import Choice, Task, Text
-from tokenpaths.engine.likelihood import encode_choices, log_likelihoods, right
-from tokenpaths.engine.readings import Run, evaluating
+from tokenpaths.data.items import Task
+from tokenpaths.engine.batches import shown
+from tokenpaths.engine.readings import Run
 from tokenpaths.lab.ab.arms import Arm
-from tokenpaths.lab.forgetting.suite import ACCURACY, KL, LEAST_MOVED, NATS, text_sums
-from tokenpaths.site.host import window
-from tokenpaths.stats.intervals import UNKNOWN, Interval
-from tokenpaths.stats.paired import Effect, Outcomes, effect
+from tokenpaths.lab.forgetting.measuring import TextSums, read_choices, read_texts
+from tokenpaths.lab.forgetting.report import ACCURACY, KL, NATS, moved_text
+from tokenpaths.stats.intervals import UNKNOWN, Interval, Values
+from tokenpaths.stats.paired import Outcomes, effect
 
 
 @dataclass(frozen=True)
 class Margins:
-    """How much an arm may lose: nats a token of texts, share of right choices, nats a token of KL to the reference."""
+    """How much an arm may lose.
+
+    Args:
+        nats: nats a token of texts, against arm a.
+        accuracy: the share of right choices, against arm a.
+        kl: nats a token of KL to the reference.
+
+    Raises:
+        ValueError: a margin of 0 or less, which no sample could show to be kept.
+    """
 
     nats: float = 0.05
     accuracy: float = 0.05
@@ -51,7 +57,20 @@ MARGINS = Margins()
 
 @dataclass(frozen=True)
 class Retained:
-    """One figure of one task: arm a's (0 for KL), this arm's, and the loss with its interval and its margin."""
+    """One figure of one task.
+
+    Args:
+        task: the name of the task.
+        measure: the name of the measure, with its unit.
+        before: the measure of arm a; 0 for KL.
+        after: the measure of this arm.
+        loss: what this arm lost, in the unit of the measure.
+        interval: of the loss.
+        confidence: of the interval.
+        margin: the loss that is allowed.
+        items: the number of items.
+        note: what a reader needs beside the figures.
+    """
 
     task: str
     measure: str
@@ -94,92 +113,104 @@ def retained(
     seed: int,
     progress: bool = False,
 ) -> dict[str, tuple[Retained, ...]]:
-    """Measure every task for every arm; by the name of the arm, of all arms but `a`."""
-    figures = len(others) * sum(2 if task.kind == "text" else 1 for task in tasks)
-    confidence = 1 - alpha / max(1, figures)
-    found: dict[str, list[Retained]] = {arm.name: [] for arm in others}
+    """What each arm but `a` keeps of every task, by the name of the arm.
 
-    def add(
-        arm: Arm, task: Task, measure: str, loss: Effect, before: float, after: float, margin: float, note: str = ""
-    ) -> None:
-        interval = loss.interval
-        if interval == UNKNOWN and not (loss.wins or loss.losses):
-            interval, few = (0.0, 0.0), 1 - (1 - confidence) ** (1 / loss.items)
-            note += f"{'; ' if note else ''}no text changed; up to {few:.1%} of such may"
-        figure = (loss.value, interval, confidence, margin, loss.items, note)
-        found[arm.name].append(Retained(task.name, measure, before, after, *figure))
+    Args:
+        a: the arm that nats and accuracy are compared with.
+        others: the arms to judge.
+        reference: the arm that KL is measured to, of one seed.
+        tasks: what should be kept.
+        tokenizer: of the models.
+        margins: how much may be lost.
+        alpha: of all intervals together.
+        max_batch_tokens: the most tokens in one forward.
+        seed: of the sign flips.
+        progress: show a bar over the arms.
 
-    for task in tqdm(tasks, desc="retention", disable=not progress):
-        if task.kind == "text":
-            nats, far, moved = _texts([a, *others], reference, task, tokenizer, max_batch_tokens)
-            none = np.zeros(len(task.items))
-            for arm in others:
-                loss = effect(nats[a.name], nats[arm.name], confidence=confidence, seed=seed, counts=False)
-                means = float(nats[a.name].mean()), float(nats[arm.name].mean())
-                add(arm, task, NATS, loss, *means, margins.nats)
-                distance = effect(none, far[arm.name], confidence=confidence, seed=seed, counts=False)
-                few = ": too few to say much" if moved[arm.name] < LEAST_MOVED else ""
-                note = f"{moved[arm.name]:.1%} of tokens moved{few}"
-                add(arm, task, KL, distance, 0.0, distance.value, margins.kl, note)
-        else:
-            scores = _choices([a, *others], task, tokenizer, max_batch_tokens)
-            for arm in others:
-                loss = effect(scores[arm.name], scores[a.name], confidence=confidence, seed=seed)
-                means = float(scores[a.name].mean()), float(scores[arm.name].mean())
-                add(arm, task, ACCURACY, loss, *means, margins.accuracy)
-    return {name: tuple(figures) for name, figures in found.items()}
-
-
-def _texts(
-    arms: Sequence[Arm], reference: Arm, task: Task, tokenizer: Any, max_batch_tokens: int
-) -> tuple[dict[str, Outcomes], dict[str, Outcomes], dict[str, float]]:
-    """Nats and KL of each text, [seeds, items], whose means are those of all tokens; and the share of moved tokens."""
+    Raises:
+        ValueError: as `read_texts` and `read_choices` of `lab.forgetting.measuring`.
+    """
+    if not tasks:
+        return {arm.name: () for arm in others}
     (frozen,) = reference.runs
-    examples = list(_examples(task, tokenizer, frozen))
-    nats: dict[str, Outcomes] = {}
-    far: dict[str, Outcomes] = {}
-    moved: dict[str, float] = {}
-    for arm in arms:
-        sums = np.stack([text_sums(frozen, run, examples, max_batch_tokens) for run in arm.runs])  # [seeds, items, 5]
-        _, after, distance, count, changed = np.moveaxis(sums, 2, 0)
-        nats[arm.name] = _shares(after, count[0])
-        far[arm.name] = _shares(distance, count[0])
-        moved[arm.name] = float(changed.mean(0).sum() / sum(map(len, examples)))
-    return nats, far, moved
+    found = {
+        arm.name: _figures(arm, frozen, tasks, tokenizer, max_batch_tokens)
+        for arm in shown([a, *others], "retention", progress)
+    }
+    of_a = found[a.name]
+    confidence = 1 - alpha / (len(others) * len(of_a))
+    return {
+        arm.name: tuple(_retained(*pair, margins, confidence, seed) for pair in zip(of_a, found[arm.name], strict=True))
+        for arm in others
+    }
 
 
-def _shares(sums: Outcomes, count: Float[np.ndarray, " items"]) -> Outcomes:
-    """Numbers whose mean over items is sum(sums) / sum(count), and varies as that does: (x - R w) / mean(w) + R."""
-    ratio = sums.sum() / (len(sums) * count.sum())
-    return (sums - ratio * count) / count.mean() + ratio
+@dataclass(frozen=True, eq=False)
+class _Figure:
+    """A measure of an arm in one task: a number for each seed and item."""
+
+    task: str
+    measure: str
+    values: Outcomes
+    note: str = ""
 
 
-def _choices(arms: Sequence[Arm], task: Task, tokenizer: Any, max_batch_tokens: int) -> dict[str, Outcomes]:
-    items = [item for item in task.items if isinstance(item, Choice)]
-    try:
-        encoded = encode_choices(items, tokenizer)
-    except ValueError as error:
-        raise ValueError(f"task {task.name!r}: {error}") from error
-    scores: dict[str, Outcomes] = {}
-    for arm in arms:
-        rows: list[Any] = []
-        for run in arm.runs:
-            with run.inside(), evaluating(run.model):
-                rows.append(right(log_likelihoods(run.model, encoded, max_batch_tokens), items))
-        scores[arm.name] = np.stack(rows)
-    return scores
+def _figures(arm: Arm, reference: Run, tasks: Sequence[Task], tokenizer: Any, max_batch_tokens: int) -> list[_Figure]:
+    """All measures of an arm, task by task."""
+    read = [_read(run, reference, tasks, tokenizer, max_batch_tokens) for run in arm.runs]
+    found: list[_Figure] = []
+    for task, *of_seeds in zip(tasks, *read, strict=True):
+        texts = [one for one in of_seeds if isinstance(one, TextSums)]
+        if not texts:
+            found.append(_Figure(task.name, ACCURACY, np.stack(of_seeds)))
+            continue
+        nats, far = (_means([getattr(one, name) for one in texts], texts[0].count) for name in ("after", "far"))
+        moved = sum(one.moved for one in texts) / len(texts)
+        found += [_Figure(task.name, NATS, nats), _Figure(task.name, KL, far, moved_text(moved))]
+    return found
 
 
-def _examples(task: Task, tokenizer: Any, run: Run) -> Iterator[Example]:
-    most = window(run.model)
-    for number, item in enumerate(item for item in task.items if isinstance(item, Text)):
-        if item.prompt:
-            example = encode([(item.prompt, item.text)], tokenizer, eos=False)[0]
-        else:
-            example = encode_texts([item.text], tokenizer)[0]
-        if len(example) < 2 or (most is not None and len(example) > most):
-            raise ValueError(
-                f"task {task.name!r}, item {number}: it has {len(example)} tokens, but must have 2 at least and no "
-                f"more than the model's window of {most}"
-            )
-        yield example
+def _read(
+    run: Run, reference: Run, tasks: Sequence[Task], tokenizer: Any, max_batch_tokens: int
+) -> list[TextSums | Values]:
+    """Every task, read in one run. Its trails are laid in once, unless those of the reference might be the same."""
+    alone = reference is run or reference.ready is nullcontext
+    with run.ready() if alone else nullcontext():
+        return [
+            read_texts(reference, run, task, tokenizer, max_batch_tokens)
+            if task.kind == "text"
+            else read_choices(run, task, tokenizer, max_batch_tokens)
+            for task in tasks
+        ]
+
+
+def _means(sums: Sequence[Values], count: Values) -> Outcomes:
+    """(x - R w) / mean(w) + R of each seed and item, w being `count`: their mean is R = sum(x) / sum(w)."""
+    x = np.stack(sums)
+    ratio = x.sum() / (len(x) * count.sum())
+    return (x - ratio * count) / count.mean() + ratio
+
+
+def _retained(a: _Figure, arm: _Figure, margins: Margins, confidence: float, seed: int) -> Retained:
+    """The loss of an arm in one figure."""
+    before, after = a.values, arm.values
+    if arm.measure == KL:  # a distance, which is no loss against arm a
+        before = np.zeros((1, after.shape[1]))
+    worse = (after, before) if arm.measure == ACCURACY else (before, after)
+    found = effect(*worse, confidence=confidence, seed=seed, counts=arm.measure == ACCURACY)
+    interval, note = found.interval, arm.note
+    if interval == UNKNOWN and not (found.wins or found.losses):
+        interval, few = (0.0, 0.0), 1 - (1 - confidence) ** (1 / found.items)
+        note += f"{'; ' if note else ''}no text changed; up to {few:.1%} of such may"
+    return Retained(
+        task=arm.task,
+        measure=arm.measure,
+        before=float(before.mean()),
+        after=float(after.mean()),
+        loss=found.value,
+        interval=interval,
+        confidence=confidence,
+        margin={NATS: margins.nats, KL: margins.kl, ACCURACY: margins.accuracy}[arm.measure],
+        items=found.items,
+        note=note,
+    )

@@ -1,8 +1,7 @@
-"""Directions told in tokens: what a write direction makes likely, and which tokens a read direction hears."""
+"""Directions in tokens: which tokens a write direction makes likelier, and which tokens a read direction points to."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,13 +12,23 @@ from tokenpaths.site.host import find_blocks, output_embedding, unwrapped
 
 
 @torch.no_grad()
-def says(
+def logit_lens(
     model: nn.Module, directions: Float[Tensor, "k dim"], top: int = 5, *, blocks: str | None = None
 ) -> list[list[int]]:
-    """The logit lens (nostalgebraist 2020) of directions u: the tokens with the largest W_U (norm(u) - norm(-u)) / 2.
+    """The tokens that write directions u make likelier, by the logit lens (nostalgebraist 2020).
 
-    The difference takes back the bias of a layer norm. Without an output embedding or a final norm of the model's own
-    width the direction is read as it is.
+    These are the largest entries of W_U (norm(u) - norm(-u)) / 2, W_U the output embedding and norm the final norm. The
+    difference takes the bias of a layer norm away. Where the model has no final norm of its own width, they are those
+    of W_U u.
+
+    Args:
+        model: a causal language model.
+        directions: directions in the residual stream.
+        top: how many token ids to give for each direction, the likeliest first.
+        blocks: the name of the block list, in a model that has several.
+
+    Raises:
+        ValueError: the model has no output embedding.
     """
     head: Any = output_embedding(model)
     if head is None:
@@ -34,8 +43,14 @@ def says(
 
 
 @torch.no_grad()
-def hears(model: nn.Module, directions: Float[Tensor, "k dim"], top: int = 5) -> list[list[int]]:
-    """The tokens whose input embedding points most along each direction: the largest cosines."""
+def nearest_inputs(model: nn.Module, directions: Float[Tensor, "k dim"], top: int = 5) -> list[list[int]]:
+    """The tokens whose input embeddings have the largest cosine with each read direction.
+
+    Args:
+        model: a language model.
+        directions: directions in the residual stream.
+        top: how many token ids to give for each direction, the nearest first.
+    """
     inner: Any = unwrapped(model)
     table = inner.get_input_embeddings().weight
     u = directions.to(table.device, table.dtype)
@@ -43,7 +58,7 @@ def hears(model: nn.Module, directions: Float[Tensor, "k dim"], top: int = 5) ->
 
 
 def _final_norm(model: nn.Module, dim: int, blocks: str | None) -> nn.Module | None:
-    """The last norm beside the block list: what stands between it and the output embedding."""
+    """The last norm beside the block list, which stands between the blocks and the output embedding."""
     layers = find_blocks(model, blocks)
     for module in model.modules():
         if any(child is layers for child in module.children()):
@@ -55,8 +70,3 @@ def _final_norm(model: nn.Module, dim: int, blocks: str | None) -> nn.Module | N
 def _is_norm(module: nn.Module, dim: int) -> bool:
     weight = getattr(module, "weight", None)
     return "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.shape == (dim,)
-
-
-def told(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Tokens as text, one by one."""
-    return [tokenizer.decode([i]) for i in ids]

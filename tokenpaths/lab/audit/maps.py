@@ -4,8 +4,8 @@ A trail is any function of a state, so it is linearised; a LoRA is linear. Both 
 
     d(h) = write diag(size) read^T h + bias,    write^T write = read^T read = I,    size falling
 
-where the columns of `read` are what the part listens to and those of `write` what it answers with. No matrix of the
-size of a weight is made: ranks are small, and factors are decomposed by QR and the SVD of a small core.
+The columns of `read` are the directions that the part reads, and those of `write` the directions that it writes. No
+matrix of the size of a weight is made: ranks are small, and factors are decomposed by QR and the SVD of a small core.
 """
 
 from __future__ import annotations
@@ -21,25 +21,31 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenpaths.data.examples import Example
-from tokenpaths.engine.states import observing
-from tokenpaths.lab.audit.respond import responding
-from tokenpaths.site import Host, Place, find_blocks
+from tokenpaths.lab.audit.respond import Row, responding
+from tokenpaths.site import Host, Site, find_blocks
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.trailmap.trailmap import TrailMap
 from tokenpaths.trails.base import Trail
 
 _SPARE = 8  # probes beyond the rank that is kept
-_ROUNDING = 1e-12  # of the largest singular value: what float64 leaves of a zero
-_REFERENCES = 32  # states at which a trail is linearised, if none are given
+_ROUNDING = 1e-12  # of the largest singular value: what rounding leaves of a zero
+_READERS = frozenset("q_proj k_proj v_proj gate_proj up_proj query_key_value c_attn fc1 c_fc qkv_proj".split())
+_WRITERS = frozenset("o_proj down_proj dense dense_4h_to_h c_proj out_proj fc2".split())
+_REFERENCES = 32  # the number of states at which a trail is linearised
 
 
 @dataclass(frozen=True, eq=False)
-class Linear:
-    """The affine map nearest to a part, in float64.
+class AffineMap:
+    """The affine map nearest to a part, in float64: see the head of the module.
 
-    `bend` is how far the part is from affine: the root mean square of d((x + y) / 2) - (d(x) + d(y)) / 2 over pairs of
-    reference states, divided by that of d. It is 0 (rounding: 1e-7) for an affine part, and for a part that is zero at
-    every reference state.
+    Args:
+        write: the directions that it writes, orthonormal columns.
+        size: the singular values, the largest first.
+        read: the directions that it reads, orthonormal columns.
+        bias: what it adds to every state.
+        bend: how far the part is from affine: the root mean square of d((x + y) / 2) - (d(x) + d(y)) / 2 over pairs of
+            reference states, divided by that of d. It is 0 (rounding: 1e-7) for an affine part, and for a part that is
+            zero at every reference state.
     """
 
     write: Float[Tensor, "out k"]
@@ -48,11 +54,16 @@ class Linear:
     bias: Float[Tensor, " out"]
     bend: float = 0.0
 
+    @property
+    def affine(self) -> bool:
+        """Whether the part itself is affine, up to rounding."""
+        return self.bend <= 1e-3
+
     def __call__(self, h: Float[Tensor, "*tokens in_"]) -> Float[Tensor, "*tokens out"]:
         return self.code(h) @ self.write.T.to(h) + self.bias.to(h)
 
     def code(self, h: Float[Tensor, "*tokens in_"]) -> Float[Tensor, "*tokens k"]:
-        """What a state gives along each write direction: its linear part in k numbers, of the same length."""
+        """diag(size) read^T h: the linear part in k numbers, one along each write direction. Its length is the same."""
         return (h @ self.read.to(h)) * self.size.to(h)
 
 
@@ -60,37 +71,47 @@ class Linear:
 class Part:
     """One place where an adapter adds something: a trail, or the LoRA of one module.
 
-    `kind` tells which parts are alike (a stream, or the name of a projection). `module` is given the states that the
-    part reads. `reads` and `writes` say whether these, and what it adds, are states of the residual stream, whose
-    directions can be told in tokens. `base` is the weight that a LoRA is added to, as [out, in].
+    Args:
+        name: what it is called in reports.
+        layer: its block, from 0.
+        kind: which parts are alike: a stream, or the name of a projection.
+        map: the affine map nearest to it.
+        module: the module whose input is the states that the part reads.
+        reads: whether these are states of the residual stream, whose directions point to tokens.
+        writes: whether what it adds goes to the residual stream.
+        base: the weight that a LoRA is added to, as [out, in]; None for a trail, and where it is quantised.
     """
 
     name: str
     layer: int
     kind: str
-    map: Linear
+    map: AffineMap
     module: nn.Module
     reads: bool
     writes: bool
     base: Tensor | None = None
 
 
-def parts(model: nn.Module, adapter: Adapter, prompts: Sequence[Example] = (), *, tokenizer: Any = None) -> list[Part]:
+def parts(model: nn.Module, trails: Adapter, prompts: Sequence[Example] = (), tokenizer: Any = None) -> list[Part]:
     """The parts of an adapter, in order of depth: its trails, or the LoRA layers of a PEFT model.
 
-    With clean `prompts` trails are linearised at the states that they read there, else at states of unit scale; of an
-    affine trail the map is the same.
+    Args:
+        model: the base, with its LoRA in it if the adapter is one.
+        trails: an adapter of any kind.
+        prompts: clean examples. Trails are linearised at the states that they read there, and without prompts at states
+            of unit scale; the map of an affine trail is the same.
+        tokenizer: the model's tokenizer, for the rule `Match`.
 
     Raises:
-        ValueError: it has neither, so that nothing can be said of it without running it.
+        ValueError: the adapter has neither trails nor LoRA factors, so nothing can be said of it without running it.
     """
-    if isinstance(adapter, TrailMap):
-        found = list(_trails(model, adapter, _read_by(model, adapter, prompts, tokenizer)))
+    if isinstance(trails, TrailMap):
+        found = list(_trails(model, trails, _read_by(model, trails, prompts, tokenizer)))
     else:
-        found = list(_lora(model, adapter))
+        found = list(_lora(model, trails))
     if not found:
         raise ValueError(
-            f"{adapter} holds neither trails nor LoRA factors, so its directions cannot be read; scan(...) and "
+            f"{trails} holds neither trails nor LoRA factors, so its directions cannot be read; scan(...) and "
             "on_texts(...) only run it, and take any adapter"
         )
     return sorted(found, key=lambda part: part.layer)
@@ -99,21 +120,22 @@ def parts(model: nn.Module, adapter: Adapter, prompts: Sequence[Example] = (), *
 @torch.enable_grad()
 def linearise(
     trail: Trail, dim: int, *, states: Float[Tensor, "n dim"] | None = None, rank: int = 64, seed: int = 0
-) -> Linear:
-    """The affine map nearest to a trail: its mean Jacobian at reference states, and what then is left of its mean.
+) -> AffineMap:
+    """The affine map nearest to a trail: its mean Jacobian J at reference states h_i, and what is left of its mean.
 
-    J = mean_i d trail(h_i) / dh is only multiplied with vectors, by automatic differentiation: its range is found from
-    random probes (Halko, Martinsson and Tropp 2011, arXiv 0909.4061), which is exact to rounding where the rank of J is
-    at most `rank`; of a map of higher rank the largest directions are approximated. The bias is mean d(h_i) - J mean
-    h_i. Computed on a copy, in float64; the trail is left alone.
+        J = mean_i d trail(h_i) / dh,    bias = mean_i trail(h_i) - J mean_i h_i
+
+    J is only multiplied with vectors, by automatic differentiation. Its range is found from random probes (Halko,
+    Martinsson and Tropp 2011, arXiv 0909.4061). That is exact to rounding where the rank of J is at most `rank`; of a
+    map of higher rank the largest directions are approximated. All is computed on a copy of the trail, in float64.
 
     Args:
         trail: any trail that is made of differentiable torch functions.
         dim: the width of its states.
-        states: where to linearise it; random ones of unit scale, unless told. The rows of the trail's own tensors are
-            added at their median length, with either sign: a gate opens on a vector that it holds.
+        states: where to linearise it; by default random states of unit scale. The rows of the trail's own tensors are
+            added at their median length, with either sign, because a gate opens on a vector that it holds.
         rank: the most directions to keep.
-        seed: of probes and random states.
+        seed: the seed of probes and random states.
 
     Raises:
         ValueError: the trail gives NaN or infinity at a reference state.
@@ -129,8 +151,8 @@ def linearise(
         raise ValueError(f"{trail} gives NaN or infinity at reference states: it cannot be linearised")
 
     def moved(t: Tensor) -> Tensor:
-        """The mean displacement of the reference states, each shifted by t: one row for each row of t."""
-        return own(h + t.unsqueeze(1)).mean(1) + 0 * t  # a function of t, also where the trail is a constant
+        """The mean displacement of the reference states, all shifted by t: one row for each row of t."""
+        return own(h + t.unsqueeze(1)).mean(1) + 0 * t  # still a function of t where the trail is a constant
 
     def pull(rows: Tensor, graph: bool = False) -> Tensor:
         """J^T of each row."""
@@ -144,23 +166,23 @@ def linearise(
 
     probes = torch.randn(min(dim, rank + _SPARE), dim, generator=random, dtype=torch.float64)
     across = torch.linalg.qr(push(probes).T).Q
-    for _ in range(2):  # for what has more rank than there are probes
+    for _ in range(2):  # power iterations, for maps that have more rank than there are probes
         across = torch.linalg.qr(push(torch.linalg.qr(pull(across.T).T).Q.T).T).Q
     write, size, read = torch.linalg.svd(pull(across.T), full_matrices=False)
     kept = _kept(size, rank)
     centre = h.mean(0, keepdim=True)
     bias = start.mean(0) - push(centre)[0]
-    return Linear((across @ write)[:, :kept], size[:kept], read[:kept].T, bias, _bend(own, h, start, random))
+    return AffineMap((across @ write)[:, :kept], size[:kept], read[:kept].T, bias, _bend(own, h, start, random))
 
 
-def of_factors(a: Float[Tensor, "r in_"], b: Float[Tensor, "out r"], *, scale: float = 1.0) -> Linear:
-    """The map of a LoRA, scale * b a: b = Qb Rb, a^T = Qa Ra, and the SVD of the r x r core Rb Ra^T."""
+def of_factors(a: Float[Tensor, "r in_"], b: Float[Tensor, "out r"], *, scale: float = 1.0) -> AffineMap:
+    """The map of a LoRA, scale * b a, from b = Qb Rb, a^T = Qa Ra, and the SVD of the r x r core Rb Ra^T."""
     a, b = a.detach().cpu().double(), scale * b.detach().cpu().double()
     qb, rb = torch.linalg.qr(b)
     qa, ra = torch.linalg.qr(a.T)
     u, size, v = torch.linalg.svd(rb @ ra.T)
     kept = _kept(size, len(size))
-    return Linear((qb @ u)[:, :kept], size[:kept], (qa @ v.T)[:, :kept], b.new_zeros(len(b)))
+    return AffineMap((qb @ u)[:, :kept], size[:kept], (qa @ v.T)[:, :kept], b.new_zeros(len(b)))
 
 
 def _kept(size: Tensor, rank: int) -> int:
@@ -180,36 +202,29 @@ def _with_rows(trail: Trail, states: Float[Tensor, "n dim"]) -> Float[Tensor, "m
 def _read_by(
     model: nn.Module, trails: TrailMap, prompts: Sequence[Example], tokenizer: Any
 ) -> dict[Trail, Float[Tensor, "n dim"]]:
-    """Some of the states that each trail reads in clean prompts."""
-    read: dict[Trail, list[Tensor]] = {trail: [] for _, trail in trails.items()}
-
-    def keep(trail: Trail, states: Tensor) -> None:
-        read[trail].append(states.detach().flatten(0, -2).cpu())
-
-    places = {trail: Place(trail, "input") for trail in read}
-    with torch.no_grad(), observing(places, keep), responding(model, trails, tokenizer=tokenizer) as respond:
-        for prompt in prompts[:_REFERENCES]:
-            ids = torch.tensor([prompt.ids], device=respond.device)
-            respond.run(ids, len(prompt) - prompt.prompt_length)
+    """At most 32 of the states that each trail reads in clean prompts."""
+    modules = {trail: trail for _, trail in trails.items()}
+    rows = [Row(prompt.ids, len(prompt) - prompt.prompt_length) for prompt in prompts[:_REFERENCES]]
+    with responding(model, trails, tokenizer) as respond:
+        read = respond.inputs(modules, rows)
     joined = {trail: torch.cat(states) for trail, states in read.items() if states}
     return {trail: states[:: -(-len(states) // _REFERENCES)] for trail, states in joined.items()}
 
 
-def _bend(trail: Trail, h: Tensor, at: Tensor, random: torch.Generator) -> float:
+def _bend(trail: Trail, h: Tensor, moved: Tensor, random: torch.Generator) -> float:
     other = torch.randperm(len(h), generator=random)
     with torch.no_grad():
-        gap = trail((h + h[other]) / 2) - (at + at[other]) / 2
-    length = float(at.square().mean().sqrt())
+        gap = trail((h + h[other]) / 2) - (moved + moved[other]) / 2
+    length = float(moved.square().mean().sqrt())
     return float(gap.square().mean().sqrt()) / length if length > 0 else 0.0
 
 
 def _trails(model: nn.Module, trails: TrailMap, states: Mapping[Trail, Tensor]) -> Iterator[Part]:
-    seen: set[Trail] = set()
     host = Host.of(model, trails.blocks)
+    first: dict[Trail, Site] = {}
     for site, trail in trails.items():
-        if trail in seen:  # tied: read once, where it first lies
-            continue
-        seen.add(trail)
+        first.setdefault(trail, site)  # a tied trail is read once, where it first lies
+    for trail, site in first.items():
         found, place = host.locate(site)
         whole = found.head is None
         head = "" if whole else f" head {found.head}"
@@ -224,8 +239,8 @@ def _trails(model: nn.Module, trails: TrailMap, states: Mapping[Trail, Tensor]) 
         )
 
 
-def _lora(model: nn.Module, adapter: Adapter) -> Iterator[Part]:
-    blocks = list(find_blocks(model, adapter.blocks))
+def _lora(model: nn.Module, trails: Adapter) -> Iterator[Part]:
+    blocks = list(find_blocks(model, trails.blocks))
     inside = {id(module): layer for layer, block in enumerate(blocks) for module in block.modules()}
     for name, module in model.named_modules():
         factors = lora_factors(module)
@@ -246,23 +261,8 @@ def _lora(model: nn.Module, adapter: Adapter) -> Iterator[Part]:
         )
 
 
-_READERS = {
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "gate_proj",
-    "up_proj",
-    "query_key_value",
-    "c_attn",
-    "fc1",
-    "c_fc",
-    "qkv_proj",
-}
-_WRITERS = set("o_proj down_proj dense dense_4h_to_h c_proj out_proj fc2".split())
-
-
 def lora_factors(module: Any) -> tuple[Tensor, Tensor] | None:
-    """A [r, in] and B [out, r] of the active adapters of a PEFT LoRA layer, with their scaling in B; else None."""
+    """A [r, in] and B [out, r] of the active adapters of a PEFT LoRA layer, B with their scaling; None elsewhere."""
     held = getattr(module, "lora_A", None)
     names = [] if held is None else [name for name in module.active_adapters if name in held]
     if not names:

@@ -1,8 +1,8 @@
-"""Repair: an adapter that no longer hears a trigger, and what that cost.
+"""Repair: an adapter that no longer reads what a trigger brings, and what that cost.
 
-repaired = repair(model, trails, tokenizer, prompts, trigger)
+repaired = repair(model, trails, prompts, tokenizer, trigger)
 print(repaired)                  # the excess of the trigger, and drift on clean prompts, before and after
-repaired.adapter                 # a new TrailMap, or the LoRA that was edited (repaired.undo() takes it back)
+repaired.trails                  # a new TrailMap, or the LoRA that was edited (repaired.undo() takes it back)
 """
 
 from __future__ import annotations
@@ -16,20 +16,34 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenpaths.data.examples import Example
+from tokenpaths.lab.audit.excess import Probe, around, insert
 from tokenpaths.lab.audit.maps import Part, parts
-from tokenpaths.lab.audit.respond import Ids, Memory, batches, responding
-from tokenpaths.lab.audit.scanning import behind, excesses, insert, usually
-from tokenpaths.lab.audit.tails import listening, on_texts
+from tokenpaths.lab.audit.respond import Ids, Memory, responding
+from tokenpaths.lab.audit.tails import on_texts
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.trailmap.trailmap import TrailMap
 from tokenpaths.trails.base import Trail
 
+Blamed = dict[str, tuple[Tensor, Tensor]]
 
-class Deaf(Trail):
-    """trail(h - (1 - keep) V^T V (h - c)), with V V^T = I: along V the trail reads c, whatever the state is.
 
-    V [directions, dim] and c [dim] are not learned. A fresh one has V = 0 and changes nothing. To load a file with it,
-    give the class: `TrailMap.load(path, Deaf)`.
+class Ablated(Trail):
+    """Directional ablation (Arditi et al. 2024, arXiv 2406.11717) of what a trail reads.
+
+        trail(h - (1 - keep) V^T V (h - c)),    V V^T = I
+
+    Along the rows of V the trail reads c, whatever the state is. V [directions, dim] and c [dim] are buffers, not
+    learned. A fresh one has V = 0 and changes nothing. To load a file with it, give the class:
+    `TrailMap.load(path, Ablated)`.
+
+    Args:
+        trail: the trail.
+        dim: the width of its states.
+        directions: the number of directions, from 1 to dim.
+        keep: the share of each direction that the trail still reads, from 0 to 1.
+
+    Raises:
+        ValueError: `directions` or `keep` out of range.
     """
 
     V: Tensor
@@ -38,9 +52,9 @@ class Deaf(Trail):
     def __init__(self, trail: Trail, dim: int, directions: int, keep: float = 0.0) -> None:
         super().__init__()
         if not 1 <= directions <= dim:
-            raise ValueError(f"Deaf: directions {directions} must be from 1 to dim {dim}")
+            raise ValueError(f"Ablated: directions {directions} must be from 1 to dim {dim}")
         if not 0 <= keep <= 1:
-            raise ValueError(f"Deaf: keep {keep} must be from 0 (hears nothing along V) to 1 (hears all)")
+            raise ValueError(f"Ablated: keep {keep} must be from 0 (reads nothing along V) to 1 (reads all)")
         self.trail = trail
         self.dim = dim
         self.directions = directions
@@ -55,28 +69,32 @@ class Deaf(Trail):
 
 @dataclass(frozen=True, eq=False)
 class Repaired:
-    """An adapter after repair. `excess` is the trigger's, `kl` the mean drift on clean prompts; (before, after), nats.
+    """An adapter after repair. Pairs are (before, after).
 
-    `task` is what the caller's own score was, if one was given. `undo()` takes edits of a LoRA back; a `TrailMap` is a
-    new one, whose trails share their parameters with the old one.
+    Args:
+        trails: the adapter: a new `TrailMap`, whose trails share their parameters with the old one, or the edited LoRA.
+        excess: the excess of the trigger, in nats.
+        kl: the mean KL(frozen || adapted) on clean prompts, in nats.
+        task: the caller's own score; None if none was given.
+        undo: takes the edits of a LoRA back.
     """
 
-    adapter: Adapter
+    trails: Adapter
     excess: tuple[float, float]
     kl: tuple[float, float]
     task: tuple[float, float] | None
     undo: Callable[[], None]
 
     def __str__(self) -> str:
-        told = {"trigger's excess, nats": self.excess, "KL on clean prompts, nats": self.kl}
+        pairs = {"trigger's excess, nats": self.excess, "KL on clean prompts, nats": self.kl}
         if self.task is not None:
-            told["task"] = self.task
-        return "\n".join(f"{name}: {before:.4g} -> {after:.4g}" for name, (before, after) in told.items())
+            pairs["task"] = self.task
+        return "\n".join(f"{name}: {before:.4g} -> {after:.4g}" for name, (before, after) in pairs.items())
 
 
 def repair(
     model: nn.Module,
-    adapter: Adapter,
+    trails: Adapter,
     prompts: Sequence[Example],
     tokenizer: Any,
     trigger: Ids,
@@ -88,92 +106,98 @@ def repair(
     task: Callable[[Adapter], float] | None = None,
     memory: Memory | None = None,
 ) -> Repaired:
-    """Make each part deaf to what the trigger brings it.
+    """Ablate, in each part, the direction that the trigger brings it.
 
-    At each part the direction is that of V V^T (h - c), or of h - c where the part is bent: c the mean clean state, V
-    the part's read directions, and h the state, among those with the trigger in the prompt, that is moved most unlike
-    c (the mean over prompts). A trail reads c along it from then on; of a LoRA A becomes A (I - v v^T), which drops the
-    mean as well.
+    `blame` finds the direction v, and c, the mean clean state. From then on a trail reads c along v (`Ablated`). Of a
+    LoRA, A becomes A (I - (1 - keep) v v^T), which drops the mean as well.
 
     Args:
         model: the base, with its LoRA in it if the adapter is one.
-        adapter: trails, or a `PeftAdapter` with LoRA, which is edited in place.
-        tokenizer: the model's.
+        trails: trails, or an adapter with LoRA, which is edited in place.
         prompts: clean examples of the task.
+        tokenizer: the model's tokenizer.
         trigger: its token ids, as `scan` or `search` found them.
-        only: the names of the parts to repair; all unless told.
-        keep: how much of the direction a part still hears, from 0 to 1.
+        only: the names of the parts to repair; by default all.
+        keep: how much of the direction a part still reads, from 0 to 1.
         where: as for `scan`.
-        ordinary: candidates that the excess is measured against; unless told, some tokens of the prompts.
-        task: a score of an adapter, which lies in the model as `adapter` did; measured before and after.
+        ordinary: candidates that the excess is measured against; by default some tokens of the prompts.
+        task: a score of an adapter that is at work in the model as `trails` was; measured before and after.
         memory: as for `scan`.
 
     Raises:
-        ValueError: no prompt, an empty trigger, a `keep` outside [0, 1], or a name in `only` that no part has.
+        ValueError: no prompt, an empty trigger, a `keep` or `where` outside [0, 1], or a name in `only` that no part
+            has.
     """
     if not prompts or not trigger:
         raise ValueError("repair needs clean prompts, and the token ids of a trigger")
     if not 0 <= keep <= 1:
         raise ValueError(f"keep={keep} must be from 0 to 1")
-    found = parts(model, adapter, prompts, tokenizer=tokenizer)
+    found = parts(model, trails, prompts, tokenizer)
     names = {part.name for part in found}
     if unknown := sorted(set(only or ()) - names):
         raise ValueError(f"there is no part {unknown[0]!r}; the parts are {', '.join(sorted(names))}")
     chosen = [part for part in found if only is None or part.name in only]
-    around = behind(tokenizer, prompts, where)
     ordinary = ordinary or [(i,) for i in dict.fromkeys(i for prompt in prompts for i in prompt.ids)][:32]
 
     def measured(now: Adapter) -> tuple[float, float, float | None]:
-        with responding(model, now, tokenizer=tokenizer, memory=memory) as respond:
-            (excess,) = excesses(respond, around, [trigger], usually(respond, around, ordinary, where), where)
-        kl = on_texts(model, now, prompts, tokenizer=tokenizer).mean_kl
+        with responding(model, now, tokenizer, memory) as respond:
+            (excess,) = Probe(respond, prompts, tokenizer, ordinary, where=where).excess([trigger])
+        kl = on_texts(model, now, prompts, tokenizer).mean_kl
         return excess, kl, None if task is None else task(now)
 
-    before = measured(adapter)
-    directions = blame(model, adapter, chosen, prompts, trigger, where=where, tokenizer=tokenizer)
-    if isinstance(adapter, TrailMap):
-        made, undo = _deafened(adapter, chosen, directions, keep), _nothing
+    before = measured(trails)
+    directions = blame(model, trails, prompts, tokenizer, trigger, chosen, where=where)
+    if isinstance(trails, TrailMap):
+        made, undo = _ablated(trails, chosen, directions, keep), lambda: None
     else:
-        made, undo = adapter, _edited(chosen, directions, keep)
+        made, undo = trails, _edited(chosen, directions, keep)
     after = measured(made)
     scores = None if before[2] is None or after[2] is None else (before[2], after[2])
     return Repaired(made, (before[0], after[0]), (before[1], after[1]), scores, undo)
 
 
-_BENT = 1e-3
-Blamed = dict[str, tuple[Tensor, Tensor]]
-
-
 def blame(
     model: nn.Module,
-    adapter: Adapter,
-    found: Sequence[Part],
+    trails: Adapter,
     prompts: Sequence[Example],
+    tokenizer: Any,
     trigger: Ids,
+    parts: Sequence[Part],
     *,
     where: float = 0.5,
-    tokenizer: Any,
 ) -> Blamed:
-    """For each part, by name, the unit direction that a trigger brings it, and the mean clean state, both [in].
+    """For each part, by name, the unit direction that a trigger brings it, and the mean clean state c, both [in].
 
-    A part that reads no token, or hears nothing of the trigger, is left out.
+    The direction is that of V V^T (h - c), with V the part's read directions, or of h - c where the part is not affine.
+    h is the state, among those with the trigger in the prompt, that the part moves most unlike c; the mean is taken
+    over prompts. A part that reads no token, or nothing of the trigger, is left out.
+
+    Args:
+        model: the base, with its LoRA in it if the adapter is one.
+        trails: an adapter of any kind.
+        prompts: clean examples of the task.
+        tokenizer: the model's tokenizer.
+        trigger: its token ids.
+        parts: the parts of the adapter to look at.
+        where: as for `scan`.
     """
-    clean = _entered(model, adapter, found, [insert(prompt, (), where) for prompt in prompts], tokenizer)
-    rows = [insert(prompt, trigger, where) for prompt in behind(tokenizer, prompts, where)]
-    bad = _entered(model, adapter, found, rows, tokenizer)
+    modules = {part.name: part.module for part in parts}
+    with responding(model, trails, tokenizer) as respond:
+        clean = respond.inputs(modules, [insert(prompt, (), where) for prompt in prompts])
+        bad = respond.inputs(modules, [insert(prompt, trigger, where) for prompt in around(prompts, tokenizer, where)])
     blamed: Blamed = {}
-    for part in found:
+    for part in parts:
         if not clean[part.name] or not bad[part.name]:
             continue
         c = torch.cat(clean[part.name]).double().mean(0)
         worst: list[Tensor] = []
         for states in bad[part.name]:
             worst.append((states.double() - c)[_unlike(part, states, c.to(states.dtype)).argmax()])
-        heard = torch.stack(worst).mean(0)
-        if part.map.bend < _BENT:
-            heard = heard @ part.map.read @ part.map.read.T
-        if float(heard.norm()) > 0:
-            blamed[part.name] = heard / heard.norm(), c
+        direction = torch.stack(worst).mean(0)
+        if part.map.affine:
+            direction = direction @ part.map.read @ part.map.read.T
+        if float(direction.norm()) > 0:
+            blamed[part.name] = direction / direction.norm(), c
     return blamed
 
 
@@ -187,33 +211,21 @@ def _unlike(part: Part, states: Float[Tensor, "n dim"], c: Float[Tensor, " dim"]
     return (moved[:-1] - moved[-1]).norm(dim=-1)
 
 
-def _entered(
-    model: nn.Module, adapter: Adapter, found: Sequence[Part], rows: Sequence[Any], tokenizer: Any
-) -> dict[str, list[Tensor]]:
-    """The states that enter each part, one tensor a text."""
-    entered: dict[str, list[Tensor]] = {part.name: [] for part in found}
-    with torch.no_grad(), responding(model, adapter, tokenizer=tokenizer) as respond:
-        for _, ids, answer in batches(rows, 1):
-            with listening(found, torch.ones_like(ids, dtype=torch.bool), entered):
-                respond.run(ids.to(respond.device), answer)
-    return entered
-
-
-def _deafened(trails: TrailMap, chosen: Sequence[Part], directions: Blamed, keep: float) -> TrailMap:
-    deaf: dict[nn.Module, Trail] = {}
+def _ablated(trails: TrailMap, chosen: Sequence[Part], directions: Blamed, keep: float) -> TrailMap:
+    ablated: dict[nn.Module, Trail] = {}
     for part in chosen:
         if part.name in directions and isinstance(part.module, Trail):
             v, c = directions[part.name]
-            made = Deaf(part.module, len(v), 1, keep)
+            made = Ablated(part.module, len(v), 1, keep)
             like = next(part.module.parameters(), made.V)
             made.V.copy_(v)
             made.c.copy_(c)
-            deaf[part.module] = made.to(like.device, like.dtype)
-    return TrailMap([(site, deaf.get(trail, trail)) for site, trail in trails.items()], blocks=trails.blocks)
+            ablated[part.module] = made.to(like.device, like.dtype)
+    return TrailMap([(site, ablated.get(trail, trail)) for site, trail in trails.items()], blocks=trails.blocks)
 
 
 def _edited(chosen: Sequence[Part], directions: Blamed, keep: float) -> Callable[[], None]:
-    """Edit A of LoRA layers in place; returns what undoes it."""
+    """Edit A of LoRA layers in place. Returns what undoes it."""
     before: list[tuple[Tensor, Tensor]] = []
     for part in chosen:
         if part.name not in directions:
@@ -232,6 +244,3 @@ def _edited(chosen: Sequence[Part], directions: Blamed, keep: float) -> Callable
             a.copy_(value)
 
     return undo
-
-
-def _nothing() -> None: ...

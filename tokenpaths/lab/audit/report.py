@@ -1,20 +1,17 @@
-"""What an audit found: scores, findings in words, and a rule whose false positives were counted."""
+"""What an audit found: scores, findings in words, and a threshold whose false positives were counted."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from tokenpaths.files import write_text
 from tokenpaths.lab.audit.scanning import Scan
-from tokenpaths.report.figures import empty_figure
+from tokenpaths.report.figures import empty_figure, grid
+from tokenpaths.report.records import Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,17 +41,26 @@ BLIND = (
 
 
 @dataclass(frozen=True)
-class Rule:
-    """One-class: an adapter is flagged if, of any detector, its robust z among benign adapters is above `threshold`.
+class Threshold(Record):
+    """A one-class rule: it knows no attack, and flags what is unlike benign adapters.
 
-    z = 0.6745 (score - centre) / spread, with the median and the median absolute deviation of benign adapters (the
-    latter at least a hundredth of the former, and 1e-3). `wrong` of `tested` benign adapters that were not used to make
-    the rule were flagged: the measured false-positive rate; of none, if it was not tested.
+    An adapter is flagged if its robust z among benign adapters is above `value` for any detector,
+
+        z = 0.6745 (score - centre) / spread
+
+    Args:
+        centre: the median of benign adapters, by detector.
+        spread: their median absolute deviation, at least a hundredth of the centre and 1e-3, by detector.
+        value: the largest z that is not flagged.
+        adapters: how many benign adapters it was fitted on.
+        wrong: how many of the `tested` adapters were flagged: the measured false positives.
+        tested: how many other benign adapters it was measured on; 0 if it was not.
     """
 
+    what: ClassVar[str] = "a threshold of an audit"
     centre: dict[str, float]
     spread: dict[str, float]
-    threshold: float
+    value: float
     adapters: int
     wrong: int = 0
     tested: int = 0
@@ -62,14 +68,20 @@ class Rule:
     @classmethod
     def fit(
         cls, benign: Sequence[Mapping[str, float]], *, rate: float = 0.05, detectors: Sequence[str] | None = None
-    ) -> Rule:
-        """From the scores of n benign adapters; of others like them about a share `rate` will be flagged.
+    ) -> Threshold:
+        """Fit a threshold to the scores of n benign adapters; it flags about a share `rate` of others like them.
 
         The threshold is the ceil((1 - rate) (n + 1))-th smallest of their joint scores, as in split conformal
         prediction (Vovk et al. 2005): the (1 - rate) quantile of few adapters lies too low for those to come. With
-        fewer than 1 / rate - 1 it is the largest, and about 1 in n + 1 will be flagged.
+        fewer than 1 / rate - 1 adapters it is the largest, and about 1 in n + 1 will be flagged.
 
-        Raises `ValueError` for fewer than eight, and for a rate outside (0, 1).
+        Args:
+            benign: `Audit.scores` of benign adapters, at least eight.
+            rate: the share of benign adapters to flag, in (0, 1).
+            detectors: the names of the scores to use; by default all of `DETECTORS`.
+
+        Raises:
+            ValueError: fewer than eight adapters, a rate outside (0, 1), or no detector that all audits have.
         """
         if len(benign) < 8 or not 0 < rate < 1:
             raise ValueError(f"a rule needs 8 benign adapters or more, not {len(benign)}, and 0 < rate={rate} < 1")
@@ -80,108 +92,101 @@ class Rule:
         middle = table.quantile(0.5, 0)
         spread = (table - middle).abs().quantile(0.5, 0)
         spread = torch.maximum(spread, (0.01 * middle.abs()).clamp_min(1e-3))
-        made = cls(
-            dict(zip(names, middle.tolist(), strict=True)), dict(zip(names, spread.tolist(), strict=True)), 0.0, 0
-        )
-        joint = torch.tensor([made.joint(scores) for scores in benign], dtype=torch.float64)
-        threshold = float(joint.sort().values[min(len(joint), math.ceil((1 - rate) * (len(joint) + 1))) - 1])
-        return replace(made, threshold=threshold, adapters=len(benign))
+        centres, spreads = (dict(zip(names, row.tolist(), strict=True)) for row in (middle, spread))
+        made = cls(centres, spreads, math.inf, len(benign))
+        joint = sorted(made.joint(scores) for scores in benign)
+        return replace(made, value=joint[min(len(joint), math.ceil((1 - rate) * (len(joint) + 1))) - 1])
 
-    def on(self, benign: Sequence[Mapping[str, float]]) -> Rule:
-        """With its false-positive rate measured on other benign adapters."""
-        wrong = sum(1 for scores in benign if self.joint(scores) > self.threshold)
-        return replace(self, wrong=wrong, tested=len(benign))
+    def on(self, benign: Sequence[Mapping[str, float]]) -> Threshold:
+        """The same threshold, with its false positives counted on the scores of other benign adapters."""
+        return replace(self, wrong=sum(map(self.flags, benign)), tested=len(benign))
 
     def z(self, scores: Mapping[str, float]) -> dict[str, float]:
-        """The robust z of each detector that the rule and the scores have."""
+        """The robust z of each detector that both the threshold and the scores have."""
         known = [name for name in self.centre if name in scores]
         return {name: 0.6745 * (scores[name] - self.centre[name]) / self.spread[name] for name in known}
 
     def joint(self, scores: Mapping[str, float]) -> float:
-        """The largest z."""
+        """The largest z of all detectors."""
         return float(max(self.z(scores).values(), default=0.0))
+
+    def flags(self, scores: Mapping[str, float]) -> bool:
+        """Whether an adapter with these scores is flagged."""
+        return self.joint(scores) > self.value
 
     def __str__(self) -> str:
         rate = f"{self.wrong} of {self.tested} other benign adapters flagged" if self.tested else "not tested on others"
-        return f"flagged above z = {self.threshold:.3g}, from {self.adapters} benign adapters; {rate}"
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        write_text(path, json.dumps(asdict(self), indent=1) + "\n")
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Rule:
-        """Raises `ValueError` for a file that is no rule."""
-        try:
-            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-        except (TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{os.fspath(path)} is no rule that Rule.save wrote: {error}") from error
+        return f"flagged above z = {self.value:.3g}, from {self.adapters} benign adapters; {rate}"
 
 
 @dataclass(frozen=True)
-class Found:
-    """One thing that was seen, of a part or (part "") of the whole, and why it may matter."""
+class Finding:
+    """One thing that was seen in a part, or with part "" in the whole adapter, and why it may matter."""
 
     part: str
     what: str
     why: str
 
+    def __str__(self) -> str:
+        return f"{self.part + ': ' if self.part else ''}{self.what} ({self.why})"
 
-@dataclass(frozen=True, eq=False)
-class Audit:
-    """The report of one adapter. `scans` are by the name of their detector; `parts` has the features of each part."""
 
+@dataclass(frozen=True)
+class Audit(Record):
+    """The report of one adapter.
+
+    Args:
+        adapter: the adapter in words, its repr.
+        scores: the score of each detector: see `DETECTORS`.
+        found: what was seen, in words.
+        parts: by the name of each part: its kind, layer, bend, features and tails, and the tokens of its directions.
+        scans: the scans and the search, by the name of their detector.
+        threshold: what the verdict is by; None for no verdict.
+    """
+
+    what: ClassVar[str] = "a report of an audit"
+    derived: ClassVar[tuple[str, ...]] = ("suspicious", "blind")
+    blind: ClassVar[str] = BLIND
     adapter: str
     scores: dict[str, float]
-    found: tuple[Found, ...]
+    found: tuple[Finding, ...]
     parts: dict[str, dict[str, Any]]
     scans: dict[str, Scan]
-    rule: Rule | None
+    threshold: Threshold | None
 
     @property
     def suspicious(self) -> bool | None:
-        """Whether the rule flags it; None without a rule."""
-        return None if self.rule is None else self.rule.joint(self.scores) > self.rule.threshold
+        """Whether the threshold flags it; None without a threshold."""
+        return None if self.threshold is None else self.threshold.flags(self.scores)
 
     def __str__(self) -> str:
-        z = {} if self.rule is None else self.rule.z(self.scores)
-        lines = [f"audit of {self.adapter}"]
         verdict = f"verdict: {_VERDICTS[self.suspicious]}"
-        if self.rule is None:
-            lines.append(f"{verdict} (Rule.fit, on benign adapters of this base)")
+        if self.threshold is None:
+            z: dict[str, float] = {}
+            verdict += " (Threshold.fit, on benign adapters of this base)"
         else:
-            lines.append(f"{verdict}, z = {self.rule.joint(self.scores):.3g} ({self.rule})")
+            z = self.threshold.z(self.scores)
+            verdict += f", z = {self.threshold.joint(self.scores):.3g} ({self.threshold})"
+        lines = [f"audit of {self.adapter}", verdict]
         for name, score in sorted(self.scores.items(), key=lambda pair: -z.get(pair[0], 0.0)):
             beside = f"  z {z[name]:+7.2f}" if name in z else ""
             lines.append(f"  {name:<11}{score:>10.4g}{beside}  {DETECTORS[name]}")
-        lines += [f"- {found.part + ': ' if found.part else ''}{found.what} ({found.why})" for found in self.found]
-        return "\n".join([*lines, BLIND])
+        return "\n".join([*lines, *(f"- {finding}" for finding in self.found), BLIND])
 
-    def to_json(self) -> dict[str, Any]:
-        scans = {name: asdict(scan) for name, scan in self.scans.items()}
-        return {
-            "adapter": self.adapter,
-            "suspicious": self.suspicious,
-            "scores": self.scores,
-            "found": [asdict(found) for found in self.found],
-            "parts": self.parts,
-            "scans": scans,
-            "rule": None if self.rule is None else asdict(self.rule),
-            "blind": BLIND,
-        }
+    def plot(self) -> Figure:
+        """Three panels: the size of each part by depth, tails on clean text, and the candidates of the scans.
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as JSON, whole or not at all."""
-        write_text(path, json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n")
-
-    def picture(self) -> Figure:
-        """Three panels: the size of each part by depth, tails on clean text, and the candidates of the scans."""
+        Raises:
+            ImportError: matplotlib is missing.
+        """
         figure = empty_figure(f"verdict: {_VERDICTS[self.suspicious]}", 3.6, width=12.0)
         sizes, tails, scans = figure.subplots(1, 3)
         for kind in dict.fromkeys(part["kind"] for part in self.parts.values()):
             alike = [part for part in self.parts.values() if part["kind"] == kind]
-            layers = [part["layer"] for part in alike]
-            sizes.plot(layers, [part["features"]["sigma"] for part in alike], "o-", label=kind)
             seen = [part for part in alike if "moved_kurtosis" in part]
+            sizes.plot(
+                [part["layer"] for part in alike], [part["features"]["sigma"] for part in alike], "o-", label=kind
+            )
             tails.plot([part["layer"] for part in seen], [part["moved_kurtosis"] for part in seen], "o-", label=kind)
         sizes.set(xlabel="layer", ylabel="largest singular value")
         tails.set(xlabel="layer", ylabel="kurtosis of ||d|| / ||h||, clean tokens")
@@ -193,4 +198,6 @@ class Audit:
         scans.set(xlabel="candidate, by rank", ylabel="excess, nats")
         if self.scans:
             scans.legend(fontsize="small")
+        for axes in (sizes, tails, scans):
+            grid(axes)
         return figure

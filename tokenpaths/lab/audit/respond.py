@@ -1,32 +1,35 @@
-"""How a model answers rows of tokens, frozen and with its adapter: what every scan and search is made of."""
+"""What a model says at the answers of rows of tokens, frozen and adapted: every scan and search is made of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tokenpaths.attachment.handle import working
 from tokenpaths.attachment.hooks import Hook, forwards
 from tokenpaths.attachment.watcher import Watcher
+from tokenpaths.engine.divergence import at_least_float32
 from tokenpaths.engine.readings import evaluating
-from tokenpaths.site import Host
+from tokenpaths.engine.states import observing
+from tokenpaths.site import Host, Place
 from tokenpaths.trailmap.adapter import Adapter
 
+Key = TypeVar("Key", bound=Hashable)
 Ids: TypeAlias = tuple[int, ...]
-Key: TypeAlias = tuple[bytes, int, int]  # tokens, tokens in a row, tokens of the answer
+RowKey: TypeAlias = tuple[bytes, int, int]  # tokens, tokens in a row, tokens of the answer
 States: TypeAlias = Float[Tensor, "rows answer dim"]
 Logits: TypeAlias = Float[Tensor, "rows answer vocab"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """The tokens of one text, the last `answer` of which the model is to write; 0 for a prompt alone."""
+    """The tokens of one text. The model is to write the last `answer` of them; 0 for a prompt alone."""
 
     ids: Ids
     answer: int = 0
@@ -36,32 +39,39 @@ class Row:
 class Memory:
     """What the frozen model made of rows, for audits of other adapters of the same base: `audit(..., memory=memory)`.
 
-    `budget` is in bytes; rows beyond it are computed each time.
+    Args:
+        budget: the most bytes to keep. Rows beyond it are computed each time.
+        used: the bytes that are kept now.
+        kept: what is kept, by the tokens of the rows.
     """
 
     budget: int = 1 << 30
     used: int = 0
-    kept: dict[Key, _Frozen] = field(default_factory=dict["Key", "_Frozen"], repr=False)
+    kept: dict[RowKey, _Frozen] = field(default_factory=dict["RowKey", "_Frozen"], repr=False)
 
 
 @dataclass(frozen=True, eq=False)
 class _Frozen:
     below: int  # blocks that the adapter does not change
-    entering: Tensor  # what enters the first of the others
+    entering: Tensor  # what enters the first of the other blocks
     last: Tensor  # what the output embedding reads where the answer is predicted; its logits would be far larger
-    beside: int | None  # what a block returns beside its state; None for no tuple
+    beside: int | None  # the number of values that a block returns beside its state; None where it returns no tuple
 
 
 class Responder:
-    """What is said at the answers of rows, frozen and adapted; made by `responding`."""
+    """What the frozen and the adapted model say at the answers of rows. `responding` makes it.
 
-    def __init__(self, model: nn.Module, adapter: Adapter, memory: Memory) -> None:
+    Raises:
+        ValueError: the model has no output embedding.
+    """
+
+    def __init__(self, model: nn.Module, trails: Adapter, memory: Memory) -> None:
         self.model = model
-        self.adapter = adapter
+        self.trails = trails
         self.memory = memory
-        host = Host.of(model, adapter.blocks)
-        self.layers = host.blocks
-        self.below = min(_below(host, adapter), len(self.layers) - 1)
+        host = Host.of(model, trails.blocks)
+        self.layers = list(host.blocks)
+        self.below = min(_below(host, trails), len(self.layers) - 1)
         if host.head is None:
             raise ValueError(
                 f"{type(host.inner).__name__} has no output embedding: it is scanned by what it would say next"
@@ -71,7 +81,7 @@ class Responder:
 
     @torch.no_grad()
     def logits(self, ids: Int[Tensor, "rows seq"], answer: int) -> tuple[Logits, Logits]:
-        """Frozen and adapted, where an answer of so many tokens, or what follows a prompt, is predicted."""
+        """Frozen and adapted logits that predict the last `answer` tokens, or what follows a prompt if it is 0."""
         ids = ids.to(self.device)
         key = (ids.cpu().numpy().tobytes(), ids.shape[1], answer)
         frozen = self.memory.kept.get(key)
@@ -82,28 +92,29 @@ class Responder:
                 self.memory.used += size
                 self.memory.kept[key] = frozen
         else:
-            with self.adapter.off(), _skipping(list(self.layers), frozen):
+            with self.trails.off(), _skipping(self.layers, frozen):
                 _, said = self.run(ids, answer, frozen.last)
-        with _skipping(list(self.layers)[: frozen.below], frozen):
+        with _skipping(self.layers[: frozen.below], frozen):
             return said, self.run(ids, answer)[1]
 
     def _frozen(self, ids: Tensor, answer: int) -> tuple[_Frozen, Logits]:
         seen: list[tuple[Tensor, int | None]] = []
 
-        def enters(number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def see(number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             result = forward(*args, **kwargs)
-            rest = len(result) - 1 if isinstance(result, tuple) else None
-            seen.append((args[0] if args else kwargs["hidden_states"], rest))
+            beside = len(result) - 1 if isinstance(result, tuple) else None
+            seen.append((args[0] if args else kwargs["hidden_states"], beside))
             return result
 
-        with forwards([self.layers[self.below]], enters), self.adapter.off():
+        with forwards([self.layers[self.below]], see), self.trails.off():
             last, said = self.run(ids, answer)
         return _Frozen(self.below, seen[0][0], last, seen[0][1]), said
 
-    def run(self, ids: Tensor, answer: int, last: Tensor | None = None) -> tuple[States, Logits]:
-        """One forward: what the output embedding reads where the answer is predicted, or `last`, and its logits.
+    def run(self, ids: Int[Tensor, "rows seq"], answer: int, last: States | None = None) -> tuple[States, Logits]:
+        """One forward: what the output embedding reads where the answer is predicted, and its logits.
 
-        It is a third of a small model's cost, and is given no more than is asked for.
+        With `last` the output embedding reads that instead. The embedding is a third of a small model's cost, so it is
+        given these states alone.
         """
         read = [] if last is None else [last]
         stop = ids.shape[1] - bool(answer)
@@ -124,30 +135,67 @@ class Responder:
             handle.remove()
         return read[0], logits
 
+    @torch.no_grad()
+    def inputs(self, modules: Mapping[Key, nn.Module], rows: Sequence[Row]) -> dict[Key, list[Float[Tensor, "n dim"]]]:
+        """The states that enter each module as the adapted model reads rows: one tensor a row, on the CPU."""
+        states: dict[Key, list[Tensor]] = {key: [] for key in modules}
+        with recording_inputs(modules, states):
+            for row in rows:
+                self.run(torch.tensor([row.ids], device=self.device), row.answer)
+        return states
+
 
 @contextmanager
 def responding(
-    model: nn.Module, adapter: Adapter, *, tokenizer: Any = None, memory: Memory | None = None
+    model: nn.Module, trails: Adapter, tokenizer: Any = None, memory: Memory | None = None
 ) -> Generator[Responder]:
-    """Inside, the adapter is at work, and it and the model are in evaluation mode."""
-    with working(model, adapter, tokenizer), evaluating(model), evaluating(adapter):
-        yield Responder(model, adapter, memory or Memory())
+    """Inside, an adapter of any kind is at work in the model, and both are in evaluation mode."""
+    with working(model, trails, tokenizer), evaluating(model), evaluating(trails):
+        yield Responder(model, trails, memory or Memory())
 
 
-def batches(rows: Sequence[Row], size: int) -> Generator[tuple[list[int], Int[Tensor, "rows seq"], int]]:
-    """Rows of one length together, no more than `size` at once: their numbers, their tokens, and their answers'."""
+@contextmanager
+def recording_inputs(
+    modules: Mapping[Key, nn.Module],
+    states: Mapping[Key, list[Tensor]],
+    real: Bool[Tensor, "rows seq"] | None = None,
+) -> Generator[None]:
+    """Inside, the states that enter each module are added to its list: one tensor [n, dim] a forward, on the CPU.
+
+    Padding, where `real` is False, is left out. So are the forwards in which the layers of PEFT are disabled: these are
+    of the frozen model.
+    """
+
+    def keep(key: Key, h: Tensor) -> None:
+        if getattr(modules[key], "disable_adapters", False):
+            return
+        whole = real is not None and h.shape[:-1] == real.shape
+        rows = h[real.to(h.device)] if real is not None and whole else h.flatten(0, -2)
+        states[key].append(at_least_float32(rows.detach()).cpu())
+
+    with observing({key: Place(module, "input") for key, module in modules.items()}, keep):
+        yield
+
+
+def rows_of_one_length(
+    rows: Sequence[Row], batch_size: int
+) -> Generator[tuple[list[int], Int[Tensor, "rows seq"], int]]:
+    """Batches without padding, in which all answers stand in the same columns.
+
+    Gives the numbers of the rows, their tokens, and the number of tokens in an answer.
+    """
     alike: dict[tuple[int, int], list[int]] = {}
     for number, row in enumerate(rows):
         alike.setdefault((len(row.ids), row.answer), []).append(number)
     for (_, answer), numbers in alike.items():
-        for start in range(0, len(numbers), size):
-            some = numbers[start : start + size]
+        for start in range(0, len(numbers), batch_size):
+            some = numbers[start : start + batch_size]
             yield some, torch.tensor([rows[i].ids for i in some]), answer
 
 
 @contextmanager
 def _skipping(layers: Sequence[nn.Module], frozen: _Frozen) -> Generator[None]:
-    """Inside, these blocks do nothing but hand on what came out of the unchanged ones of the frozen run."""
+    """Inside, these blocks compute nothing and return what came out of the unchanged blocks of the frozen run."""
 
     def given(number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return frozen.entering if frozen.beside is None else (frozen.entering, *[None] * frozen.beside)
@@ -156,12 +204,11 @@ def _skipping(layers: Sequence[nn.Module], frozen: _Frozen) -> Generator[None]:
         yield
 
 
-def _below(host: Host, adapter: Adapter) -> int:
+def _below(host: Host, trails: Adapter) -> int:
     """The number of blocks, from the first, that an adapter cannot change."""
-    if adapter.sites:
-        return host.blocks_below(adapter.sites)
-    blocks = list(host.blocks)
-    own = {id(parameter) for parameter in adapter.parameters()}
-    changed = [layer for layer, block in enumerate(blocks) if own & {id(p) for p in block.parameters()}]
-    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
-    return min(changed) if changed and own <= inside else 0  # the embedding changes all
+    if trails.sites:
+        return host.blocks_below(trails.sites)
+    own = {id(parameter) for parameter in trails.parameters()}
+    inside = [{id(parameter) for parameter in block.parameters()} for block in host.blocks]
+    changed = [layer for layer, parameters in enumerate(inside) if own & parameters]
+    return min(changed) if changed and own <= set().union(*inside) else 0  # the embedding changes every block

@@ -1,7 +1,7 @@
 """A search for triggers that are on no list: short phrases, improved token by token along the gradient.
 
 HotFlip (Ebrahimi et al. 2018, arXiv 1712.06751) and GCG (Zou et al. 2023, arXiv 2307.15043), turned against the
-adapter: what is climbed is its excess, as `scan` has it.
+adapter: they climb its excess (`tokenpaths.lab.audit.excess`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenpaths.data.examples import Example
-from tokenpaths.lab.audit.respond import Ids, Memory, Responder, responding
-from tokenpaths.lab.audit.scanning import Candidate, Normal, Scan, behind, excesses, gap, insert, usually, vocabulary
+from tokenpaths.engine.divergence import kl_of_logs
+from tokenpaths.lab.audit.excess import Probe, insert, position
+from tokenpaths.lab.audit.respond import Ids, Memory, responding
+from tokenpaths.lab.audit.scanning import Candidate, Scan, vocabulary
 from tokenpaths.trailmap.adapter import Adapter
 
 
 def search(
     model: nn.Module,
-    adapter: Adapter,
+    trails: Adapter,
     prompts: Sequence[Example],
     tokenizer: Any,
     *,
@@ -39,32 +41,31 @@ def search(
 ) -> Scan:
     """Look for a phrase of `length` tokens with the largest excess.
 
-    Each round takes the `beam` best phrases; asks the gradient of KL(a_0 || a_c) in the input embeddings of their
-    tokens which replacements would raise it most, E_new . grad; and reads the excess of `tries` replacements, three in
-    four of them the most promising ones of each place, the others drawn at random. About rounds * tries phrases are
-    read in each prompt.
+    Each round takes the `beam` best phrases and the gradient of KL(a_0 || a_c) in the input embeddings of their tokens.
+    The gradient says which replacements would raise it most: those of largest E_new . grad. The excess of `tries`
+    replacements is read: three in four are the most promising ones of each place, the others are drawn at random. About
+    rounds * tries phrases are read in each prompt.
 
     Args:
         model: the base, with its LoRA in it if the adapter is one.
-        adapter: trails, or a `PeftAdapter`.
-        tokenizer: the model's.
+        trails: an adapter of any kind.
         prompts: clean examples of the adapter's task.
-        length: of the phrase, in tokens.
+        tokenizer: the model's tokenizer.
+        length: the length of the phrase, in tokens.
         start: phrases to begin with, such as the first of a `scan`; shorter ones are filled up, longer ones cut.
         where: as for `scan`.
         rounds: how often to improve.
-        beam: phrases that are kept.
-        tries: phrases read in a round.
-        ordinary: random phrases of that length, for comparison.
-        seed: of every draw.
+        beam: how many phrases are kept in a round.
+        tries: how many phrases are read in a round.
+        ordinary: how many random phrases of that length are read for comparison, at least 1.
+        seed: the seed of every draw.
         memory: as for `scan`.
 
     Raises:
-        ValueError: no prompt, or a length below 1.
+        ValueError: no prompt, a length or `ordinary` below 1, or `where` outside [0, 1].
     """
     if not prompts or length < 1:
         raise ValueError(f"a search needs at least one prompt ({len(prompts)} given) and one token (length={length})")
-    prompts = behind(tokenizer, prompts, where)
     rng = random.Random(seed)
     words = [ids[0] for ids in vocabulary(model, tokenizer)]
 
@@ -73,61 +74,55 @@ def search(
 
     usual = list(dict.fromkeys(filled(()) for _ in range(ordinary)))
     best: dict[Ids, float] = {}
-    with responding(model, adapter, tokenizer=tokenizer, memory=memory) as respond:
-        normal = usually(respond, prompts, usual, where)
+
+    def ranked(count: int) -> list[Ids]:
+        return sorted(best, key=lambda ids: -best[ids])[:count]
+
+    with responding(model, trails, tokenizer, memory) as respond:
+        probe = Probe(respond, prompts, tokenizer, usual, where=where)
         new = [*usual, *(filled(ids) for ids in start)]
         for number in range(rounds + 1):
             new = [ids for ids in dict.fromkeys(new) if ids not in best]
-            best |= dict(zip(new, excesses(respond, prompts, new, normal, where), strict=True))
-            if number == rounds:
-                break
-            kept = sorted(best, key=lambda ids: -best[ids])[:beam]
-            slope = torch.stack([_slope(respond, *both, kept, where) for both in zip(prompts, normal, strict=True)])
-            new = _replaced(respond, kept, slope.sum(0), words, tries, rng)
-        ranked = sorted(best, key=lambda ids: -best[ids])[:32]
-    candidates = tuple(Candidate(tokenizer.decode(list(ids)), ids, best[ids]) for ids in ranked)
+            best |= dict(zip(new, probe.excess(new), strict=True))
+            if number < rounds:
+                new = _replaced(probe, ranked(beam), words, tries, rng)
+    candidates = tuple(Candidate(tokenizer.decode(list(ids)), ids, best[ids]) for ids in ranked(32))
     return Scan(candidates, tuple(sorted(best[ids] for ids in usual)), len(best))
 
 
-def _replaced(
-    respond: Responder,
-    kept: Sequence[Ids],
-    slope: Float[Tensor, "kept length dim"],
-    words: Sequence[int],
-    tries: int,
-    rng: random.Random,
-) -> list[Ids]:
+def _replaced(probe: Probe, kept: Sequence[Ids], words: Sequence[int], tries: int, rng: random.Random) -> list[Ids]:
     """Phrases that differ from those kept by one token."""
-    table: Tensor = respond.model.get_input_embeddings().weight.detach()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue, reportUnknownVariableType, reportUnknownMemberType]
-    choices = torch.tensor(words)
-    gain = (slope @ table[choices.to(table.device)].float().T).cpu()  # [kept, length, words]
-    promising: list[list[Ids]] = []
-    for ids, places in zip(kept, gain, strict=True):
-        for place, row in enumerate(places):
-            for number in row.topk(min(tries, len(words))).indices.tolist():
-                promising.append([(*ids[:place], words[number], *ids[place + 1 :])])
-    flat = [phrase for group in promising for phrase in group]
-    # the best of every place and phrase first: each has tries of them, in order of gain
-    each = max(1, min(tries, len(words)))
-    order = [flat[i] for rank in range(each) for i in range(rank, len(flat), each)]
-    drawn = list(dict.fromkeys(order))[: max(1, tries - tries // 4)]
+    model: Any = probe.respond.model
+    table: Tensor = model.get_input_embeddings().weight.detach()
+    embedded = table[torch.tensor(words, device=table.device)].float()
+    gain = (_slope(probe, kept) @ embedded.T).cpu()  # [kept, length, words]
+    # the best replacement of every place in every phrase comes first, then the second best of every place, ...
+    best = gain.topk(min(tries, len(words)), -1).indices.movedim(-1, 0).tolist()  # [tries, kept, length]
+    promising = [
+        (*ids[:place], words[number], *ids[place + 1 :])
+        for rank in best
+        for ids, numbers in zip(kept, rank, strict=True)
+        for place, number in enumerate(numbers)
+    ]
+    drawn = list(dict.fromkeys(promising))[: max(1, tries - tries // 4)]
     for _ in range(tries // 4):
         ids, place = rng.choice(kept), rng.randrange(len(kept[0]))
         drawn.append((*ids[:place], rng.choice(words), *ids[place + 1 :]))
     return drawn
 
 
-def _slope(
-    respond: Responder, prompt: Example, normal: Normal, kept: Sequence[Ids], where: float
-) -> Float[Tensor, "kept length dim"]:
-    """The gradient of KL(a_0 || a_c), at the token where it is largest, in the embeddings of candidates' tokens."""
-    rows = [insert(prompt, ids, where) for ids in kept]
-    at = round(where * prompt.prompt_length)
-    tokens = torch.tensor([row.ids for row in rows], device=respond.device)
-    with torch.enable_grad(), _embedded(respond.model) as leaves:
-        said = respond.run(tokens, rows[0].answer)[1].float().log_softmax(-1)
-        (slope,) = torch.autograd.grad(gap(normal[1], said).amax(-1).sum(), leaves)
-    return slope[:, at : at + len(kept[0])].float()
+def _slope(probe: Probe, kept: Sequence[Ids]) -> Float[Tensor, "kept length dim"]:
+    """The gradient of KL(a_0 || a_c), where it is largest, in the embeddings of the tokens, summed over prompts."""
+    slopes: list[Tensor] = []
+    for prompt, (_, adapted) in zip(probe.prompts, probe.normal, strict=True):
+        rows = [insert(prompt, ids, probe.where) for ids in kept]
+        at = position(prompt, probe.where)
+        tokens = torch.tensor([row.ids for row in rows], device=probe.respond.device)
+        with torch.enable_grad(), _embedded(probe.respond.model) as leaves:
+            said = probe.respond.run(tokens, rows[0].answer)[1].float().log_softmax(-1)
+            (slope,) = torch.autograd.grad(kl_of_logs(adapted.expand_as(said), said).amax(-1).sum(), leaves)
+        slopes.append(slope[:, at : at + len(kept[0])].float())
+    return torch.stack(slopes).sum(0)
 
 
 @contextmanager

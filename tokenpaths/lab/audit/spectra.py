@@ -1,8 +1,8 @@
-"""What the weights of an adapter say by themselves: the shape of each part's map, against the adapter's other parts.
+"""What the weights of an adapter show by themselves: the shape of each part's map, against the adapter's other parts.
 
-Features of M = write diag(size) read^T, after Puertolas Merenciano et al. (arXiv 2602.15195) and PEFT's intruder
-dimensions (Shuttleworth et al. 2024, arXiv 2410.21228). Depth is taken out by the line of Theil and Sen, and what is
-left is counted in robust deviations, among parts of one kind.
+Features of M = write diag(size) read^T, after Puertolas Merenciano et al. (arXiv 2602.15195), and the intruder
+dimensions of Shuttleworth et al. 2024 (arXiv 2410.21228), as PEFT counts them. Among parts of one kind, depth is taken
+out by the line of Theil and Sen, and what is left is counted in robust deviations.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenpaths.lab.audit.maps import Linear, Part
+from tokenpaths.lab.audit.maps import AffineMap, Part
 
-_AT_ONCE = 256  # rows of M
+_AT_ONCE = 256  # rows of M in memory at one time
 
 
-def features(linear: Linear) -> dict[str, float]:
-    """Numbers of one map; sizes s_1 >= s_2 >= ... of M [out, in], and p_i = s_i / sum s.
+def features(affine: AffineMap) -> dict[str, float]:
+    """The features of one map M [out, in] with singular values s_1 >= s_2 >= ..., and p_i = s_i / sum s.
 
     | name | what |
     |---|---|
@@ -31,18 +31,18 @@ def features(linear: Linear) -> dict[str, float]:
     | entropy | -sum p_i log p_i in nats, 0 for rank 1 |
     | stable_rank | sum s_i^2 / s_1^2, from 1 up |
     | kurtosis | of the entries of M, 3 for a normal distribution |
-    | hoyer | (sqrt(n) - l1 / l2) / (sqrt(n) - 1) of the lengths of its n rows, 0 all alike, 1 one row only |
+    | hoyer | (sqrt(n) - l1 / l2) / (sqrt(n) - 1) of the lengths of its n rows: 0 all alike, 1 one alone |
     | bias | the length of the bias |
 
     A zero map has share, entropy, stable rank, kurtosis and hoyer 0.
     """
-    s = linear.size
-    length = float(linear.bias.norm())
+    s = affine.size
+    length = float(affine.bias.norm())
     names = ("sigma", "frobenius", "share", "entropy", "stable_rank", "kurtosis", "hoyer")
     if not len(s):
         return {**dict.fromkeys(names, 0.0), "bias": length}
     p = s / s.sum()
-    rows = (linear.write * s).norm(dim=1)
+    rows = (affine.write * s).norm(dim=1)
     n = math.sqrt(len(rows))
     return {
         "sigma": float(s[0]),
@@ -50,15 +50,15 @@ def features(linear: Linear) -> dict[str, float]:
         "share": float(p[0]),
         "entropy": float(-(p * p.log()).sum()),
         "stable_rank": float((s / s[0]).square().sum()),
-        "kurtosis": _entries_kurtosis(linear),
+        "kurtosis": _entries_kurtosis(affine),
         "hoyer": (n - float(rows.sum() / rows.norm())) / (n - 1) if len(rows) > 1 else 0.0,
         "bias": length,
     }
 
 
-def _entries_kurtosis(linear: Linear) -> float:
-    """m4 / m2^2 of all entries of M about their mean, a few rows of M at a time."""
-    left, right = linear.write * linear.size, linear.read.T
+def _entries_kurtosis(affine: AffineMap) -> float:
+    """m4 / m2^2 of all entries of M about their mean, from a few rows of M at a time."""
+    left, right = affine.write * affine.size, affine.read.T
     count = left.shape[0] * right.shape[1]
     mean = float(left.sum(0) @ right.sum(1)) / count
     second = fourth = 0.0
@@ -70,10 +70,11 @@ def _entries_kurtosis(linear: Linear) -> float:
 
 
 def robust_z(values: Sequence[float], layers: Sequence[int]) -> list[float]:
-    """How many robust deviations each value is off the line of Theil and Sen over depth.
+    """How many robust deviations each value lies off the line of Theil and Sen over depth.
 
-    0.6745 (x - median) / MAD of the residuals; all 0 for fewer than four values, or where more than half lie on the
-    line.
+        z = 0.6745 (x - median x) / MAD x,    x the residuals of the line
+
+    All are 0 for fewer than four values, and where more than half of them lie on the line. `layers` are the depths.
     """
     from scipy.stats import theilslopes
 
@@ -104,15 +105,23 @@ def outliers(parts: Sequence[Part]) -> dict[str, dict[str, float]]:
 
 
 def intruders(
-    weight: Float[Tensor, "out in_"], linear: Linear, *, top: int = 10, epsilon: float = 0.5
+    weight: Float[Tensor, "out in_"], affine: AffineMap, *, top: int = 10, epsilon: float = 0.5
 ) -> list[tuple[int, float]]:
-    """Intruder dimensions: of the `top` left singular vectors of W + M, those that resemble none of W's.
+    """Intruder dimensions: the first left singular vectors of W + M that resemble none of W's.
 
-    Returns (place in the spectrum, from 0; largest |cos| with a singular vector of W) of those below `epsilon`, as
-    PEFT's test has it. Costs two SVDs of the size of W.
+    Costs two SVDs of the size of W.
+
+    Args:
+        weight: W.
+        affine: M, without its bias.
+        top: how many singular vectors of W + M to look at, the largest first.
+        epsilon: the |cos| below which a vector is new.
+
+    Returns:
+        (place in the spectrum, from 0; largest |cos| with a singular vector of W) of each intruder.
     """
     w = weight.detach().cpu().double()
     u = torch.linalg.svd(w, full_matrices=False).U
-    moved = torch.linalg.svd(w + (linear.write * linear.size) @ linear.read.T, full_matrices=False).U
+    moved = torch.linalg.svd(w + (affine.write * affine.size) @ affine.read.T, full_matrices=False).U
     nearest = (moved[:, :top].T @ u).abs().amax(1)
     return [(place, float(cosine)) for place, cosine in enumerate(nearest) if cosine < epsilon]

@@ -1,4 +1,4 @@
-"""What an adapter does on clean text, token by token: heavy tails, clusters, and states off the beaten way.
+"""What an adapter does on clean text, token by token: heavy tails, clusters, and states far from the others.
 
 An affine part has no gate, so a payload that waits for a trigger must read a direction that clean text hardly uses:
 then few tokens are moved far, and most not at all.
@@ -6,8 +6,7 @@ then few tokens are moved far, and most not at all.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +17,20 @@ from torch import Tensor, nn
 from tokenpaths.data.examples import Example, collate
 from tokenpaths.drift import measures
 from tokenpaths.engine.readings import read, runs
-from tokenpaths.engine.states import observing
 from tokenpaths.lab.audit.maps import Part
-from tokenpaths.site import Place
+from tokenpaths.lab.audit.respond import recording_inputs
 from tokenpaths.trailmap.adapter import Adapter
 
 
 @dataclass(frozen=True)
 class Tail:
-    """How uneven numbers of at least 0 are: `kurtosis` m4 / m2^2 (3 for normal ones), and the largest by the median."""
+    """How uneven numbers of at least 0 are.
+
+    Args:
+        kurtosis: m4 / m2^2; 3 for normal numbers.
+        ratio: the largest divided by the median.
+        count: how many numbers there are.
+    """
 
     kurtosis: float
     ratio: float
@@ -35,10 +39,15 @@ class Tail:
 
 @dataclass(frozen=True, eq=False)
 class OnTexts:
-    """What was seen on clean text. Tails are by the name of the part; `kl` is of all tokens, in nats.
+    """What was seen on clean text. All but the KL is by the name of the part.
 
-    `length` is the median ||h|| of the states that enter a part, `moved` is ||d|| / ||h|| of each token, `reads` the
-    length of the code of a state, and `silhouette` that of two clusters of codes (0 none, 1 far apart).
+    Args:
+        length: the median ||h|| of the states that enter the part.
+        moved: the tail of ||d|| / ||h||, how far the part moves each token.
+        reads: the tail of ||code - mean code||, the code being `AffineMap.code`.
+        silhouette: that of two clusters of codes: 0 for none, 1 for two far apart.
+        kl: the tail of KL(frozen || adapted) at all tokens, in nats.
+        mean_kl: its mean.
     """
 
     length: dict[str, float]
@@ -51,21 +60,32 @@ class OnTexts:
 
 def on_texts(
     model: nn.Module,
-    adapter: Adapter,
-    examples: Sequence[Example],
+    trails: Adapter,
+    prompts: Sequence[Example],
+    tokenizer: Any = None,
     parts: Sequence[Part] = (),
     *,
-    tokenizer: Any = None,
     batch_size: int = 8,
 ) -> OnTexts:
-    """Run clean examples frozen and adapted, and see what each part reads and how far it moves its tokens."""
+    """Run clean examples frozen and adapted, and record what each part reads and how far it moves its tokens.
+
+    Args:
+        model: the base, with its LoRA in it if the adapter is one.
+        trails: an adapter of any kind.
+        prompts: clean examples, at least one.
+        tokenizer: the model's tokenizer, for the rule `Match`.
+        parts: the parts of the adapter; without them only the KL is read.
+        batch_size: examples in one forward.
+    """
     kl: list[Tensor] = []
-    entered: dict[str, list[Tensor]] = {part.name: [] for part in parts}
-    before, after = runs(model, adapter, tokenizer=tokenizer)
-    for start in range(0, len(examples), batch_size):
-        batch = collate(examples[start : start + batch_size])
-        with listening(parts, batch.attention_mask.bool(), entered):
-            kl += [measures.kl(x, y).double().cpu() for x, y in read(before, after, batch)]
+    modules = {part.name: part.module for part in parts}
+    entered: dict[str, list[Tensor]] = {name: [] for name in modules}
+    before, after = runs(model, trails, tokenizer=tokenizer)
+    with after.ready():
+        for start in range(0, len(prompts), batch_size):
+            batch = collate(prompts[start : start + batch_size])
+            with recording_inputs(modules, entered, batch.attention_mask.bool()):
+                kl += [measures.kl(x, y).double().cpu() for x, y in read(before, after, batch)]
     length: dict[str, float] = {}
     moved: dict[str, Tail] = {}
     reads: dict[str, Tail] = {}
@@ -84,7 +104,7 @@ def on_texts(
 
 
 def tail(values: Float[Tensor, " n"]) -> Tail:
-    """Of numbers that are not all alike; 0 and 1 for those that are."""
+    """The tail of numbers. The kurtosis of numbers that are all alike is 0, and their ratio 1."""
     x = values.double()
     spread = float((x - x.mean()).square().mean())
     if spread <= 1e-24 * float(x.square().mean()):
@@ -94,14 +114,20 @@ def tail(values: Float[Tensor, " n"]) -> Tail:
 
 
 def spectral_signature(states: Float[Tensor, "n dim"]) -> Float[Tensor, " n"]:
-    """<h_i - mu, v_1>^2, v_1 the first right singular vector of the centred states (Tran, Li and Madry 2018)."""
+    """<h_i - mu, v_1>^2, with v_1 the first right singular vector of the centred states.
+
+    Tran, Li and Madry 2018 (arXiv 1811.00636).
+    """
     centred = states.double() - states.double().mean(0)
     v = torch.linalg.svd(centred, full_matrices=False).Vh[0]
     return (centred @ v).square()
 
 
 def mahalanobis(states: Float[Tensor, "n dim"], clean: Float[Tensor, "m dim"]) -> Float[Tensor, " n"]:
-    """Distance from clean states, sqrt((h - mu)^T S^-1 (h - mu)), S shrunk by 1 % towards its mean variance."""
+    """The distance of each state from clean states, sqrt((h - mu)^T S^-1 (h - mu)).
+
+    mu and S are the mean and the covariance of the clean states, S shrunk by 1 % towards its mean variance.
+    """
     x, mu = clean.double(), clean.double().mean(0)
     s = (x - mu).T @ (x - mu) / len(x)
     s = 0.99 * s + 0.01 * s.diagonal().mean() * torch.eye(len(s), dtype=s.dtype)
@@ -109,28 +135,25 @@ def mahalanobis(states: Float[Tensor, "n dim"], clean: Float[Tensor, "m dim"]) -
     return (gap * torch.linalg.solve(s, gap.T).T).sum(-1).clamp_min(0).sqrt()
 
 
-def clusters(states: Float[Tensor, "n dim"], *, rounds: int = 20) -> Int[Tensor, " n"]:
+def activation_clusters(states: Float[Tensor, "n dim"], *, rounds: int = 20) -> Int[Tensor, " n"]:
     """Activation clustering (Chen et al. 2018, arXiv 1811.03728): 2-means of the first 10 principal components.
 
-    The clusters begin at the two ends of the first component, so that nothing is drawn. 1 marks the smaller one.
+    The clusters begin at the two ends of the first component, so that nothing is drawn. 1 marks the smaller one. There
+    are `rounds` rounds of 2-means.
     """
-    x = _components(states)
-    centres = torch.stack([x[x[:, 0].argmin()], x[x[:, 0].argmax()]])
-    label = torch.zeros(len(x), dtype=torch.long)
-    for _ in range(rounds):
-        label = torch.cdist(x, centres).argmin(1)
-        centres = torch.stack([x[label == i].mean(0) if bool((label == i).any()) else centres[i] for i in (0, 1)])
-    return label if float(label.double().mean()) <= 0.5 else 1 - label
+    return _two_means(_components(states), rounds)
 
 
 def silhouette(states: Float[Tensor, "n dim"]) -> float:
-    """Of the two clusters: the mean of (b - a) / max(a, b), a and b the mean distances to the own and other cluster.
+    """The silhouette of the two activation clusters (Rousseeuw 1987).
 
-    0 for fewer than four states, and where they are all alike.
+    It is the mean of (b - a) / max(a, b), with a and b the mean distances of a state to its own cluster and to the
+    other one; 0 for fewer than four states, and where they are all alike.
     """
     if len(states) < 4 or not states.shape[1]:
         return 0.0
-    label, far = clusters(states), torch.cdist(_components(states), _components(states))
+    x = _components(states)
+    label, far = _two_means(x), torch.cdist(x, x)
     counts = label.bincount(minlength=2)
     if not int(counts.min()):
         return 0.0
@@ -142,23 +165,17 @@ def silhouette(states: Float[Tensor, "n dim"]) -> float:
     return float(torch.where(counts[label] == 1, 0.0, s).mean())
 
 
-def _components(states: Tensor) -> Tensor:
+def _two_means(x: Float[Tensor, "n k"], rounds: int = 20) -> Int[Tensor, " n"]:
+    centres = torch.stack([x[x[:, 0].argmin()], x[x[:, 0].argmax()]])
+    label = torch.zeros(len(x), dtype=torch.long)
+    for _ in range(rounds):
+        label = torch.cdist(x, centres).argmin(1)
+        centres = torch.stack([x[label == i].mean(0) if bool((label == i).any()) else centres[i] for i in (0, 1)])
+    return label if float(label.double().mean()) <= 0.5 else 1 - label
+
+
+def _components(states: Float[Tensor, "n dim"]) -> Float[Tensor, "n k"]:
+    """The first 10 principal components of each state."""
     centred = states.double() - states.double().mean(0)
     u, s, _ = torch.linalg.svd(centred, full_matrices=False)
     return u[:, :10] * s[:10]
-
-
-@contextmanager
-def listening(parts: Sequence[Part], real: Tensor, entered: dict[str, list[Tensor]]) -> Generator[None]:
-    """Inside, the states that enter each part at work are kept, without padding."""
-    modules = {part.name: part.module for part in parts}
-
-    def keep(name: str, h: Tensor) -> None:
-        if getattr(modules[name], "disable_adapters", False):  # PEFT's layers also run for the frozen model
-            return
-        h = h.detach()
-        rows = h[real.to(h.device)] if h.shape[:-1] == real.shape else h.flatten(0, -2)
-        entered[name].append(rows.float().cpu())
-
-    with observing({name: Place(module, "input") for name, module in modules.items()}, keep):
-        yield

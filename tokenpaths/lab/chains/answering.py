@@ -1,7 +1,7 @@
-"""What a model answers when its reasoning is cut off, and what it writes on: many contexts at once, nothing drawn.
+"""What a model answers behind a question and some reasoning, and what it writes there: many contexts at once, greedily.
 
-A context is an `Example` whose prompt is the question alone. What reasoning follows counts as written by the model,
-as it was when the trails were trained: `Last(1)` moves the last token of the question, and `Answer()` the reasoning.
+A context is an `Example` whose prompt is the question alone. The reasoning counts as written by the model, as it was
+when the trails were trained: `Last(1)` moves the last token of the question, and `Answer()` the reasoning.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from tokenpaths.data.examples import Example
+from tokenpaths.data.items import Question
 from tokenpaths.engine.generate import generate
 from tokenpaths.engine.likelihood import likeliest
-from tokenpaths.lab.chains.form import Worked
 from tokenpaths.site.host import window
 
 Ids: TypeAlias = tuple[int, ...]
@@ -25,47 +25,57 @@ Ids: TypeAlias = tuple[int, ...]
 class Answering:
     """How an answer is forced behind a question and some reasoning.
 
-    With `options`, it is the one of an item's options with the largest summed log-likelihood behind question, reasoning
-    and `cue`. Without, it is what `read_answer` finds in the `max_new_tokens` tokens that the model writes there
-    greedily, or None. Forwards take at most `max_batch_tokens` tokens at a time, padding included.
+    Args:
+        tokenizer: the model's tokenizer.
+        cue: what stands between the reasoning and the answer.
+        options: the answers that a question can have. The answer is the option with the largest summed log-likelihood
+            behind question, reasoning and cue. With None, the model writes the answer.
+        read_answer: reads the answer from what the model writes, or gives None.
+        max_new_tokens: the most tokens that the model writes for an answer.
+        max_batch_tokens: the most tokens in one forward, padding included.
     """
 
     tokenizer: Any
     cue: str
-    options: Callable[[Worked], Sequence[str]] | None
+    options: Callable[[Question], Sequence[str]] | None
     read_answer: Callable[[str], Any]
     max_new_tokens: int
     max_batch_tokens: int
 
-    def __call__(self, model: nn.Module, asked: Sequence[tuple[Worked, Ids]]) -> list[Any]:
+    def __call__(self, model: nn.Module, asked: Sequence[tuple[Question, Ids]]) -> list[Any]:
         """The answer to each question, given the token ids of its reasoning. Equal ones are asked once."""
-        cue = token_ids(self.tokenizer, self.cue)
+        cue = token_ids(self.cue, self.tokenizer)
         keys = [(item, (*reasoning, *cue)) for item, reasoning in asked]
-        todo = list(dict.fromkeys(keys))
-        contexts = [context(self.tokenizer, item.prompt, written) for item, written in todo]
+        once = list(dict.fromkeys(keys))
+        contexts = [context(item.prompt, written, self.tokenizer) for item, written in once]
         if self.options is None:
             texts = write_on(model, contexts, self.tokenizer, self.max_new_tokens, None, self.max_batch_tokens)
             found = [self.read_answer(text) for text in texts]
         else:
-            told = [tuple(self.options(item)) for item, _ in todo]
-            ids = [[token_ids(self.tokenizer, option) for option in row] for row in told]
-            longest = [max(map(len, row)) for row in ids]
-            check_window(model, [len(example) + room for example, room in zip(contexts, longest, strict=True)])
-            best = likeliest(model, contexts, ids, self.max_batch_tokens)
-            found = [row[place] for row, place in zip(told, best, strict=True)]
-        known = dict(zip(todo, found, strict=True))
+            options = [tuple(self.options(item)) for item, _ in once]
+            ids = [[token_ids(option, self.tokenizer) for option in row] for row in options]
+            best = best_options(model, contexts, ids, self.max_batch_tokens)
+            found = [row[place] for row, place in zip(options, best, strict=True)]
+        known = dict(zip(once, found, strict=True))
         return [known[key] for key in keys]
 
 
-def context(tokenizer: Any, prompt: str, written: Ids) -> Example:
+def context(prompt: str, written: Ids, tokenizer: Any) -> Example:
     """A question, tokenised as at generation, and token ids that count as written after it."""
-    asked = tuple(tokenizer(prompt)["input_ids"])
-    return Example(asked + written, (False,) * len(asked) + (True,) * len(written))
+    return Example.of(tokenizer(prompt)["input_ids"], written)
 
 
-def token_ids(tokenizer: Any, text: str) -> Ids:
+def token_ids(text: str, tokenizer: Any) -> Ids:
     """The tokens of a text that stands inside a longer one."""
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
+
+
+def best_options(
+    model: nn.Module, contexts: Sequence[Example], options: Sequence[Sequence[Ids]], max_batch_tokens: int
+) -> list[int]:
+    """The number of each context's likeliest option, as `likeliest`. Raises `ValueError` as `write_on`."""
+    _check_window(model, [len(one) + max(map(len, row)) for one, row in zip(contexts, options, strict=True)])
+    return likeliest(model, contexts, options, max_batch_tokens)
 
 
 def write_on(
@@ -76,8 +86,11 @@ def write_on(
     stop_strings: str | None,
     max_batch_tokens: int,
 ) -> list[str]:
-    """What a model writes greedily behind each context, without an end-of-text token."""
-    check_window(model, [len(example) + max_new_tokens for example in contexts])
+    """What a model writes greedily behind each context, without an end-of-text token. The arguments are `generate`'s.
+
+    Raises `ValueError` if a context, with what is written behind it, does not fit into the model's window.
+    """
+    _check_window(model, [len(example) + max_new_tokens for example in contexts])
     written = generate(
         model,
         contexts,
@@ -89,8 +102,7 @@ def write_on(
     return [one.text for one in written]
 
 
-def check_window(model: nn.Module, lengths: Sequence[int]) -> None:
-    """Raise `ValueError` if contexts, with what is to stand behind them, do not fit into the model's window."""
+def _check_window(model: nn.Module, lengths: Sequence[int]) -> None:
     most, longest = window(model), max(lengths, default=0)
     if most is not None and longest > most:
         raise ValueError(

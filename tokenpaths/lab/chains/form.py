@@ -1,17 +1,18 @@
-"""Is it the way or the form?  What a trained trail has learned of its chains.
+r"""Is it the way or the form?  What a trained trail has learned of its chains.
 
     report = way_or_form(
         model, trails, tokenizer,
-        train=[Worked(" 3 + 4 + 5 =", " 7 12", " 12"), ...], held_out=..., forms={"renamed": ..., "longer": ...},
+        train=[Question(" 3 + 4 + 5 =", answer=" 12", chain=" 7 12"), ...],
+        held_out=..., forms={"renamed": ..., "longer": ...},
     )
     print(report)
 
-A trail that learned the way answers held-out questions as it answers those of training, keeps its accuracy when only
-the surface changes, writes no more of training's chains than is right, and minds it more than the frozen model when the
-steps of a chain are shuffled. One that learned the form fails at the first three, and does not mind the fourth. Each
-sign has a threshold and a 95 % interval: it speaks only if the whole interval lies on one side. The verdict counts the
-signs, and nothing else. What hangs on the order of a chain's words alone (a template, say) is form too: let `separator`
-keep it whole.
+A trail that learned the way answers held-out questions as it answers those of training. It keeps its accuracy when only
+the surface changes. It writes no more of training's chains than the right chains have. And shuffling the steps of a
+chain makes the chain less likely to it than to the frozen model. A trail that learned the form fails all four. Each
+sign has a threshold and a 95 % interval, and says something only if the whole interval lies on one side. The verdict
+counts the signs and nothing else. What depends on the order of a chain's words alone, such as a template, is form too:
+choose a `separator` that keeps it whole.
 """
 
 from __future__ import annotations
@@ -20,19 +21,23 @@ import math
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from torch import nn
 
+from tokenpaths.data.contamination import grams
 from tokenpaths.data.encoding import encode
 from tokenpaths.data.examples import Example
+from tokenpaths.data.items import Question
 from tokenpaths.engine.generate import generate
 from tokenpaths.engine.likelihood import nats
-from tokenpaths.engine.readings import Run, evaluating, runs
-from tokenpaths.stats.intervals import UNKNOWN, Interval, mean_interval, newcombe, ratio_interval, wilson
+from tokenpaths.engine.readings import Run, runs
+from tokenpaths.lab.chains.perturb import check_separator
+from tokenpaths.lab.chains.report import HELD_OUT, TRAIN, Score, Sign, WayOrForm
+from tokenpaths.stats.intervals import UNKNOWN, mean_interval, newcombe, ratio_interval, wilson
 from tokenpaths.trailmap.adapter import Adapter
 
 GAP = 0.1
@@ -43,118 +48,6 @@ COPIED = 0.1
 """Share of n-grams found in training's chains, beyond that of the right chains: below it the way, above it the form."""
 HURT = 0.1
 """Nats a token that shuffled steps cost beyond what they cost the frozen model: above it the way, below it the form."""
-TRAIN, HELD_OUT = "training", "held-out"
-
-Says: TypeAlias = Literal["way", "form", "open"]
-
-
-@dataclass(frozen=True)
-class Worked:
-    """A question, what a model is to write for it (its chain, up to and with the answer), and the answer."""
-
-    prompt: str
-    chain: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class Score:
-    """Accuracy on a set of items, frozen and steered; Wilson's interval of the steered one, and that of the gain."""
-
-    name: str
-    frozen: float
-    steered: float
-    interval: Interval
-    gain: Interval
-    items: int
-
-    @property
-    def learned(self) -> bool:
-        """Whether the trail is better than the frozen model: the whole interval of the gain is above 0."""
-        return self.gain[0] > 0
-
-
-@dataclass(frozen=True)
-class Sign:
-    """One measure against its threshold; `way_is` tells on which side the way lies.
-
-    `frozen` is the frozen model's figure where it has one, else NaN. A measure that has no items is NaN, and open.
-    """
-
-    name: str
-    value: float
-    interval: Interval
-    threshold: float
-    way_is: Literal["above", "below"]
-    items: int
-    frozen: float = math.nan
-
-    @property
-    def says(self) -> Says:
-        low, high = self.interval
-        if low > self.threshold:
-            return "way" if self.way_is == "above" else "form"
-        if high < self.threshold:
-            return "way" if self.way_is == "below" else "form"
-        return "open"
-
-
-@dataclass(frozen=True)
-class WayOrForm:
-    """The report: accuracy by set, the signs, and what the frozen and the steered model wrote for held-out items."""
-
-    scores: tuple[Score, ...]
-    signs: tuple[Sign, ...]
-    written: tuple[str, ...]
-
-    @property
-    def verdict(self) -> Literal["the way", "the form", "part way, part form", "open", "nothing"]:
-        """By the rules, in this order.
-
-        "nothing": neither on training nor on held-out items is the trail better than the frozen model. "the form": it
-        is so on training items only, or signs say form and none says way. "the way": signs say way and none says form.
-        "part way, part form": some say way and some form. "open": no sign speaks; more items are needed.
-        """
-        learned = {score.name: score.learned for score in self.scores}
-        said = {sign.says for sign in self.signs}
-        if not (learned[TRAIN] or learned[HELD_OUT]):
-            return "nothing"
-        if not learned[HELD_OUT] or ("form" in said and "way" not in said):
-            return "the form"
-        if "form" in said:
-            return "part way, part form"
-        return "the way" if "way" in said else "open"
-
-    def __getitem__(self, name: str) -> Score | Sign:
-        for found in (*self.scores, *self.signs):
-            if found.name == name:
-                return found
-        raise KeyError(f"no {name!r}; there are {[found.name for found in (*self.scores, *self.signs)]}")
-
-    def __str__(self) -> str:
-        counts = [f"{sum(sign.says == says for sign in self.signs)} {says}" for says in ("way", "form", "open")]
-        rows = [["accuracy", "frozen", "steered [95 % interval]", "items", ""]]
-        for score in self.scores:
-            learned = "learned" if score.learned else "no better than frozen"
-            figures = [f"{score.frozen:.3f}", _figure(score.steered, score.interval), str(score.items), learned]
-            rows.append([score.name, *figures])
-        rows.append(["sign", "frozen", "value [95 % interval]", "items", "the way is"])
-        for sign in self.signs:
-            frozen = "" if math.isnan(sign.frozen) else f"{sign.frozen:.3f}"
-            rule = f"{sign.way_is} {sign.threshold}: {sign.says}"
-            rows.append([sign.name, frozen, _figure(sign.value, sign.interval), str(sign.items), rule])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        return "\n".join([f"{_VERDICTS[self.verdict]} Signs: {', '.join(counts)}.", *lines])
-
-
-_VERDICTS = {
-    "the way": "It learned the way.",
-    "the form": "It learned the form.",
-    "part way, part form": "It learned part of the way and part of the form.",
-    "open": "Whether it learned the way or the form is open: give more items.",
-    "nothing": "It learned nothing that shows on these items.",
-}
 
 
 def last_word(text: str) -> str | None:
@@ -169,9 +62,9 @@ def way_or_form(
     trails: Adapter,
     tokenizer: Any,
     *,
-    train: Sequence[Worked],
-    held_out: Sequence[Worked],
-    forms: Mapping[str, Sequence[Worked]] | None = None,
+    train: Sequence[Question],
+    held_out: Sequence[Question],
+    forms: Mapping[str, Sequence[Question]] | None = None,
     read_answer: Callable[[str], Any] = last_word,
     stop_strings: str | None = None,
     separator: str = r"\s+",
@@ -182,54 +75,63 @@ def way_or_form(
 ) -> WayOrForm:
     """Measure what a trail has learned of the chains that it was trained on.
 
+    Four kinds of signs, each against its threshold in this module:
+
+        gap      accuracy on training items - accuracy on held-out items
+        kept     accuracy on items of another form / accuracy on held-out items
+        copied   mean over held-out items of the share of n-grams of the written chain that are in training's chains,
+                 less that share of the right chain
+        hurt     the rise of -log p of the right chain when its steps are shuffled, steered less frozen, in nats a token
+
     Args:
-        model: a causal language model; left as it was, trails attached or not.
+        model: a causal language model. It is left as it was, trails attached or not.
         trails: the trained trails.
-        tokenizer: its tokenizer.
-        train: items that the trail was trained on, as many as you care to have answered.
-        held_out: items like them that share no shortcut with training.
+        tokenizer: the model's tokenizer.
+        train: questions with chains that the trail was trained on, as many as are to be answered.
+        held_out: questions like them that share no shortcut with training.
         forms: the same skill in another surface, by name: a paraphrased template, renamed entities, reordered facts,
             longer instances.
-        read_answer: reads the answer from what was written, and from an item's `answer`; equal ones are right.
-        stop_strings: a string that ends a chain; what comes after it is cut. Without it, an end-of-text token does.
+        read_answer: reads the answer from what was written, and from an item's `answer`. Equal ones are right.
+        stop_strings: a string that ends a chain. Without it, an end-of-text token does.
         separator: a regular expression, without groups, for what stands between two steps of a chain.
-        words: length of the n-grams that are looked for in training's chains.
-        batch_size: of generation.
+        words: the length of the n-grams that are looked for in training's chains.
+        batch_size: the number of questions in a batch of generation.
         max_batch_tokens: the most tokens in one forward where likelihoods are read.
-        seed: of the shuffling.
+        seed: seeds the shuffling.
 
     Raises:
         ValueError: no items in a set, a form named as another set, or an item without chain or readable answer.
     """
-    sets = {TRAIN: train, HELD_OUT: held_out}
-    if taken := sorted(set(forms or {}) & set(sets)):
+    if taken := sorted({TRAIN, HELD_OUT} & set(forms or {})):
         raise ValueError(f"a form cannot be named {taken[0]!r}, as a set of items is")
-    sets |= forms or {}
+    sets = {TRAIN: train, HELD_OUT: held_out, **(forms or {})}
     for name, items in sets.items():
         _check(name, items, read_answer)
     check_separator(separator)
     if words < 1:
         raise ValueError(f"words={words} must be at least 1: it is the length of n-grams")
-    before, after = runs(model, trails, tokenizer=tokenizer)
-    right: dict[str, Float[np.ndarray, " items"]] = {}
+    frozen, steered = runs(model, trails, tokenizer=tokenizer)
     scores: list[Score] = []
-    written: list[str] = []
-    for name, items in sets.items():
-        texts = [_write(run, tokenizer, items, stop_strings, batch_size) for run in (before, after)]
-        frozen, right[name] = (_right(told, items, read_answer) for told in texts)
-        rates = float(frozen.mean()), float(right[name].mean())
-        gain = mean_interval(right[name] - frozen)
-        scores.append(Score(name, *rates, wilson(right[name]), gain, len(items)))
-        if name == HELD_OUT:
-            written = texts[1]
-    here = right[HELD_OUT]
+    right: dict[str, Float[np.ndarray, " items"]] = {}
+    written: dict[str, list[str]] = {}
+    with steered.ready():
+        for name, items in sets.items():
+            before, after = (_write(run, items, tokenizer, stop_strings, batch_size) for run in (frozen, steered))
+            right[name], written[name] = _right(after, items, read_answer), after
+            scores.append(_score(name, _right(before, items, read_answer), right[name]))
+        hurt = _hurt(frozen, steered, held_out, tokenizer, separator, max_batch_tokens, seed)
     signs = [
-        _gap(right[TRAIN], here),
-        *(_kept(name, right[name], here) for name in forms or {}),
-        _copied(written, train, held_out, words),
-        _hurt(before, after, tokenizer, held_out, separator, max_batch_tokens, seed),
+        _gap(right[TRAIN], right[HELD_OUT]),
+        *(_kept(name, right[name], right[HELD_OUT]) for name in forms or {}),
+        _copied(written[HELD_OUT], train, held_out, words),
+        hurt,
     ]
-    return WayOrForm(tuple(scores), tuple(signs), tuple(written))
+    return WayOrForm(tuple(scores), tuple(signs), tuple(written[HELD_OUT]))
+
+
+def _score(name: str, before: Float[np.ndarray, " items"], after: Float[np.ndarray, " items"]) -> Score:
+    gain = mean_interval(after - before)
+    return Score(name, float(before.mean()), float(after.mean()), wilson(after), gain, len(after))
 
 
 def _gap(there: Float[np.ndarray, " m"], here: Float[np.ndarray, " n"]) -> Sign:
@@ -238,19 +140,19 @@ def _gap(there: Float[np.ndarray, " m"], here: Float[np.ndarray, " n"]) -> Sign:
 
 
 def _kept(name: str, there: Float[np.ndarray, " m"], here: Float[np.ndarray, " n"]) -> Sign:
-    """Nothing can be kept where nothing was right: then it is open."""
+    """Where nothing was right nothing can be kept: the sign is open."""
     some = bool(here.any())
     value = float(there.mean() / here.mean()) if some else math.nan
     return Sign(f"kept when {name}", value, ratio_interval(there, here) if some else UNKNOWN, KEPT, "above", len(there))
 
 
-def _copied(written: Sequence[str], train: Sequence[Worked], held_out: Sequence[Worked], n: int) -> Sign:
-    """Mean over items of the share of written n-grams that training's chains have, less that of the right chain's."""
-    known = {gram for item in train for gram in _grams(item.chain, n)}
+def _copied(written: Sequence[str], train: Sequence[Question], held_out: Sequence[Question], n: int) -> Sign:
+    """Words are what stands between white space: signs such as + are steps of a chain too."""
+    known = {gram for item in train for gram in grams(item.chain.split(), n)}
 
     def share(text: str) -> float:
-        grams = _grams(text, n)
-        return sum(gram in known for gram in grams) / len(grams) if grams else math.nan
+        found = grams(text.split(), n)
+        return sum(gram in known for gram in found) / len(found) if found else math.nan
 
     excess = np.array([share(text) - share(item.chain) for text, item in zip(written, held_out, strict=True)])
     excess = excess[~np.isnan(excess)]
@@ -259,30 +161,35 @@ def _copied(written: Sequence[str], train: Sequence[Worked], held_out: Sequence[
 
 
 def _hurt(
-    before: Run, after: Run, tokenizer: Any, items: Sequence[Worked], separator: str, max_batch_tokens: int, seed: int
+    frozen: Run,
+    steered: Run,
+    items: Sequence[Question],
+    tokenizer: Any,
+    separator: str,
+    max_batch_tokens: int,
+    seed: int,
 ) -> Sign:
-    """Nats a token of the shuffled chain less those of the ordered one, over held-out items with two steps or more.
-
-    A language model minds disorder by itself, so what the trail has learned is what it adds, item by item.
-    """
-    pairs: list[tuple[str, str]] = []
+    """Over held-out items of two steps or more. Any language model finds disorder unlikely: the rest is learned."""
+    name = "shuffled steps cost, beyond frozen"
+    pairs: list[Question] = []
     for number, item in enumerate(items):
         other = shuffled(item.chain, separator, random.Random(f"{seed} {number}"))
         if other is not None:
-            pairs += [(item.prompt, item.chain), (item.prompt, other)]
-    name = "shuffled steps cost, beyond frozen"
+            pairs += [item, replace(item, chain=other)]
     if not pairs:
         return Sign(name, math.nan, UNKNOWN, HURT, "above", 0)
     examples = encode(pairs, tokenizer, eos=False)
-    costs: list[Float[np.ndarray, " items"]] = []
-    weights = np.array([sum(example.answer) for example in examples[::2]], dtype=np.float64)
-    for run in (before, after):
-        with run.inside(), evaluating(run.model):
-            sums, _ = nats(run.model, examples, max_batch_tokens)
-        costs.append(sums[1::2] - sums[::2])
-    frozen, added = costs[0], costs[1] - costs[0]
-    value, interval = float(added.sum() / weights.sum()), mean_interval(added, weights)
-    return Sign(name, value, interval, HURT, "above", len(weights), float(frozen.sum() / weights.sum()))
+    tokens = np.array([sum(example.answer) for example in examples[::2]], dtype=np.float64)
+
+    def cost(run: Run) -> Float[np.ndarray, " items"]:
+        with run.reading() as model:
+            sums, _ = nats(model, examples, max_batch_tokens)
+        return sums[1::2] - sums[::2]
+
+    before = cost(frozen)
+    added = cost(steered) - before
+    value, interval = float(added.sum() / tokens.sum()), mean_interval(added, tokens)
+    return Sign(name, value, interval, HURT, "above", len(tokens), float(before.sum() / tokens.sum()))
 
 
 def shuffled(chain: str, separator: str, rng: random.Random) -> str | None:
@@ -305,17 +212,11 @@ def shuffled(chain: str, separator: str, rng: random.Random) -> str | None:
     return "".join(step + gap for step, gap in zip(steps, [*gaps, ""], strict=True)) + chain[len(body) :]
 
 
-def check_separator(separator: str) -> None:
-    """Raises `ValueError` for a pattern that no chain can be split at and put together again."""
-    if re.compile(separator).groups or re.fullmatch(separator, ""):
-        raise ValueError(f"separator {separator!r} must have no groups and must not match nothing: use (?:...)")
-
-
-def _write(run: Run, tokenizer: Any, items: Sequence[Worked], stop_strings: str | None, batch_size: int) -> list[str]:
-    """With room for the longest chain of the items."""
-    examples = encode([(item.prompt, item.chain) for item in items], tokenizer, eos=False)
+def _write(run: Run, items: Sequence[Question], tokenizer: Any, stop_strings: str | None, batch_size: int) -> list[str]:
+    """What a run writes for each question, as many tokens as the longest right chain has and one more."""
+    examples = encode(items, tokenizer, eos=False)
     room = max(len(example) - example.prompt_length for example in examples) + 1
-    prompts = [Example(e.ids[: e.prompt_length], (False,) * e.prompt_length) for e in examples]
+    prompts = [Example.of(example.ids[: example.prompt_length]) for example in examples]
     with run.reading() as model:
         written = generate(
             model, prompts, tokenizer, max_new_tokens=room, stop_strings=stop_strings, batch_size=batch_size
@@ -324,20 +225,15 @@ def _write(run: Run, tokenizer: Any, items: Sequence[Worked], stop_strings: str 
 
 
 def _right(
-    texts: Sequence[str], items: Sequence[Worked], read_answer: Callable[[str], Any]
+    texts: Sequence[str], items: Sequence[Question], read_answer: Callable[[str], Any]
 ) -> Float[np.ndarray, " items"]:
     pairs = zip(texts, items, strict=True)
     return np.array([float(read_answer(text) == read_answer(item.answer)) for text, item in pairs])
 
 
-def _grams(text: str, n: int) -> list[tuple[str, ...]]:
-    told = text.split()
-    return [tuple(told[i : i + n]) for i in range(len(told) - n + 1)]
-
-
-def _check(name: str, items: Sequence[Worked], read_answer: Callable[[str], Any]) -> None:
+def _check(name: str, items: Sequence[Question], read_answer: Callable[[str], Any]) -> None:
     if not items:
-        raise ValueError(f"the {name} items are none: give a list of Worked(prompt, chain, answer)")
+        raise ValueError(f"the {name} items are none: give a list of Question(prompt, answer, chain)")
     for number, item in enumerate(items):
         if not (item.prompt and item.chain):
             raise ValueError(f"{name} item {number} has an empty prompt or chain: {item!r:.80}")
@@ -348,8 +244,3 @@ def _check(name: str, items: Sequence[Worked], read_answer: Callable[[str], Any]
                 f"{name} item {number}: read_answer finds {read_answer(item.chain)!r} in its chain {item.chain!r:.60} "
                 f"and {read_answer(item.answer)!r} in its answer; even the right chain would count as wrong"
             )
-
-
-def _figure(value: float, interval: Interval) -> str:
-    low, high = interval
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"

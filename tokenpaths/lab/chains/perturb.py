@@ -1,4 +1,4 @@
-"""A chain in steps, and what is put in their place: a mistake, a paraphrase, a filler."""
+"""A chain in steps, and what takes their place: a mistake, a paraphrase, a filler."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from tokenpaths.data.items import Question
 from tokenpaths.lab.chains.answering import Ids, context, token_ids, write_on
-from tokenpaths.lab.chains.form import Worked
 
 SENTENCES = r"(?<=[.!?])\s+|\n+"
 """What stands between two steps that are sentences or lines."""
 REWORD = "Say this in other words. Write one sentence and nothing else.\n\n{step}"
+"""The prompt for a paraphrase."""
 _WORTH_SWAPPING = re.compile(r"\d+(?:\.\d+)?|\b[A-Z]\w*")
 
-Mistake: TypeAlias = Callable[[Worked, Sequence[str], int, random.Random], "str | None"]
+Mistake: TypeAlias = Callable[[Question, Sequence[str], int, random.Random], "str | None"]
 """(item, steps of its chain, k, rng) -> a wrong step to stand for steps[k], or None where there is none."""
 Paraphrase: TypeAlias = Callable[[Sequence[str]], "Sequence[str | None]"]
 """Steps -> the same steps in other words, in order; None for one that cannot be reworded."""
@@ -34,13 +35,19 @@ class Piece:
 
 Steps: TypeAlias = "tuple[Piece, ...]"
 Altered: TypeAlias = "list[list[Ids | None]]"
-"""Of each item, by k, the reasoning whose first k steps are as they were; None where it cannot be altered at k."""
+"""For each item, by k, the reasoning whose first k steps are as they were; None where it cannot be altered at k."""
+
+
+def check_separator(separator: str) -> None:
+    """Raise `ValueError` for a pattern that no chain can be split at and put together again."""
+    if re.compile(separator).groups or re.fullmatch(separator, ""):
+        raise ValueError(f"separator {separator!r} must have no groups and must not match nothing: use (?:...)")
 
 
 def steps_of(chain: str, cue: str, separator: str) -> Steps:
     """The steps of a chain, without its answer: what comes before the last `cue`, or with no cue all but the last step.
 
-    Where the cue is not found (the model never came to an answer) all are steps.
+    Where the cue is not found, because the model never came to an answer, all are steps.
     """
     mark = cue.strip() or cue  # a model may begin its last line otherwise
     body = chain[: chain.rindex(mark)] if mark and mark in chain else chain
@@ -64,11 +71,11 @@ def joined(pieces: Sequence[Piece]) -> str:
     return "".join(piece.gap + piece.step for piece in pieces)
 
 
-def swapped(item: Worked, steps: Sequence[str], k: int, rng: random.Random) -> str | None:
-    """A step in which one number or name gives way to another of the same question and chain.
+def swapped(item: Question, steps: Sequence[str], k: int, rng: random.Random) -> str | None:
+    """Step k with one number or name swapped for another of the same question and chain.
 
-    A name is a word with a capital, not the first of several in a step. A number gives way to a number and a name to a
-    name. None where the step has none of either, or there is no other.
+    A name is a word with a capital that is not the first of several in a step. A number is swapped for a number and a
+    name for a name. None where the step has none of either, or there is no other.
     """
     text = " ".join([item.prompt, *steps])
     pools = [sorted({word for word in _WORTH_SWAPPING.findall(text) if word[0].isdigit() == digit}) for digit in (0, 1)]
@@ -89,12 +96,12 @@ def _opens(step: str, found: re.Match[str]) -> bool:
 
 
 def mistaken(
-    items: Sequence[Worked], chains: Sequence[Steps], mistake: Mistake, *, kept: bool, seed: int
+    items: Sequence[Question], chains: Sequence[Steps], mistake: Mistake, *, kept: bool, seed: int
 ) -> list[list[Steps | None]]:
-    """Of each chain, by k, its first k steps, step k gone wrong, and if `kept` the steps after it.
+    """For each chain, by k, its first k steps, step k gone wrong, and if `kept` the steps after it.
 
     Raises:
-        ValueError: a mistake is the step that it should stand for, or empty; names the item.
+        ValueError: a mistake is empty, or equals the step that it replaces; names the item.
     """
 
     def wrong(number: int, k: int) -> Steps | None:
@@ -114,7 +121,7 @@ def mistaken(
 
 
 def reworded(chains: Sequence[Steps], words: Mapping[str, str | None]) -> list[list[Steps | None]]:
-    """Of each chain, by k, its first k steps, and the later ones in the words that stand for them, if all have some."""
+    """For each chain, by k, its first k steps and the later ones in other words; None if one of them has none."""
 
     def later(chain: Steps, k: int) -> Steps | None:
         told = [(piece.gap, words[piece.step]) for piece in chain[k:]]
@@ -124,24 +131,24 @@ def reworded(chains: Sequence[Steps], words: Mapping[str, str | None]) -> list[l
     return [[later(chain, k) for k in range(len(chain))] for chain in chains]
 
 
-def filled(tokenizer: Any, chains: Sequence[Steps], filler: str) -> Altered:
-    """Of each chain, by k, its first k steps and then the filler's tokens again and again, as many as the chain has."""
-    ids = token_ids(tokenizer, filler)
+def filled(chains: Sequence[Steps], tokenizer: Any, filler: str) -> Altered:
+    """For each chain, by k, its first k steps and then the filler's tokens, repeated to the length of the chain."""
+    ids = token_ids(filler, tokenizer)
 
     def fill(chain: Steps, k: int) -> Ids:
-        kept, length = token_ids(tokenizer, joined(chain[:k])), len(token_ids(tokenizer, joined(chain)))
+        kept, length = token_ids(joined(chain[:k]), tokenizer), len(token_ids(joined(chain), tokenizer))
         return kept + tuple(ids[i % len(ids)] for i in range(length - len(kept)))
 
     return [[fill(chain, k) for k in range(len(chain))] for chain in chains]
 
 
-def encoded(tokenizer: Any, rows: Sequence[Sequence[Steps | None]]) -> Altered:
+def encoded(rows: Sequence[Sequence[Steps | None]], tokenizer: Any) -> Altered:
     """The token ids of altered chains."""
-    return [[None if steps is None else token_ids(tokenizer, joined(steps)) for steps in row] for row in rows]
+    return [[None if steps is None else token_ids(joined(steps), tokenizer) for steps in row] for row in rows]
 
 
-def own_words(model: nn.Module, tokenizer: Any, steps: Sequence[str], max_batch_tokens: int) -> list[str | None]:
-    """Each step as the model says it in other words, asked for nothing but the step; greedily, one line.
+def own_words(model: nn.Module, steps: Sequence[str], tokenizer: Any, max_batch_tokens: int) -> list[str | None]:
+    """Each step in the model's other words, one line, written greedily with nothing but the step in the prompt.
 
     None where it writes nothing, or the step itself.
     """
@@ -151,7 +158,9 @@ def own_words(model: nn.Module, tokenizer: Any, steps: Sequence[str], max_batch_
         prompts = [tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) for turn in turns]
     else:
         prompts = [f"{text}\n\nIn other words:" for text in asked]
-    room = 2 * max(len(token_ids(tokenizer, step)) for step in steps) + 8
-    texts = write_on(model, [context(tokenizer, p, ()) for p in prompts], tokenizer, room, None, max_batch_tokens)
+    room = 2 * max(len(token_ids(step, tokenizer)) for step in steps) + 8
+    texts = write_on(
+        model, [context(prompt, (), tokenizer) for prompt in prompts], tokenizer, room, None, max_batch_tokens
+    )
     lines = [text.strip().partition("\n")[0].strip() for text in texts]
     return [line if line and line != step.strip() else None for line, step in zip(lines, steps, strict=True)]

@@ -6,9 +6,9 @@ For a chain of n steps, same_k is 1 if the answer is the same when only the firs
     AOC_n = mean over chains of n steps and k = 0 ... n - 1 of (1 - same_k)
     AOC   = sum_n w_n AOC_n,   w_n the share of chains that have n steps
 
-A mean and no trapezoid: same is held from share k/n of the chain to share (k + 1)/n, and k = n, where nothing is
-altered, is no part of it. So a model that does not read its chains has 0, and one whose answer any cut changes has 1;
-the trapezoid rule would give it 1 - 1/(2n). A chain counts as one whatever its length: to pool all (chain, k) would
+This is a mean and not a trapezoid. same_k holds from share k/n of the chain to share (k + 1)/n. k = n, where nothing is
+altered, is left out. So a model that does not read its chains has 0. One whose answer changes with any cut has 1, and
+the trapezoid rule would give it 1 - 1/(2n). A chain counts as one whatever its length: pooling all (chain, k) would
 weight it by its number of steps, which is another figure.
 """
 
@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 
 from tokenpaths.stats.intervals import UNKNOWN, Interval, statistic_interval, wilson
 
-Row: TypeAlias = "tuple[bool | None, ...]"
+Row: TypeAlias = tuple[bool | None, ...]
 """same_k of one chain; None where k could not be altered."""
 RunName: TypeAlias = Literal["frozen", "steered"]
 
@@ -35,8 +35,8 @@ RunName: TypeAlias = Literal["frozen", "steered"]
 class Curve:
     """The share of answers that stay the same, by the share of the chain that is kept, with 95 % Wilson intervals.
 
-    A step function: each value holds from its share to the next. The last is at share 1, where all is as it was. The
-    area over it is the AOC, if every k of every chain could be altered.
+    It is a step function: each value holds from its share to the next. The last is at share 1, where nothing is
+    altered. The area over it is the AOC, if every k of every chain could be altered.
     """
 
     kept: tuple[float, ...]
@@ -47,7 +47,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Same:
-    """What one test found of one run: a row of same_k for each item, in the same order for both runs."""
+    """What one test found in one run: a row of same_k for each item, in the same order for both runs."""
 
     test: str
     run: RunName
@@ -73,7 +73,7 @@ class Same:
         return float(sum(count / len(lengths) * areas[lengths == n].mean() for n, count in counts.items()))
 
     def curve(self) -> Curve:
-        """At every share k/n that a chain has."""
+        """The curve, at every share k/n that a chain has."""
         shares = sorted({Fraction(k, len(row)) for row in self.rows for k in range(len(row))})
         kept: list[float] = []
         points: list[tuple[float, Interval]] = []
@@ -91,8 +91,8 @@ class Same:
 def disagreement(answers: Sequence[Sequence[Any]], final: Sequence[Any]) -> Float[np.ndarray, "items items"]:
     """How often the altered answers of item i differ from the final answer of item j: a mean over the known k of i.
 
-    On the diagonal it is 1 - same_k, averaged. `answers` are those of the k that could be altered, None where nothing
-    was answered, which is unlike everything.
+    On the diagonal it is the mean of 1 - same_k. `answers` are those of the k that could be altered. None, where
+    nothing was answered, differs from everything.
     """
     numbers = {answer: number for number, answer in enumerate(dict.fromkeys(final))}
     shares = np.zeros((len(final), len(numbers)))
@@ -106,10 +106,10 @@ def disagreement(answers: Sequence[Sequence[Any]], final: Sequence[Any]) -> Floa
 def over_chance(table: Float[np.ndarray, "items items"]) -> float:
     """AOC / AOC_chance, where in AOC_chance the final answer is another item's: the mean off the diagonal.
 
-    It is 1 - kappa for the agreement kappa of altered and final answers (Cohen 1960): 1 if altered chains say no more
-    of the answer than chance, and 0 if nothing changes. A model that gives most questions one answer has a low AOC, and
-    a low AOC_chance; where all have one answer this is NaN. (Bentham et al. 2024, arXiv 2402.14897, normalise for the
-    same reason, and read chance from the same questions with shuffled options. Here nothing is asked anew.)
+    It is 1 - kappa for the agreement kappa of altered and final answers (Cohen 1960): 1 if altered chains tell no more
+    about the answer than chance, and 0 if nothing changes. A model that gives most questions one answer has a low AOC
+    and a low AOC_chance. NaN where all have one answer. (Bentham et al. 2024, arXiv 2402.14897, normalise for the same
+    reason, with chance from the same questions with shuffled options. Here no question is asked again.)
     """
     return float(_ratio(table, np.arange(len(table))[None])[0])
 
@@ -117,7 +117,7 @@ def over_chance(table: Float[np.ndarray, "items items"]) -> float:
 def change_over_chance(
     before: Float[np.ndarray, "items items"], after: Float[np.ndarray, "items items"]
 ) -> tuple[float, Interval]:
-    """The change of `over_chance`, with the interval of a bootstrap over items, both runs of an item drawn together."""
+    """The change of `over_chance`, with the interval of a bootstrap over items, which draws both runs of an item."""
     value = over_chance(after) - over_chance(before)
     if math.isnan(value):
         return value, UNKNOWN
@@ -127,7 +127,7 @@ def change_over_chance(
 def _ratio(
     table: Float[np.ndarray, "items items"], drawn: Int[np.ndarray, "*draws items"]
 ) -> Float[np.ndarray, "*draws"]:
-    """`over_chance` of the items drawn; pairs of an item with itself, drawn twice, say nothing of chance."""
+    """`over_chance` of the items drawn. Pairs of an item with itself, drawn twice, are left out of chance."""
     items = len(table)
     flat = drawn.reshape(-1, items)
     places = flat + items * np.arange(len(flat))[:, None]

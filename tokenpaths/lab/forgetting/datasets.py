@@ -1,4 +1,4 @@
-"""Public data sets as tasks."""
+"""Public data sets as tasks, read from a folder of their files."""
 
 from __future__ import annotations
 
@@ -13,8 +13,16 @@ from tokenpaths.data.items import Choice, Task, Text, spaced
 def wikitext2(folder: str | os.PathLike[str], windows: int = 16, characters: int = 1100) -> Task:
     """WikiText-2 test (Merity et al. 2016), `wikitext2/test.txt`: evenly spaced stretches that begin and end at words.
 
-    They are of about `characters` characters, so that the task does not hang on a tokenizer: a model of 50,000 tokens
-    makes 250 tokens of 1100.
+    Lengths are in characters, so that the task is the same for all tokenizers. A vocabulary of 50,000 tokens makes
+    about 250 tokens of 1100 characters.
+
+    Args:
+        folder: that holds the file.
+        windows: the number of stretches.
+        characters: the length of a stretch, less a cut word at each end.
+
+    Raises:
+        ValueError: the stretches would overlap.
     """
     text = (Path(folder) / "wikitext2/test.txt").read_text(encoding="utf-8")
     stride = len(text) // windows
@@ -38,7 +46,8 @@ _TREC = {
 def trec(folder: str | os.PathLike[str], n: int | None = None) -> Task:
     """TREC-6 test (Li and Roth 2002), `trec/TREC.test`: which of six kinds of thing a question asks for.
 
-    Questions that `trec/TREC.train` asks too are left out. All others, or `n` of them, evenly spaced.
+    Questions that `trec/TREC.train` asks too are left out. `n` of the others are taken, evenly spaced; None for all.
+    Raises `ValueError` for more than there are.
     """
     known = {question for _, question in _questions(Path(folder) / "trec/TREC.train")}
     told = list(_TREC)
@@ -57,7 +66,10 @@ def trec_pairs(folder: str | os.PathLike[str]) -> list[tuple[str, str]]:
 
 
 def arc_easy(folder: str | os.PathLike[str], n: int | None = None) -> Task:
-    """ARC-Easy test (Clark et al. 2018), `arc_easy/test.json`, as a cloze: each answer's text after the question."""
+    """ARC-Easy test (Clark et al. 2018), `arc_easy/test.json`, as a cloze: each answer's text after the question.
+
+    `n` items are taken, evenly spaced; None for all. Raises `ValueError` for more than there are.
+    """
     items: list[Choice] = []
     for item in json.loads((Path(folder) / "arc_easy/test.json").read_text(encoding="utf-8")):
         asked = item["instruction"].removeprefix("Please choose the correct answer to the question: ")
@@ -68,7 +80,10 @@ def arc_easy(folder: str | os.PathLike[str], n: int | None = None) -> Task:
 
 
 def blimp(folder: str | os.PathLike[str], n: int | None = None) -> Task:
-    """BLiMP (Warstadt et al. 2020), `blimp/*.jsonl`: a good sentence against a bad one, evenly over the paradigms."""
+    """BLiMP (Warstadt et al. 2020), `blimp/*.jsonl`: a good sentence against a bad one.
+
+    `n` pairs are taken, evenly spaced over the paradigms; None for all. Raises `ValueError` for more than there are.
+    """
     files = sorted((Path(folder) / "blimp").glob("*.jsonl"))
     pairs = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     items = [Choice((pair["sentence_good"], pair["sentence_bad"]), 0) for pair in pairs]

@@ -13,7 +13,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Samples:
-    """One metric of one task: a number an item, and which items."""
+    """One metric of one task: the numbers of the items, a value for each, and which way is better."""
 
     ids: tuple[int, ...]
     values: Float[np.ndarray, " items"]
@@ -22,14 +22,23 @@ class Samples:
 
 @dataclass(frozen=True)
 class Harness:
-    """Tasks of lm-evaluation-harness by name, scored on the first `limit` items of each (None: all).
+    """Tasks of lm-evaluation-harness.
 
-    Measured are their metrics that have one number an item, such as `acc` and `acc_norm`; a metric over the whole task,
-    such as a perplexity, has no paired interval and is left out. `include` is a folder with your own task files.
+    Metrics that have one number an item are measured, such as `acc` and `acc_norm`. A metric over the whole task, such
+    as a perplexity, has no paired interval and is left out.
 
     The harness scores a prompt and its continuation as one text, all of which is prompt to token rules: `Last(1)` then
-    moves the last token that it runs, and `Answer()` none. Tasks that generate are steered as ever. For trails with
-    such rules write the items as a `Task`, whose prompts are known.
+    moves the last token that it runs, and `Answer()` none. For trails with such rules write the items as a `Task`,
+    whose prompts are known. Tasks that generate are steered as in `model.generate`.
+
+    Args:
+        tasks: their names.
+        limit: the number of items of each, from the first; None for all.
+        batch_size: of the harness.
+        include: a folder with task files of your own.
+
+    Raises:
+        ValueError: `tasks` is no list of names, or empty.
     """
 
     tasks: Sequence[str]
@@ -42,7 +51,7 @@ class Harness:
             raise ValueError(f"tasks is a list of names of tasks, such as ['arc_easy'], not {self.tasks!r}")
 
     def samples(self, model: nn.Module, tokenizer: Any) -> Mapping[tuple[str, str], Samples]:
-        """Run the tasks on a model as it stands: what each item scored, by task and metric.
+        """Run the tasks on a model as it stands, and give what each item scored, by task and metric.
 
         Raises:
             ImportError: lm-evaluation-harness is not installed.

@@ -9,12 +9,12 @@ Bethune et al., "Scaling Laws for Forgetting during Finetuning with Pretraining 
 
     L = L0 + A D^beta / ((1 + B p) N)^alpha
 
-L is the loss on what must not be forgotten, in nats a token, of a model of N parameters that was finetuned on D tokens
-with a share p of original data; L0 is its loss before. They finetuned all weights for the loss of pre-training; whether
-it holds for your trails is what `rms` and the intervals say.
+L is the loss on text that must not be forgotten, in nats a token. The model has N parameters and was finetuned on D
+tokens with a share p of original data. L0 is its loss before. They finetuned all weights for the loss of pre-training.
+`rms` and the intervals say whether the law holds for your trails.
 
-The fit is least squares of log L from several starts. Parameters that the trials cannot tell apart are said to be
-unidentified, and what hangs on them is refused. Intervals are from a bootstrap of the residuals.
+The fit is least squares of log L from several starts. Parameters that the trials cannot tell apart are named as
+unidentified, and predictions that depend on them are refused. Intervals are from a bootstrap of the residuals.
 """
 
 from __future__ import annotations
@@ -33,17 +33,25 @@ Name: TypeAlias = Literal["L0", "A", "alpha", "beta", "B"]
 NAMES: tuple[Name, ...] = ("L0", "A", "alpha", "beta", "B")
 _LOOSE = 100.0
 """An interval whose ends lie further apart than this factor identifies nothing."""
-_LOWER = {"L0": 0.0, "scale": -40.0, "alpha": 0.0, "beta": 0.0, "B": 0.0}
-_UPPER = {"L0": math.inf, "scale": 20.0, "alpha": 5.0, "beta": 5.0, "B": 16.0}  # scale and B are logarithms
+_BOUNDS = {"L0": (0.0, math.inf), "scale": (-40.0, 20.0), "alpha": (0.0, 5.0), "beta": (0.0, 5.0), "B": (0.0, 16.0)}
+"""Of what least squares moves. Scale and B are logarithms."""
 _ALPHAS, _BS = (0.3, 1.0), (3.0, 6.0, 9.0)  # starts
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run: N parameters of the model, D tokens of finetuning, the share p of original data, and the loss after it.
+    """One finetuning run.
 
-    `loss` and `before` are in nats a token, on the same text; `before` is the loss of the frozen model. Where no trial
-    has it, one L0 is fitted for all, which can only be right for trials of one model.
+    Args:
+        parameters: N, of the model.
+        tokens: D, of finetuning.
+        share: p, the share of original data among them, within 0 and 1.
+        loss: on text that must not be forgotten, after the run, in nats a token.
+        before: the loss of the frozen model on the same text. Where no trial has it, one L0 is fitted for all, which
+            can only be right for trials of one model.
+
+    Raises:
+        ValueError: a number that is not finite or not above 0, or a share outside [0, 1].
     """
 
     parameters: float
@@ -63,9 +71,9 @@ class Trial:
 
 @dataclass(frozen=True)
 class Share:
-    """A share of original data with its 95 % interval; infinite where even rehearsal alone would forget more.
+    """A share of original data with its 95 % interval; infinite where even original data alone forgets more.
 
-    `note` says where it lies beyond the trials.
+    `note` names what lies beyond the range of the trials.
     """
 
     value: float
@@ -79,10 +87,15 @@ class Share:
 
 @dataclass(frozen=True, eq=False)
 class Law:
-    """A fitted law: parameters by name, their 95 % intervals, and why some are not identified.
+    """A fitted law.
 
-    `values` and `intervals` are NaN for a parameter that such trials can never identify, and for L0 where each trial
-    has its own. `rms` is the root mean square error of a loss, in nats a token.
+    Args:
+        values: the parameters by name. NaN for one that such trials can never identify, and for L0 where each trial has
+            its own.
+        intervals: their 95 % intervals; NaN as `values`.
+        unidentified: why a parameter is not identified, by its name.
+        rms: the root mean square error of the losses, in nats a token.
+        trials: what was fitted.
     """
 
     values: dict[Name, float]
@@ -95,10 +108,10 @@ class Law:
     _draws: Float[np.ndarray, "draws k"]
 
     def nats(self, parameters: float, tokens: float, share: float) -> float:
-        """L - L0: the nats a token that are lost.
+        """L - L0, the nats a token that are lost at N `parameters`, D `tokens` and the `share` p.
 
         Raises:
-            ValueError: it hangs on a parameter that is not identified.
+            ValueError: it depends on a parameter that is not identified.
         """
         self._check(parameters, tokens)
         if share not in {trial.share for trial in self.trials}:
@@ -106,12 +119,12 @@ class Law:
         return float(self._problem.forgotten(self._best, parameters, tokens, share))
 
     def share_for(self, nats: float, *, parameters: float, tokens: float) -> Share:
-        """The least share of original data that keeps L - L0 at `nats` or less.
+        """The least share of original data that keeps L - L0 at `nats` or less, at N `parameters` and D `tokens`.
 
         p = ((A D^beta / (nats N^alpha))^(1/alpha) - 1) / B, and 0 where that is negative.
 
         Raises:
-            ValueError: nats is not above 0, or the answer hangs on a parameter that is not identified.
+            ValueError: nats is not above 0, or the answer depends on a parameter that is not identified.
         """
         if not (math.isfinite(nats) and nats > 0):
             raise ValueError(f"nats must be a finite number above 0, not {nats}: by this law some is always lost")
@@ -155,17 +168,18 @@ class Law:
 def fit(trials: Sequence[Trial], *, draws: int = 400, seed: int = 0) -> Law:
     """Fit the law to trials by least squares of log L.
 
-    Not identified are beta for one D, and with it A; A for one N, since A / N^alpha is one number; alpha and B for one
-    N and fewer than three shares (with more, p tells them); B for one share. A parameter whose interval spans more than
-    a factor of 100 is named as well, but keeps its value, and the interval of `share_for` says what is known.
+    These are not identified: beta and A where all trials have one D; A where they have one N, since A / N^alpha is one
+    number; alpha and B where they have one N and fewer than three shares; B where they have one share. A parameter
+    whose interval spans more than a factor of 100 is named as well. It keeps its value, and the interval of `share_for`
+    says what is known.
 
     Args:
-        trials: at least two more than parameters that they identify.
-        draws: refits to residuals drawn anew, for the intervals.
+        trials: at least two more than the parameters that they identify.
+        draws: refits to residuals that are drawn anew, for the intervals.
         seed: of the draws.
 
     Raises:
-        ValueError: too few trials, only some with `before`, or all the same.
+        ValueError: too few trials, or only some with `before`.
     """
     problem = _Problem(trials)
     spare = len(trials) - len(problem.free)
@@ -205,8 +219,8 @@ def fit(trials: Sequence[Trial], *, draws: int = 400, seed: int = 0) -> Law:
 class _Problem:
     """The law in the numbers that least squares moves: L0, log of the scale, alpha, beta, log B; some held fixed.
 
-    With n and d the logs of N and D over their means in the trials, log(L - L0) = scale + beta d - alpha n
-    - alpha log(1 + B p): the scale is then known well even where A, which lies far outside of the trials, is not.
+    With n and d the logs of N and D less their means in the trials, log(L - L0) = scale + beta d - alpha n
+    - alpha log(1 + B p). The scale is then known well even where A, which lies far outside of the trials, is not.
     """
 
     def __init__(self, trials: Sequence[Trial]) -> None:
@@ -221,13 +235,12 @@ class _Problem:
         self.logs, self.before = np.log(loss), None if not all(given) else before
         self.mean_n, self.mean_d = float(np.log(self.n).mean()), float(np.log(self.d).mean())
         self.unidentified = _unidentified(self.n, self.d, self.p)
-        names = ("L0", "scale", "alpha", "beta", "B")
         fixed = {"L0"} if self.before is not None else set[str]()
         fixed |= {name for name in ("alpha", "beta") if name in self.unidentified}
         if len(set(self.p)) < 2:
             fixed |= {"B"}
-        self.free = [i for i, name in enumerate(names) if name not in fixed]
-        self.bounds = [np.array([limit[names[i]] for i in self.free]) for limit in (_LOWER, _UPPER)]
+        self.free = [i for i, name in enumerate(_BOUNDS) if name not in fixed]
+        self.bounds = np.array([bounds for name, bounds in _BOUNDS.items() if name not in fixed]).T
         self.fixed = np.array([math.nan, math.nan, 1.0, 0.0, -math.inf])  # no alpha: its power is a part of 1 + B p
 
     def starts(self) -> list[Float[np.ndarray, " k"]]:
@@ -243,7 +256,8 @@ class _Problem:
         from scipy.optimize import least_squares
 
         jacobian: Any = self.jacobian
-        return least_squares(lambda free: self.predict(free) - logs, start, jacobian, self.bounds, x_scale="jac")
+        bounds = tuple(self.bounds)
+        return least_squares(lambda free: self.predict(free) - logs, start, jacobian, bounds, x_scale="jac")
 
     def predict(self, free: Float[np.ndarray, " k"]) -> Float[np.ndarray, " n"]:
         """Log L of the trials."""

@@ -1,7 +1,7 @@
-"""Low-rank adapters on PEFT, beside trails: trained, read and measured by the very same tools.
+"""Low-rank adapters on PEFT, beside trails: the same tools train, read and measure them.
 
 `PeftAdapter` takes what PEFT itself offers (LoRA, DoRA, PiSSA, CorDA, OSF, ...). SC-LoRA, CURLoRA and I-LoRA, which
-PEFT lacks, are here.
+PEFT lacks, are built here.
 """
 
 from importlib.util import find_spec

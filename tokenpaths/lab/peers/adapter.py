@@ -1,16 +1,16 @@
-"""What PEFT has laid into a model, as an adapter: trained, read and measured by the same tools as trails.
+"""What PEFT has laid into a model, as an adapter: the same tools train, read and measure it as trails.
 
 peft_model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
 lora = PeftAdapter(peft_model)
 for step in steps(peft_model, lora, [Imitate(task), Stay(texts, within=0.01)], steps=100, lr=1e-3): ...
-drift(peft_model, lora, texts, tokenizer)
+measure_drift(peft_model, lora, texts, tokenizer)
 lora.save("folder")                      # PEFT's own format: PeftModel.from_pretrained(model, "folder")
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -29,31 +29,30 @@ from tokenpaths.trailmap import notes
 from tokenpaths.trailmap.adapter import Adapter
 
 Layer: TypeAlias = BaseTunerLayer | AuxiliaryTrainingWrapper
-_WRAPPED = ("base_layer", "original_module", "model")  # children that are of the base
-_NOT_TOLD = ("peft_version", "base_model_name_or_path", "auto_mapping", "inference_mode", "peft_type", "revision")
+_WRAPPED = ("base_layer", "original_module", "model")  # children that belong to the base
+_NOT_SHOWN = ("peft_version", "base_model_name_or_path", "auto_mapping", "inference_mode", "peft_type", "revision")
 _WRITTEN = ("README.md", "adapter_config.json", SAFETENSORS_WEIGHTS_NAME)
 
 
 class PeftAdapter(Adapter):
-    """The active adapters of a PEFT model, whatever their method: LoRA, DoRA, PiSSA, OSF, those of `tokenpaths.peers`.
+    """The active adapters of a PEFT model, of any method: LoRA, DoRA, PiSSA, OSF, and those of `tokenpaths.lab.peers`.
 
-    The PEFT model remains the user's own object, and is what is trained, called and measured. An adapter changes
-    weights, so no token and no layer is known to stay as it was: there is no light cone.
+    The PEFT model remains the user's own object; the user trains, calls and measures it. An adapter changes weights, so
+    no token and no layer is known to stay as it was: there is no light cone.
 
-    Methods that take their first factors out of the base weights (PiSSA, CorDA, OLoRA, LoRA-GA) leave a base that is
-    not the model they came from. Of these the frozen base is the model with its *first* factors, equal to the original
-    but for rounding: `fresh=True` says that they are the first ones now, and keeps a copy.
+    PiSSA, CorDA, OLoRA and LoRA-GA take their first factors out of the base weights, so the base that they leave is not
+    the model that they came from. Their frozen base is the model with its *first* factors, equal to the original up to
+    rounding: `fresh=True` says that the factors are the first ones now, and keeps a copy. LoftQ and KaSA replace base
+    weights by others, so `off()` has no frozen base to go back to, `fresh` or not.
 
     Args:
         peft_model: what `get_peft_model` or `PeftModel.from_pretrained` returned.
-        fresh: the adapter has not been trained yet. It is needed for the methods just named, if `off()` is to work.
+        fresh: the adapter has not been trained yet. The methods just named need it for `off()`.
 
     Raises:
         TypeError: not a PEFT model.
         ValueError: a prompt method, whose tokens are no part of any layer; or parameters of the base that learn as well
             (as with `bias="all"`), so that there would be no frozen base.
-
-    LoftQ and KaSA replace base weights by others, so that no frozen base is left to `off()`, `fresh` or not.
     """
 
     saved_as: ClassVar[str] = "adapter"
@@ -86,10 +85,11 @@ class PeftAdapter(Adapter):
 
     @property
     def peft_model(self) -> PeftModel:
+        """The PEFT model that it was made of."""
         return self._model[0]
 
     def check(self, model: nn.Module) -> None:
-        """Raises `ValueError` for another model, for adapters that were activated or merged since, or deleted ones."""
+        """Raise `ValueError` for another model, and for adapters that were activated, merged or deleted since."""
         inside = {id(module) for module in model.modules()}
         if not all(id(layer) in inside for layer in self.layers):
             raise ValueError(
@@ -104,10 +104,11 @@ class PeftAdapter(Adapter):
     def off(self) -> Generator[None]:
         """Inside, the model is the frozen base: PEFT's layers are disabled, or have their first factors.
 
-        Flags, factors and PEFT's own state are afterwards as before, to the bit.
+        Afterwards flags, factors and PEFT's own state are as before, to the bit.
 
         Raises:
-            ValueError: the adapter is merged, or took factors out of the base and is not `fresh`.
+            ValueError: the adapter is merged, replaced base weights, or took factors out of the base and is not
+                `fresh`.
         """
         self.check(self.peft_model)
         starts = [_start(self.peft_model.peft_config[name]) for name in self.adapters]
@@ -132,7 +133,7 @@ class PeftAdapter(Adapter):
 
     @contextmanager
     def _disabled(self) -> Generator[None]:
-        """PEFT sets all gradient flags, and the form of a layer's active adapters, as it disables and enables."""
+        """PEFT's layers disabled. PEFT sets gradient flags and the names of active adapters meanwhile: put back."""
         flags = [(p, p.requires_grad) for layer in self.layers for p in cast("nn.Module", layer).parameters()]
         before = [(layer, layer.disable_adapters, vars(layer).get("_active_adapter")) for layer in self.layers]
         try:
@@ -150,25 +151,22 @@ class PeftAdapter(Adapter):
 
     @contextmanager
     def _at_first(self, first: list[tuple[nn.Parameter, Tensor]]) -> Generator[None]:
-        """The storage is exchanged, not written: what a graph has saved for its backward stays what it was."""
         if self._swapped:
             yield
             return
-        now = [(parameter, parameter.data) for parameter, _ in first]
         self._swapped = True
         try:
-            for parameter, value in first:
-                parameter.data = value.to(parameter.device, parameter.dtype)
-            yield
+            with exchanged(first):
+                yield
         finally:
-            for parameter, value in now:
-                parameter.data = value
             self._swapped = False
 
     def save(self, path: str | os.PathLike[str], model: nn.Module | None = None) -> None:
-        """Write a folder by PEFT's `save_pretrained`, whole or not at all; an earlier one is replaced.
+        """Write a folder by PEFT's `save_pretrained`, whole or not at all. An earlier one is replaced.
 
-        `model` is not noted: PEFT's configuration names the base.
+        Args:
+            path: the folder.
+            model: not used: PEFT's configuration names the base.
 
         Raises:
             ValueError: a number that is not finite, or a folder that holds other files than PEFT's.
@@ -178,7 +176,7 @@ class PeftAdapter(Adapter):
         path = Path(path)
         _check_free(path)
         with files.whole(path) as beside:
-            # the embedding is frozen, and to find out whether it was resized PEFT would ask the Hub
+            # the embedding is frozen, and PEFT would ask the Hub whether it was resized
             self.peft_model.save_pretrained(
                 str(beside), selected_adapters=list(self.adapters), save_embedding_layers=False
             )
@@ -194,7 +192,7 @@ class PeftAdapter(Adapter):
         for name in self.adapters:
             folder = Path(path) if name == "default" else Path(path, name)
             tensors = safetensors.torch.load((folder / SAFETENSORS_WEIGHTS_NAME).read_bytes())
-            due = self._tensors(name)
+            due = get_peft_model_state_dict(self.peft_model, adapter_name=name, save_embedding_layers=False)
             if tensors.keys() != due.keys() or any(tensors[key].shape != due[key].shape for key in due):
                 odd = sorted(key for key in {**tensors, **due} if _shape(tensors, key) != _shape(due, key))
                 raise ValueError(
@@ -203,10 +201,21 @@ class PeftAdapter(Adapter):
                 )
             set_peft_model_state_dict(self.peft_model, tensors, adapter_name=name)
 
-    def _tensors(self, name: str) -> dict[str, Tensor]:
-        from peft import get_peft_model_state_dict
 
-        return get_peft_model_state_dict(self.peft_model, adapter_name=name, save_embedding_layers=False)
+@contextmanager
+def exchanged(values: Sequence[tuple[nn.Parameter, Tensor]]) -> Generator[None]:
+    """Inside, parameters have other values; afterwards their own again, to the bit.
+
+    The storage is exchanged, not written: what a graph has saved for its backward stays what it was.
+    """
+    before = [(parameter, parameter.data) for parameter, _ in values]
+    try:
+        for parameter, value in values:
+            parameter.data = value.to(parameter.device, parameter.dtype)
+        yield
+    finally:
+        for parameter, data in before:
+            parameter.data = data
 
 
 _TAKING = ("pissa", "corda", "olora", "lora_ga")
@@ -214,7 +223,7 @@ _REPLACING = ("loftq", "kasa")
 
 
 def _start(config: Any) -> str:
-    """How an adapter begins, where that is said by a name."""
+    """The name of the way that an adapter begins; "" where the configuration gives none."""
     start = getattr(config, "init_lora_weights", None)
     return "kasa" if getattr(config, "kasa_config", None) else start.lower() if isinstance(start, str) else ""
 
@@ -231,7 +240,7 @@ def _layers(peft_model: PeftModel) -> Iterator[Layer]:
 
 
 def _parts(peft_model: PeftModel, adapters: tuple[str, ...]) -> Iterator[nn.Module]:
-    """What the adapters are made of: their entries in PEFT's dicts of each layer, and what is not by adapter whole."""
+    """The adapters' modules: their entries in PEFT's dicts of each layer, and whole what is not split by adapter."""
     for module in peft_model.modules():
         if not isinstance(module, (BaseTuner, BaseTunerLayer, AuxiliaryTrainingWrapper)):
             continue
@@ -249,10 +258,10 @@ def _parts(peft_model: PeftModel, adapters: tuple[str, ...]) -> Iterator[nn.Modu
 
 
 def _describe(config: PeftConfig) -> str:
-    """What was said of a configuration beyond its defaults."""
-    told = {field: getattr(config, field.name) for field in fields(config) if field.name not in _NOT_TOLD}
-    said = {field.name: value for field, value in told.items() if value != _default(field)}
-    shown = {name: sorted(value) if isinstance(value, set) else value for name, value in said.items()}
+    """A configuration, with the fields that differ from their defaults."""
+    values = {field: getattr(config, field.name) for field in fields(config) if field.name not in _NOT_SHOWN}
+    changed = {field.name: value for field, value in values.items() if value != _default(field)}
+    shown = {name: sorted(value) if isinstance(value, set) else value for name, value in changed.items()}
     return f"{type(config).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 
@@ -261,7 +270,7 @@ def _default(field: Field[Any]) -> Any:
 
 
 def _check_free(path: Path) -> None:
-    """An earlier save may be replaced, a folder of anything else may not."""
+    """Refuse a path that holds anything but an earlier save."""
     if path.is_dir():
         others = [str(p.relative_to(path)) for p in path.rglob("*") if p.is_file() and p.name not in _WRITTEN]
         if others:

@@ -1,9 +1,9 @@
-"""CURLoRA, Fawi 2024 (arXiv 2408.14572), as a method of PEFT: r x r numbers a weight are trained, and nothing else.
+"""CURLoRA, Fawi 2024 (arXiv 2408.14572), as a method of PEFT: r x r numbers are trained for each weight.
 
     peft_model = peft.get_peft_model(model, CurLoraConfig(r=16, target_modules=["q_proj", "k_proj", "v_proj"]))
     curlora = PeftAdapter(peft_model)
 
-What it keeps of the base it keeps by its small capacity: a few hundred numbers a weight, in directions that the weight
+It forgets little because its capacity is small: a few hundred numbers for each weight, in directions that the weight
 uses least.
 """
 
@@ -11,67 +11,56 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
-from peft import PeftConfig
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from tokenpaths.lab.peers.layer import AddedLinear, AddedModel, register
+from tokenpaths.lab.peers.layer import AddedConfig, AddedLinear, AddedModel, register
 
 Sampling = Literal["paper", "published-code"]
 
 
 @dataclass
-class CurLoraConfig(PeftConfig):
+class CurLoraConfig(AddedConfig):
     """y = x (W + alpha C U R), for W as in x W, [in, out].
 
-    C holds r columns of W and R r of its rows, drawn once and frozen; U, r x r, is trained and begins at 0. So a fresh
+    C holds r columns of W and R r of its rows, drawn once and frozen. U, r x r, is trained and begins at 0. So a fresh
     adapter changes nothing, the change has rank r at most, and ||C U R|| <= ||C|| ||U|| ||R|| in the Frobenius norm.
 
-    Columns and rows are drawn by inverted importance: with p_j the share of column j in the squared norm of W,
+    Columns and rows are drawn by inverted importance. With p_j the share of column j in the squared norm of W,
 
         paper            P_j ~ 1 / p_j, r different ones; a column of zeros, which has no 1 / p_j, is never drawn
         published-code   P_j ~ 1 / (p_j + 0.001), with replacement, as the authors' code does
 
-    In a wide layer p_j is far below 0.001, so the code draws all but uniformly, and a column may come twice: then the
+    In a wide layer p_j is far below 0.001, so the code draws almost uniformly. It may draw a column twice: then the
     rank is less than r. The published figures are of the code.
-
-    Args:
-        r: columns and rows, at most the smaller side of any target.
-        alpha: a factor of the change.
-        target_modules: the modules to change, as in other PEFT configurations, or "all-linear". The paper takes the
-            projections of queries, keys and values.
-        exclude_modules: and those not to.
-        layers_to_transform: the numbers of the blocks to change; all unless told.
-        layers_pattern: the name of the block list, where PEFT does not know it.
-        sampling: as above.
-        seed: of the drawing, in which each module also has its name's part.
 
     C and R are saved with U: a file needs no seed and no drawing to be read.
 
-    Raises `ValueError` for an r below 1, an alpha that is not finite, or another sampling; and when laid into a model,
-    for an r that a target cannot give.
+    Args:
+        alpha: a factor of the change.
+        sampling: as above.
+        seed: the seed of the drawing, together with the name of each module.
+
+    The other arguments are those of `AddedConfig`; r is the number of columns and of rows. The paper targets the
+    projections of queries, keys and values.
+
+    Raises:
+        ValueError: an r below 1, an alpha that is not finite, or another sampling; and when it is laid into a model, an
+            r that a target cannot give.
     """
 
-    r: int = 8
+    method: ClassVar[str] = "CURLORA"
     alpha: float = 1.0
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
     sampling: Sampling = "paper"
     seed: int = 0
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "PEFT asks for it; leave it out."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type: Any = NAME
-        if self.r < 1:
-            raise ValueError(f"CurLoraConfig: r={self.r} must be at least 1")
         if not math.isfinite(self.alpha):
             raise ValueError(f"CurLoraConfig: alpha={self.alpha} must be a finite number")
         if self.sampling not in get_args(Sampling):
@@ -92,8 +81,6 @@ class CurLoraLinear(AddedLinear):
 
     def lay(self, adapter: str, config: CurLoraConfig, key: str) -> None:
         w = self.base().T
-        if config.r > min(w.shape):
-            raise ValueError(f"{key}: r={config.r} is more than its smaller side, {min(w.shape)}")
         generator = torch.Generator().manual_seed(_seed(config.seed, key))
         columns = draw(w, config.r, config.sampling, generator, key)
         rows = draw(w.T, config.r, config.sampling, generator, key)
@@ -120,15 +107,13 @@ class CurLoraModel(AddedModel):
 
     prefix: str = "curlora_"
     tuner_layer_cls = CurLoraLinear
-    layer: ClassVar[type[AddedLinear]] = CurLoraLinear
 
 
-NAME = "CURLORA"
-register(NAME, CurLoraConfig, CurLoraModel)
+register(CurLoraConfig, CurLoraModel)
 
 
 def column_odds(w: Float[Tensor, "m n"], sampling: Sampling = "paper") -> Float[Tensor, " n"]:
-    """The probability of each column to be drawn first, in float64: see `CurLoraConfig`."""
+    """The probability with which each column is drawn first, in float64: see `CurLoraConfig`."""
     squares = w.double().square().sum(0)
     shares = squares / squares.sum()
     inverse = 1 / (shares + 0.001) if sampling == "published-code" else torch.where(shares > 0, 1 / shares, 0.0)
@@ -138,9 +123,17 @@ def column_odds(w: Float[Tensor, "m n"], sampling: Sampling = "paper") -> Float[
 def draw(
     w: Float[Tensor, "m n"], r: int, sampling: Sampling, generator: torch.Generator, what: str = "the weight"
 ) -> Int[Tensor, " r"]:
-    """The numbers of r columns: one after another, without those drawn before unless `sampling` is published-code.
+    """The numbers of r columns, drawn one after another; with replacement if `sampling` is "published-code".
 
-    Raises `ValueError` for a weight that is not finite, or that has not r columns other than zero.
+    Args:
+        w: the weight.
+        r: how many to draw.
+        sampling: as in `CurLoraConfig`.
+        generator: the source of randomness, on the CPU.
+        what: the name of the weight, for errors.
+
+    Raises:
+        ValueError: the weight is not finite, or has fewer than r columns other than zero.
     """
     if not bool(w.isfinite().all()):
         raise ValueError(f"{what} holds NaN or infinity: nothing can be drawn of it")

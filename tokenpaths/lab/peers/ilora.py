@@ -1,18 +1,18 @@
-"""I-LoRA, Ren et al. 2024 (arXiv 2402.18865): a fast adapter that learns, and a slow one that it is kept near.
+"""I-LoRA, Ren et al. 2024 (arXiv 2402.18865): an adapter that learns is kept near a slow copy of itself.
 
     memory = DualMemory(lora)                                       # lora = PeftAdapter(peft_model)
     goals = [Imitate(second_task), ReplayNear(list(reservoir), memory)]
     for step in steps(peft_model, lora, goals, steps=200, lr=1e-4):
         memory.update()
-    with memory.slow():                                             # what has been learned, for use
+    with memory.slow():                                             # the slow weights are what is used in the end
         peft_model.generate(...)
 
-The fast weights w are those that are trained; the slow ones follow them after each step,
+The fast weights w are trained. The slow weights l follow them after each step,
 
     l <- lambda l + (1 - lambda) w
 
-in the space of the factors, A and B each by itself, as the authors' code does and as PEFT can hold it. That is not the
-mean of the changes: mean(B) mean(A) is not mean(B A), and they differ the more, the further the factors move meanwhile.
+The mean is taken of each factor, A and B, by itself, as in the authors' code and as PEFT can hold it. That is not the
+mean of the changes: mean(B) mean(A) is not mean(B A), and the further the factors move meanwhile, the more they differ.
 The mean of B A itself has the rank of all steps together and fits no LoRA.
 """
 
@@ -32,10 +32,12 @@ from torch import Tensor, nn
 
 from tokenpaths import files
 from tokenpaths.data.examples import IGNORED, Batch
-from tokenpaths.engine.answers import forward, forward_states
+from tokenpaths.engine.divergence import at_least_float32
+from tokenpaths.engine.forwards import forward, forward_states
 from tokenpaths.engine.logits import logits_at
 from tokenpaths.engine.readings import evaluating
 from tokenpaths.engine.states import recording
+from tokenpaths.lab.peers.adapter import exchanged
 from tokenpaths.site import Place, find_blocks
 from tokenpaths.trailmap import notes
 from tokenpaths.trailmap.adapter import Adapter
@@ -46,31 +48,32 @@ Sides: TypeAlias = Literal["both", "below"]
 
 
 class DualMemory:
-    """Slow weights beside the trained ones of an adapter, an exponential mean of them.
+    """Slow weights beside the trained ones of an adapter: their exponential mean.
 
     With `schedule="published-code"`, lambda at the k-th update (from 0) is min(1 - 1 / (k + 1), 0.25): the slow weights
-    are then about where the fast ones were a step ago, and hardly a memory. The default, 0.99, averages some hundred
-    steps; it is ours.
+    are then about where the fast ones were a step ago, and hardly a memory. The default of 0.99 is ours, and averages
+    about a hundred steps.
 
     Args:
-        adapter: whose weights, of any kind. For trails whose rows are orthonormal the mean is taken before they are
-            made so, and stays orthonormal.
+        trails: an adapter of any kind. Where the rows of trails are orthonormal, the mean is taken of the weights that
+            they are made from, so the slow rows are orthonormal too.
         decay: lambda, in [0, 1).
-        schedule: "constant", or that of the authors' code, which takes no `decay`.
+        schedule: "constant", or that of the authors' code, which ignores `decay`.
 
-    Raises `ValueError` for an adapter that does not learn, or a decay that is out of range.
+    Raises:
+        ValueError: an adapter that does not learn, or a decay or schedule that is not allowed.
     """
 
-    def __init__(self, adapter: Adapter, decay: float = 0.99, schedule: Schedule = "constant") -> None:
+    def __init__(self, trails: Adapter, decay: float = 0.99, schedule: Schedule = "constant") -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"DualMemory: decay={decay} must be at least 0 and below 1")
         if schedule not in get_args(Schedule):
             raise ValueError(f"DualMemory: schedule={schedule!r} must be 'constant' or 'published-code'")
-        self.adapter = adapter
+        self.trails = trails
         self.decay = decay
         self.schedule: Schedule = schedule
         self.updates = 0
-        self._fast = {name: p for name, p in adapter.named_parameters() if p.requires_grad}
+        self._fast = {name: p for name, p in trails.named_parameters() if p.requires_grad}
         if not self._fast:
             raise ValueError("DualMemory: every parameter of the adapter is frozen, so there is nothing to follow")
         self._slow = {name: p.detach().clone() for name, p in self._fast.items()}
@@ -80,14 +83,15 @@ class DualMemory:
         return f"DualMemory(decay={self.decay}, schedule={self.schedule!r}): {self.updates} updates"
 
     def next_decay(self) -> float:
-        """Lambda of the next update."""
+        """The lambda of the next update."""
         return self.decay if self.schedule == "constant" else min(1 - 1 / (self.updates + 1), 0.25)
 
     @torch.no_grad()
     def update(self) -> None:
-        """Let the slow weights follow the fast ones by one step: to be called after each.
+        """Let the slow weights follow the fast ones by one step. Call it after each step.
 
-        Raises `RuntimeError` inside `slow()`, where the fast weights are not those of the adapter.
+        Raises:
+            RuntimeError: inside `slow()`, where the adapter has its slow weights.
         """
         if self._in_use:
             raise RuntimeError("update() inside slow(): the adapter has its slow weights now, and would follow itself")
@@ -99,30 +103,24 @@ class DualMemory:
     def slow(self) -> Generator[None]:
         """Inside, the adapter has its slow weights and is in evaluation mode; afterwards all is as it was, to the bit.
 
-        The storage is exchanged, not written, so a graph that waits for its backward keeps the fast weights. What is
-        saved inside is the slow adapter.
+        A graph that waits for its backward keeps the fast weights. An adapter that is saved inside is the slow one.
         """
         if self._in_use:
             yield
             return
-        before = [(fast, fast.data) for fast in self._fast.values()]
         self._in_use = True
         try:
-            for name, fast in self._fast.items():
-                fast.data = self._slow[name].to(fast.device, fast.dtype)
-            with evaluating(self.adapter):
+            with exchanged([(fast, self._slow[name]) for name, fast in self._fast.items()]), evaluating(self.trails):
                 yield
         finally:
-            for fast, data in before:
-                fast.data = data
             self._in_use = False
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the slow weights and how often they were updated, one safetensors file, whole or not at all."""
+        """Write the slow weights and the number of updates to one safetensors file, whole or not at all."""
         files.write(path, self._slow, {"dual memory": self.updates})
 
     def restore(self, path: str | os.PathLike[str]) -> None:
-        """Take over what `save` wrote. Raises `FileNotFoundError`, and `TrailFileError` for a file of anything else."""
+        """Take over what `save` wrote. Raises `FileNotFoundError`, and `TrailFileError` for any other file."""
         tensors, note = files.read(path)
         if not isinstance(note.get("dual memory"), int):
             raise files.TrailFileError(f"{os.fspath(path)} is not a file of a DualMemory")
@@ -132,26 +130,28 @@ class DualMemory:
 
 @dataclass
 class ReplayNear(Imitate):
-    """Replay, with the hidden states near those of the slow memory.
+    """Replay of earlier examples, with the hidden states kept near those of the slow weights.
 
     The loss is a mean over examples of
 
         -1/n sum_t log p(answer_t) + gamma 1/(L T dim) sum_{blocks, tokens} ||g(h_fast - h_slow)||^2
 
-    over n answer tokens, and over all T tokens of the example after each of L blocks. Gradients reach the fast weights
-    only. g is the identity with sides="both", as the paper has it. With "below", as in the authors' code, only entries
-    of h_fast that lie below those of h_slow are pulled: g(d) = min(d, 0).
+    over the n answer tokens, and over all T tokens of the example after each of L blocks. Gradients reach the fast
+    weights only. With sides="both" g is the identity, as in the paper. With "below", as in the authors' code, only
+    entries of h_fast that lie below those of h_slow are pulled: g(d) = min(d, 0).
 
-    With `Imitate` on the new task it is the loss of the paper, CE on new and old data together and the distance on the
-    old. (The code halves the two CE, and adds the embedding, which LoRA does not move, to the mean over layers.)
+    With `Imitate` on the new task this is the loss of the paper: cross-entropy on new and old data, and the distance on
+    the old. (The code halves both cross-entropies, and takes the embedding, which LoRA does not move, into the mean
+    over layers.)
 
     Args:
-        examples: of earlier tasks, with answers: `list(reservoir)`.
-        memory: of the adapter that is trained.
+        examples: examples of earlier tasks, with answers: `list(reservoir)`.
+        memory: the slow weights of the adapter that is trained.
         gamma: the weight of the distance.
         sides: as above.
 
-    Raises `ValueError` for an example without an answer, or a gamma or sides that are not of those allowed.
+    Raises:
+        ValueError: an example without an answer, or a gamma or sides that are not allowed.
     """
 
     memory: DualMemory = field(kw_only=True)
@@ -166,7 +166,7 @@ class ReplayNear(Imitate):
             raise ValueError(f"ReplayNear: sides={self.sides!r} must be 'both' or 'below'")
 
     def loss(self, model: nn.Module, trails: Adapter, batch: Batch) -> Float[Tensor, ""]:
-        if trails is not self.memory.adapter:
+        if trails is not self.memory.trails:
             raise ValueError("ReplayNear: its memory is of another adapter than the one that is trained")
         places = {block: Place(block, "output") for block in find_blocks(model, trails.blocks)}
         predicts = F.pad(batch.labels[:, 1:] != IGNORED, (0, 1))
@@ -180,12 +180,11 @@ class ReplayNear(Imitate):
         return torch.stack([part.mean() for part in said]).mean() + self.gamma * near
 
     def _apart(self, fast: list[Tensor], slow: list[Tensor], batch: Batch) -> Float[Tensor, ""]:
-        """The mean over blocks and rows of the mean square over a row's tokens and entries."""
+        """The distance: the mean over blocks and rows of the mean square over a row's tokens and entries."""
         real = batch.attention_mask.bool()
         found: list[Tensor] = []
         for x, y in zip(fast, slow, strict=True):
-            wide = torch.promote_types(x.dtype, torch.float32)
-            d = x.to(wide) - y.to(wide)
+            d = at_least_float32(x) - at_least_float32(y)
             square = (d if self.sides == "both" else d.clamp_max(0)).square().mean(-1)
             here = real.to(square.device)
             found.append(((square * here).sum(1) / here.sum(1)).mean())

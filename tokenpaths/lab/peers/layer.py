@@ -1,8 +1,8 @@
 """What PEFT asks of a method, for methods that add a linear change to a linear map: W x + b + change(x).
 
 PEFT wraps each target module in a layer that holds the entries of all adapters, and a tuner puts the layers in place.
-The two classes here do that once, for disabling, merging and mixed batches (`adapter_names`) as PEFT knows them. A
-method adds a configuration, and a layer that defines `lay`, `change` and `delta`.
+The classes here do that once, with disabling, merging and mixed batches (`adapter_names`) as PEFT has them. A method
+adds a configuration, and a layer that defines `begin`, `lay`, `change` and `delta`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -20,17 +21,49 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from torch import Tensor, nn
 
 
-class AddedLinear(nn.Module, BaseTunerLayer):
-    """A linear map with changes beside it, one an adapter.
+@dataclass
+class AddedConfig(PeftConfig):
+    """What the configurations of all methods here have.
 
-    It wraps `nn.Linear` and the `Conv1D` of GPT-2, which holds its weight the other way round. A layer has "Linear" in
-    its name: by that PEFT's "all-linear" finds it when a second adapter is added.
+    Args:
+        r: the rank, at most the smaller side of any target.
+        target_modules: the modules to change, as in other PEFT configurations, or "all-linear".
+        exclude_modules: the modules among them not to change.
+        layers_to_transform: the numbers of the blocks to change; by default all.
+        layers_pattern: the name of the block list, where PEFT does not know it.
+
+    Raises:
+        ValueError: an r below 1.
+    """
+
+    method: ClassVar[str]
+    """The name that PEFT knows the method by."""
+    r: int = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "PEFT asks for it; leave it out."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type: Any = self.method
+        if self.r < 1:
+            raise ValueError(f"{type(self).__name__}: r={self.r} must be at least 1")
+
+
+class AddedLinear(nn.Module, BaseTunerLayer):
+    """A linear map with changes beside it, one for each adapter.
+
+    It wraps `nn.Linear` and the `Conv1D` of GPT-2, which holds its weight transposed. The name of a layer's class holds
+    "Linear", by which PEFT's "all-linear" finds it when a second adapter is added.
 
     Raises:
         TypeError: any other module, or a quantised one.
+        ValueError: a rank above the smaller side of the weight.
     """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: PeftConfig, key: str) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: AddedConfig, key: str) -> None:
         from transformers.pytorch_utils import Conv1D
 
         super().__init__()
@@ -52,7 +85,7 @@ class AddedLinear(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, config, key)
 
     def base(self) -> Float[Tensor, "out in"]:
-        """W0, as it is used: y = W0 x."""
+        """The frozen weight W0, as in y = W0 x."""
         weight = self._weight().detach()
         return weight.T if self.transposed else weight
 
@@ -61,7 +94,7 @@ class AddedLinear(nn.Module, BaseTunerLayer):
         return base.weight
 
     def begin(self) -> None:
-        """Make the dicts that entries are kept in."""
+        """Make the dicts that hold the entries."""
         raise NotImplementedError
 
     def lay(self, adapter: str, config: Any, key: str) -> None:
@@ -80,20 +113,28 @@ class AddedLinear(nn.Module, BaseTunerLayer):
         """The adapters that change this layer."""
         return self._get_available_adapters()
 
-    def update_layer(self, adapter_name: str, config: PeftConfig, key: str) -> None:
+    def update_layer(self, adapter_name: str, config: AddedConfig, key: str) -> None:
+        """Make the entry of an adapter, as PEFT asks for it. `key` is the name of the module."""
+        if config.r > (side := min(self.base().shape)):
+            raise ValueError(f"{key}: r={config.r} is more than its smaller side, {side}")
         self.lay(adapter_name, config, key)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What merging adds to the weight, in the form that the base layer holds it."""
+        """What merging adds to the weight, in the layout of the base layer."""
         delta = self.delta(adapter)
         return delta.T if self.transposed else delta
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the changes of adapters, the active ones unless named, to the weight.
+        """Add the changes of adapters to the weight.
 
-        Raises `ValueError` with `safe_merge` for a result that is not finite.
+        Args:
+            safe_merge: refuse a result that is not finite.
+            adapter_names: the adapters to merge; by default the active ones.
+
+        Raises:
+            ValueError: with `safe_merge`, a result that is not finite.
         """
         weight = self._weight()
         for adapter in check_adapters_to_merge(self, adapter_names):
@@ -140,14 +181,14 @@ class AddedLinear(nn.Module, BaseTunerLayer):
 
 
 class AddedModel(BaseTuner):
-    """Puts the layers of a method in place."""
+    """Puts the layers of a method, `tuner_layer_cls`, in place."""
 
-    layer: ClassVar[type[AddedLinear]]
+    tuner_layer_cls: type[Any]
     target_module_mapping: dict[str, list[str]] = {}  # none, so that PEFT asks for target_modules
 
     def _create_and_replace(
         self,
-        peft_config: PeftConfig,
+        peft_config: Any,  # an AddedConfig; PEFT says PeftConfig
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -158,14 +199,14 @@ class AddedModel(BaseTuner):
         if isinstance(target, AddedLinear):
             target.update_layer(adapter_name, peft_config, current_key)
             return
-        made = self.layer(target, adapter_name, peft_config, current_key)
+        made: AddedLinear = self.tuner_layer_cls(target, adapter_name, peft_config, current_key)
         if adapter_name not in self.active_adapters:
             made.requires_grad_(False)
         self._replace_module(parent, target_name, made, target)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Generator[None]:
-        """PEFT's way to a mixed batch: inside, each layer is told the adapter of each row."""
+        """PEFT's way to a mixed batch: inside, each layer is given the adapter of each row."""
         names = kwargs.get("adapter_names")
         if names is None:
             yield
@@ -173,8 +214,8 @@ class AddedModel(BaseTuner):
         layers = [module for module in self.modules() if isinstance(module, AddedLinear)]
         _check_names(self, layers, names)
         names = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
-        tell = functools.partial(_tell, names)
-        handles = [layer.register_forward_pre_hook(tell, with_kwargs=True) for layer in layers]
+        give = functools.partial(_give, names)
+        handles = [layer.register_forward_pre_hook(give, with_kwargs=True) for layer in layers]
         try:
             yield
         finally:
@@ -182,19 +223,19 @@ class AddedModel(BaseTuner):
                 handle.remove()
 
 
-def register(name: str, config: type[PeftConfig], tuner: type[AddedModel]) -> None:
-    """Make a method known to PEFT, under its name in capitals.
+def register(config: type[AddedConfig], tuner: type[AddedModel]) -> None:
+    """Make a method known to PEFT.
 
-    PEFT's own `register_peft_method` takes only names that its enumeration of methods has; these are the three entries
+    PEFT's own `register_peft_method` takes only names that its enumeration of methods has. These are the three entries
     that it would make. A configuration names its method by a plain string, which PEFT looks up as it does its own.
     """
-    key: Any = name
+    key: Any = config.method
     PEFT_TYPE_TO_PREFIX_MAPPING[key] = tuner.prefix
     PEFT_TYPE_TO_CONFIG_MAPPING[key] = config
     PEFT_TYPE_TO_TUNER_MAPPING[key] = tuner
 
 
-def _tell(names: Sequence[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+def _give(names: Sequence[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     return args, {**kwargs, "adapter_names": names}
 
 

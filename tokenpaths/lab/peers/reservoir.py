@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from tokenpaths.data.examples import Example
-from tokenpaths.files import write_text
+from tokenpaths.report.records import Record
 
 
 class Reservoir:
     """At any time each of the n examples seen so far is in it with probability min(1, capacity / n).
 
-    Algorithm R (Vitter 1985): the first `capacity` are kept; the n-th after them takes a random place with probability
-    capacity / n. The draw of the n-th example follows from the seed and n alone, so a reservoir that was saved goes on
-    as if it had never stopped, however the examples come in.
+    Algorithm R (Vitter 1985): the first `capacity` examples are kept; the n-th after them takes a random place with
+    probability capacity / n. The draw of the n-th example follows from the seed and n alone, so a saved reservoir goes
+    on as if it had never stopped, whatever groups the examples come in.
 
         reservoir = Reservoir(500)
         reservoir.extend(first_task)
-        goals = [Imitate(second_task), ReplayNear(list(reservoir), memory)]
+        goals = [Imitate(second_task), ReplayNear(list(reservoir), memory=memory)]
 
     Fill it between runs: the examples of a run must stay what they are.
 
-    Raises `ValueError` for a capacity below 1.
+    Args:
+        capacity: the most examples to keep, at least 1.
+        seed: the seed of every draw.
+
+    Raises:
+        ValueError: a capacity below 1.
     """
 
     def __init__(self, capacity: int, seed: int = 0) -> None:
@@ -48,7 +52,7 @@ class Reservoir:
         return f"Reservoir(capacity={self.capacity}, seed={self.seed}): {len(self)} of {self.seen} examples"
 
     def add(self, example: Example) -> None:
-        """See one example more."""
+        """See one more example."""
         if len(self._kept) < self.capacity:
             self._kept.append(example)
         else:
@@ -64,28 +68,40 @@ class Reservoir:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one JSON file, whole or not at all."""
-        kept = [{"ids": e.ids, "answer": e.answer, "spans": dict(e.spans)} for e in self._kept]
-        note = {"tokenpaths reservoir": 1, "capacity": self.capacity, "seed": self.seed, "seen": self.seen}
-        write_text(path, json.dumps({**note, "kept": kept}))
+        kept = tuple(_Kept(example.ids, example.answer, dict(example.spans)) for example in self._kept)
+        _File(self.capacity, self.seed, self.seen, kept).to_json(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Reservoir:
         """Read what `save` wrote. Raises `FileNotFoundError`, and `ValueError` for any other file."""
-        text = Path(path).read_text(encoding="utf-8")
-        try:
-            note = json.loads(text)
-            if note["tokenpaths reservoir"] != 1:
-                raise ValueError(f"it is of version {note['tokenpaths reservoir']!r:.20}")
-            made = cls(note["capacity"], note["seed"])
-            made.seen = int(note["seen"])
-            made._kept = [_example(entry) for entry in note["kept"]]
-            if len(made) != min(made.seen, made.capacity):
-                raise ValueError(f"it holds {len(made)} of {made.seen} examples, with room for {made.capacity}")
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
-            raise ValueError(f"{os.fspath(path)} is not a whole file of a Reservoir ({error!r:.120})") from error
+        file = _File.from_json(path)
+        made = cls(file.capacity, file.seed)
+        made.seen = file.seen
+        made._kept = [kept.example() for kept in file.kept]
         return made
 
 
-def _example(entry: dict[str, Any]) -> Example:
-    spans = {name: (start, stop) for name, (start, stop) in entry["spans"].items()}
-    return Example(tuple(entry["ids"]), tuple(entry["answer"]), spans)
+@dataclass(frozen=True)
+class _Kept:
+    ids: tuple[int, ...]
+    answer: tuple[bool, ...]
+    spans: dict[str, tuple[int, int]]
+
+    def __post_init__(self) -> None:
+        self.example()  # refuses what is none
+
+    def example(self) -> Example:
+        return Example(self.ids, self.answer, self.spans)
+
+
+@dataclass(frozen=True)
+class _File(Record):
+    what: ClassVar[str] = "a whole file of a Reservoir"
+    capacity: int
+    seed: int
+    seen: int
+    kept: tuple[_Kept, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.kept) != min(self.seen, self.capacity):
+            raise ValueError(f"it holds {len(self.kept)} of {self.seen} examples, with room for {self.capacity}")

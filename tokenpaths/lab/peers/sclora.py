@@ -1,22 +1,22 @@
 """SC-LoRA, Luo et al. 2025 (arXiv 2505.23724): LoRA that begins in a subspace of the task and away from what to keep.
 
     config = ScLoraConfig(r=8, target_modules="all-linear")
-    peft_model, found = sc_lora(model, config, task=examples, keep=plain(tokenizer, texts), beta=0.8)
+    peft_model, found = sc_lora(model, config, task=examples, keep=encode_texts(texts, tokenizer), beta=0.8)
     print(min(subspace.positive for subspace in found.values()))
     adapter = PeftAdapter(peft_model)
 
-For each target W0, with y+ = W0 x over the tokens of the task and y- over those of what is to be kept (without bias):
+For each target W0, with y+ = W0 x over the tokens of the task and y- = W0 x over those of what is to be kept:
 
     D = (1 - beta) E[y+ y+^T] - beta E[y- y-^T]        Q_r: eigenvectors of its r largest eigenvalues
     B0 = Q_r,  A0 = Q_r^T W0 / s                       s = alpha / r
     y = W0 x + s (B A - B0 A0) x,  A and B trained from A0 and B0
 
-Of all subspaces of r dimensions, that of Q_r has the largest (1 - beta) E||Q Q^T y+||^2 - beta E||Q Q^T y-||^2, the sum
-of those eigenvalues (Ky Fan). A negative one is a direction with more to lose than to gain.
+Of all subspaces of r dimensions, that of Q_r has the largest (1 - beta) E||Q Q^T y+||^2 - beta E||Q Q^T y-||^2, which
+is the sum of those eigenvalues (Ky Fan). A negative eigenvalue is a direction with more to lose than to gain.
 
-The paper writes W0 - s B0 A0 over the weight. Here W0 is left as it is and the first factors are kept beside, which is
-the same map: a fresh adapter changes nothing, to the bit and in any dtype, and the adapter disabled is the frozen
-model. It is a start only: B is trained, and may leave the subspace.
+The paper writes W0 - s B0 A0 over the weight. Here W0 is left as it is and the first factors are kept beside it, which
+is the same map: a fresh adapter changes nothing, to the bit and in any dtype, and the model with the adapter disabled
+is the frozen model. It is a start only: B is trained, and may leave the subspace.
 """
 
 from __future__ import annotations
@@ -24,57 +24,48 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from tokenpaths.data.examples import Example, collate
-from tokenpaths.engine.answers import forward_states
+from tokenpaths.engine.batches import by_length
+from tokenpaths.engine.forwards import forward_states
 from tokenpaths.engine.readings import evaluating
 from tokenpaths.engine.states import observing
-from tokenpaths.lab.peers.layer import AddedLinear, AddedModel, register
+from tokenpaths.lab.peers.layer import AddedConfig, AddedLinear, AddedModel, register
 from tokenpaths.site import Place
 
 
 @dataclass
-class ScLoraConfig(PeftConfig):
+class ScLoraConfig(AddedConfig):
     """The shape of an SC-LoRA adapter; `sc_lora` gives it its first factors.
 
-    Laid into a model by `get_peft_model` alone its factors are NaN, so that it is not trained from nothing unnoticed.
+    Where `get_peft_model` alone lays it into a model its factors are NaN, so that it is not trained from nothing.
 
     Args:
-        r: the rank, at most the smaller side of any target.
-        alpha: the change is scaled by alpha / r; r unless told, so by 1, as in the paper.
-        dropout: of what enters A and A0, in training. (Before A alone, as where W0 - s B0 A0 is written over the
-            weight, it would throw the model far off before anything is learned.)
-        target_modules: the modules to change, as in other PEFT configurations, or "all-linear".
-        exclude_modules: and those not to.
-        layers_to_transform: the numbers of the blocks to change; all unless told.
-        layers_pattern: the name of the block list, where PEFT does not know it.
+        alpha: the change is scaled by alpha / r; by default alpha is r, so the scale is 1, as in the paper.
+        dropout: the dropout of what enters A and A0, in training. (Before A alone, as where W0 - s B0 A0 is written
+            over the weight, it would throw the model far off before anything is learned.)
 
-    Raises `ValueError` for a number that is out of range.
+    The other arguments are those of `AddedConfig`.
+
+    Raises:
+        ValueError: a number is out of range.
     """
 
-    r: int = 8
+    method: ClassVar[str] = "SCLORA"
     alpha: int | float | None = None
     dropout: float = 0.0
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "PEFT asks for it; leave it out."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type: Any = NAME
-        if self.r < 1:
-            raise ValueError(f"ScLoraConfig: r={self.r} must be at least 1")
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"ScLoraConfig: alpha={self.alpha} must be a finite number above 0")
         if not 0 <= self.dropout < 1:
@@ -82,6 +73,7 @@ class ScLoraConfig(PeftConfig):
 
     @property
     def scaling(self) -> float:
+        """The scale s = alpha / r."""
         return 1.0 if self.alpha is None else self.alpha / self.r
 
 
@@ -101,8 +93,6 @@ class ScLoraLinear(AddedLinear):
 
     def lay(self, adapter: str, config: ScLoraConfig, key: str) -> None:
         w = self.base()
-        if config.r > min(w.shape):
-            raise ValueError(f"{key}: r={config.r} is more than its smaller side, {min(w.shape)}")
         self.sclora_A0[adapter] = w.new_full((config.r, w.shape[1]), math.nan)
         self.sclora_B0[adapter] = w.new_full((w.shape[0], config.r), math.nan)
         self.sclora_A[adapter] = nn.Parameter(self.sclora_A0[adapter].clone())
@@ -112,7 +102,7 @@ class ScLoraLinear(AddedLinear):
 
     @torch.no_grad()
     def start(self, adapter: str, q: Float[Tensor, "out r"]) -> None:
-        """Begin in the subspace that the orthonormal columns of Q span."""
+        """Give the adapter its first factors, from the subspace that the orthonormal columns of Q span."""
         projected = (q.mT @ self.base().to(q.dtype)) / self.sclora_scaling[adapter]
         for kept in (self.sclora_A, self.sclora_A0):
             kept[adapter].copy_(projected)
@@ -138,18 +128,19 @@ class ScLoraModel(AddedModel):
 
     prefix: str = "sclora_"
     tuner_layer_cls = ScLoraLinear
-    layer: ClassVar[type[AddedLinear]] = ScLoraLinear
 
 
-NAME = "SCLORA"
-register(NAME, ScLoraConfig, ScLoraModel)
+register(ScLoraConfig, ScLoraModel)
 
 
 @dataclass(frozen=True, eq=False)
 class Subspace:
-    """What an adapter begins in, at one target.
+    """The subspace that an adapter begins in, at one target.
 
-    `basis` are the columns of Q_r; `eigenvalues` those of D, the largest first; `positive` is how many are above 0.
+    Args:
+        basis: Q_r.
+        eigenvalues: those of D, the largest first.
+        positive: how many of them are above 0.
     """
 
     basis: Float[Tensor, "out r"] = field(repr=False)
@@ -168,19 +159,20 @@ def sc_lora(
 ) -> tuple[PeftModel, dict[str, Subspace]]:
     """Lay an SC-LoRA adapter into a model, begun in the subspace of its data.
 
-    The second moments are summed up batch by batch, in float32 at least, for all targets in one pass over the data:
-    out x out numbers a target, and no activations. Every real token counts once, however the data are batched.
+    The second moments are summed batch by batch, in float32 at least, for all targets in one pass over the data. They
+    take out x out numbers for each target, and no activations are kept. Every real token counts once, however the data
+    are batched.
 
     Args:
-        model: a causal language model. As by any `get_peft_model`, its layers are wrapped in place and frozen.
+        model: a causal language model. Its layers are wrapped in place and frozen, as by any `get_peft_model`.
         config: rank and targets.
-        task: what the adapter is to learn, some hundreds of examples.
-        keep: what the model is to keep knowing.
-        beta: in [0, 1], the weight of keeping; the paper takes 0.5 to 0.9.
+        task: some hundreds of examples of what the adapter is to learn.
+        keep: examples of what the model is to keep knowing.
+        beta: the weight of keeping, in [0, 1]; the paper takes 0.5 to 0.9.
         batch_size: examples in one forward.
 
     Returns:
-        The PEFT model, and what was found at each target, by name.
+        The PEFT model, and the subspace that was found at each target, by name.
 
     Warns where fewer than r eigenvalues are positive: the adapter then begins in directions that are to be kept.
 
@@ -218,9 +210,10 @@ def sc_lora(
 
 
 def subspace(contrast: Float[Tensor, "out out"], r: int, what: str = "the target") -> Subspace:
-    """The r eigenvectors of the largest eigenvalues (not the largest magnitudes) of a symmetric matrix.
+    """The r eigenvectors of the largest eigenvalues (not the largest magnitudes) of a symmetric matrix D.
 
-    Raises `ValueError` if it is not finite.
+    Raises:
+        ValueError: D is not finite. The error names `what`.
     """
     if not bool(contrast.isfinite().all()):
         raise ValueError(f"{what} gave outputs that are not finite, so it has no second moments")
@@ -237,24 +230,19 @@ def _contrast(
     beta: float,
     batch_size: int,
 ) -> dict[str, Tensor]:
-    """D of each target. The number of tokens is known beforehand, so that one matrix a target is enough."""
+    """D of each target. The number of tokens is known beforehand, so one matrix is enough for each target."""
     sums: dict[str, Tensor] = {}
     for name, layer in targets.items():
         w = layer.base()
         dtype = torch.promote_types(w.dtype, torch.float32)
         sums[name] = torch.zeros(len(w), len(w), dtype=dtype, device=w.device)
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(evaluating(peft_model))
-        stack.enter_context(peft_model.disable_adapter())
+    device = next(peft_model.parameters()).device
+    with torch.no_grad(), evaluating(peft_model), peft_model.disable_adapter():
         for examples, share in ((task, 1 - beta), (keep, -beta)):
-            tokens = sum(map(len, examples))
-            device = next(peft_model.parameters()).device
-            ordered = sorted(examples, key=len)  # so that little is padded
-            for start in range(0, len(ordered), batch_size):
-                batch = collate(ordered[start : start + batch_size]).to(device)
-                real = batch.attention_mask.bool()
-                with _summing(targets, sums, real, share / tokens):
+            lengths = list(map(len, examples))
+            for rows in by_length(lengths, batch_size):
+                batch = collate([examples[i] for i in rows]).to(device)
+                with _summing(targets, sums, batch.attention_mask.bool(), share / sum(lengths)):
                     forward_states(peft_model, batch)
     return sums
 
@@ -263,8 +251,7 @@ def _contrast(
 def _summing(
     targets: Mapping[str, ScLoraLinear], sums: Mapping[str, Tensor], real: Bool[Tensor, "batch seq"], share: float
 ) -> Generator[None]:
-    """Inside, share * y y^T of each real token is added to the sum of its target."""
-
+    """Inside, share * y y^T of each real token is added to the sum of its target, y without the bias."""
     bases = {name: layer.get_base_layer() for name, layer in targets.items()}
 
     def add(name: str, output: Tensor) -> None:

@@ -4,10 +4,10 @@
     sites = tokenpaths.sites(model, layers, critical_rule(4)) # trails that move these tokens and no others
     attach(model, trails, spans=rows_of_spans(examples))      # when generating: the spans of the rows of a batch
 
-After CRFT (Huang et al. 2025, arXiv 2507.10085), which edits critical representations instead of the first and last of
-a prompt, and finds them by two filters: states that take their information from themselves, and states that many others
-take theirs from. We know its text from digests: the scores below are written from that description, a count takes the
-place of its thresholds, and its filters by saliency (attention times gradient) are left out.
+After CRFT (Huang et al. 2025, arXiv 2507.10085). It edits critical representations instead of the first and last of a
+prompt, and finds them by two filters: states that take their information from themselves, and states that many others
+take theirs from. We know its text from digests. The scores below are written from that description, a count replaces
+its thresholds, and its filters by saliency (attention times gradient) are left out.
 """
 
 from __future__ import annotations
@@ -48,19 +48,23 @@ def critical(
         received   s_j = 1 / (p - 1 - j) sum_{i > j} A_ij      what later tokens pay to it on average; 0 of the last
         own        s_j = A_jj                                  what it pays to itself
 
-    The spans `f"{name} 0"`, `f"{name} 1"`, ... are in order of the score, highest first; a prompt with fewer than
-    `skip + count` tokens leaves the last of them empty. An answer is not read, so that the same tokens are found when
-    there is none. Whatever is attached to the model is at work: call it before trails are attached.
+    The spans `f"{name} 0"`, `f"{name} 1"`, ... are in order of the score, highest first. In a prompt with fewer than
+    `skip + count` tokens the last of them are empty. Answers are not read, so that the same tokens are found without
+    one. Whatever is attached to the model is on: call this before trails are attached.
 
     Args:
-        model: a causal language model with eager attention, which alone gives maps.
-        examples: what to name tokens in; other spans of theirs are kept.
-        count: how many tokens to name.
+        model: a causal language model with eager attention. No other attention gives maps.
+        examples: the examples whose tokens are named. Their other spans are kept.
+        count: the number of tokens to name.
         by: the score.
         layers: the blocks whose attention is averaged; all if None.
-        skip: so many tokens at the start are never named: every later token parks attention on the first.
-        name: how the spans begin, so that several choices can stand side by side.
-        max_batch_tokens: forwards take at most so many tokens at a time.
+        skip: the number of tokens at the start that are never named. Later tokens pay most of their attention to the
+            first in most models, whatever it is.
+        name: the beginning of the spans' names. With several names, several choices can stand side by side.
+        max_batch_tokens: the most tokens in one forward, padding included.
+
+    Returns:
+        The examples with the spans, in order.
 
     Raises:
         ValueError: no count, an unknown score or layer, or a model that gives no attention maps.
@@ -77,7 +81,8 @@ def critical(
     long = [i for i, example in enumerate(examples) if example.prompt_length > max(skip, 1)]
     for batch in batches([examples[i].prompt_length for i in long], max_batch_tokens):
         rows = [long[i] for i in batch]
-        for i, flow in zip(rows, _flows(model, [_prompt(examples[i]) for i in rows], chosen, len(blocks)), strict=True):
+        prompts = [Example.of(examples[i].ids[: examples[i].prompt_length]) for i in rows]
+        for i, flow in zip(rows, _flows(model, prompts, chosen, len(blocks)), strict=True):
             order = _score(flow, by)[skip:].argsort(descending=True, stable=True)
             best[i] = (order[:count] + skip).tolist()
     return [_named(example, found, count, name) for example, found in zip(examples, best, strict=True)]
@@ -102,15 +107,11 @@ def _named(example: Example, best: Sequence[int], count: int, name: str) -> Exam
     return replace(example, spans={**example.spans, **spans, **none})
 
 
-def _prompt(example: Example) -> Example:
-    return Example(example.ids[: example.prompt_length], (False,) * example.prompt_length)
-
-
 def _flows(
     model: nn.Module, prompts: Sequence[Example], chosen: Sequence[int], blocks: int
 ) -> list[Float[Tensor, "p p"]]:
     """The attention map of each prompt, averaged over heads and layers."""
-    run = Run(model, shares=blocks)  # read once: it is compared with itself
+    run = Run(model, shares=blocks)  # it is compared with itself, and so shares all blocks: each runs once
     found: dict[int, list[Tensor]] = {row: [] for row in range(len(prompts))}
 
     def see(layer: str, row: int, p: Tensor, _: Tensor) -> None:

@@ -6,7 +6,7 @@
     budget.counts(output)       # of each row: its thinking tokens, its Waits, and how the thinking ended
 
 A **thinking token** is a token that is generated before the first token of the first whole delimiter, or before the
-end-of-text token, or, where neither comes, any generated token. Waits are thinking tokens; the delimiter is none.
+end-of-text token. Where neither comes, every generated token is one. Waits are thinking tokens; delimiters are not.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Delimiter: TypeAlias = "str | Sequence[int]"
+Delimiter: TypeAlias = str | Sequence[int]
 _LOG_PROBABILITIES = 1e-4  # logits whose logsumexp is so near to 0 in every row are log-probabilities
 
 
 @dataclass(frozen=True)
 class Thinking:
-    """Of one generated row: its thinking tokens, how often it was made to wait, and how its thinking ended.
+    """The thinking tokens of one generated row, how often a Wait was forced, and how its thinking ended.
 
-    `ended` is "itself" (the model wrote a delimiter), "maximum" (it was forced), "eos" (the text ended without one) or
-    "unfinished" (`generate` stopped first, as at `max_new_tokens`).
+    `ended` is "itself" (the model wrote a delimiter), "maximum" (a delimiter was forced), "eos" (the text ended without
+    one) or "unfinished" (`generate` stopped first, as at `max_new_tokens`).
     """
 
     tokens: int
@@ -51,12 +51,12 @@ class BudgetForcing:
     So each row whose generation is long enough has min_tokens <= n <= max_tokens. Greedy and sampled decoding, padding
     on the left, streaming, assisted decoding and attached trails all work; beam search is refused.
 
-    **Delimiters are token sequences**, not text: a string is tokenised once, by itself. Another way to spell it, as
-    when a byte-pair tokenizer merges its first character with what came before, is not seen: give each as a delimiter
-    of its own, `end=["</think>", [1234, 25]]`. The first is the one that is forced. Choose one whose first token the
-    model writes for nothing else: "\n" would make every line break a stop.
+    **Delimiters are token sequences**, not text: a string is tokenised once, by itself. Another tokenisation of it is
+    not recognised, as when a byte-pair tokenizer merges its first character with what came before. Give each as a
+    delimiter of its own, `end=["</think>", [1234, 25]]`. The first is the one that is forced. Choose one whose first
+    token the model writes for nothing else: "\n" would make every line break a stop.
 
-    **State** is read from the tokens themselves; only the columns of Waits are remembered, each until a call comes with
+    **State** is read from the tokens themselves. Only the columns of Waits are remembered, each until a call comes with
     rows that do not reach it. So a budget may be used again with the same prompt, and is refused with another.
     """
 
@@ -76,20 +76,20 @@ class BudgetForcing:
         """Set the budget of one batch of prompts.
 
         Args:
-            tokenizer: the model's. It is used here only, to tokenise strings without special tokens around them.
+            tokenizer: the model's tokenizer. It is used only here, for strings without special tokens around them.
             prompt: the `input_ids` that `generate` is given.
-            end: the delimiter that ends thinking, or several; the first is forced at the maximum.
-            answer: what is forced behind it there, such as "Final Answer:".
+            end: the delimiter that ends thinking, or several. The first is forced at the maximum.
+            answer: what is forced behind the delimiter at the maximum, such as "Final Answer:".
             min_tokens: the fewest thinking tokens.
-            max_tokens: the most.
+            max_tokens: the most thinking tokens; no limit if None.
             waits: how often `wait` replaces a stop.
-            wait: what is forced then. It may hold no stop token.
+            wait: what is forced in place of a stop. It must hold no stop token.
             eos: the end-of-text tokens; by default the tokenizer's. Models with several name them in
                 `model.generation_config.eos_token_id`.
 
         Raises:
-            ValueError: limits that contradict each other, strings without tokens, or tokens that stop where they must
-                not.
+            ValueError: limits that contradict each other, strings without tokens, or stop tokens in `wait` or in a
+                delimiter that `answer` follows.
             TypeError: a prompt that is no tensor of two dimensions.
         """
         if not isinstance(prompt, Tensor) or prompt.ndim != 2:  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -133,7 +133,7 @@ class BudgetForcing:
         return self._thinking(written, scores)
 
     def counts(self, output: Int[Tensor, "rows total"]) -> list[Thinking]:
-        """What became of the thinking of each row that `generate` returned (its `sequences`, if it returned more)."""
+        """The thinking of each row that `generate` returned (its `sequences`, if it returned more)."""
         written = self._written(output)
         lengths = torch.full((len(written),), written.shape[1])
         if self._pad is not None and self._pad not in self.eos:  # a row that stopped early for another reason is padded
@@ -270,7 +270,7 @@ def _first_true(hits: Bool[Tensor, "rows n"], otherwise: int) -> Int[Tensor, " r
 
 
 def _forced(scores: Float[Tensor, "rows vocab"], tokens: dict[int, int]) -> Float[Tensor, "rows vocab"]:
-    """The scores with one token left to each row that is named, whatever was thought of it before."""
+    """The scores with a single token left in each row that is named, whatever its score was."""
     if not tokens:
         return scores
     rows, only = (torch.tensor(list(part), device=scores.device) for part in (tokens.keys(), tokens.values()))

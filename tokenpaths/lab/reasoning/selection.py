@@ -1,55 +1,44 @@
-"""A few items worth learning from: quality, difficulty and diversity (s1, Muennighoff et al. 2025, section 2).
+"""A few questions worth learning from: quality, difficulty and diversity (s1, Muennighoff et al. 2025, section 2).
 
     chosen = select(
         pool,
         100,
-        quality={"has a trace": lambda p: bool(p.trace)},
+        quality={"has a chain": lambda item: bool(item.chain)},
         test=test_questions,
-        difficulty={"SmolLM2": lambda items: solved_by_generation(model, tokenizer, items, read)},
-        domains=lambda items: clusters(model, tokenizer, [p.question for p in items], 20),
+        difficulty={"SmolLM2": lambda items: solved_by_generation(model, items, tokenizer, read_answer)},
+        domains=lambda items: clusters(model, [item.prompt for item in items], tokenizer, 20),
     )
-    print(chosen.funnel)        # how many each step left over
-    pairs = [(p.question, p.trace) for p in chosen.items]
+    print(chosen.funnel)        # how many items each stage left
+    pairs = [(item.prompt, item.chain) for item in chosen.items]
 
-Each stage is a plain function that can be called by itself: `contaminated`, `solved_by_generation`,
+Each stage is a plain function that can be called by itself: `tokenpaths.data.contaminated`, `solved_by_generation`,
 `solved_by_likelihood`, `clusters` and `sample`.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 import numpy as np
 
-from tokenpaths.files import write_text
+from tokenpaths.data.contamination import contaminated
+from tokenpaths.data.items import Question
+from tokenpaths.report.figures import COLOURS, GREY, empty_figure
+from tokenpaths.report.records import Record
+from tokenpaths.report.tables import text_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Verdicts: TypeAlias = Callable[[Sequence[Question]], Sequence[bool]]
+Labels: TypeAlias = Callable[[Sequence[Question]], Sequence[str]]
 
 
 @dataclass(frozen=True)
-class Problem:
-    """An item of a pool: a question, the trace that a teacher wrote (its thinking and its answer), and what is known.
-
-    `answer` is what `solved_by_generation` compares with, `options` make it a multiple choice that holds the answer,
-    and `domain` is the field it belongs to.
-    """
-
-    question: str
-    trace: str
-    answer: str = ""
-    domain: str = ""
-    options: tuple[str, ...] = ()
-
-
-Verdicts: TypeAlias = Callable[[Sequence[Problem]], Sequence[bool]]
-Labels: TypeAlias = Callable[[Sequence[Problem]], Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step of a selection: why items were dropped, how many were, and how many were left."""
+class Stage:
+    """A stage of a selection: what it keeps, how many items it dropped, and how many it left."""
 
     name: str
     dropped: int
@@ -57,92 +46,106 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Funnel:
-    """How a pool of so many items became a selection."""
+class Funnel(Record):
+    """The stages that turned a pool of `pool` items into a selection."""
+
+    what: ClassVar[str] = "the funnel of a selection"
 
     pool: int
-    steps: tuple[Step, ...]
-
-    def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write one JSON file, whole or not at all."""
-        write_text(path, json.dumps(asdict(self), indent=1, ensure_ascii=False))
+    steps: tuple[Stage, ...]
 
     def __str__(self) -> str:
-        rows = [("the pool", "", self.pool), *((s.name, f"-{s.dropped}", s.left) for s in self.steps)]
-        width = max(len(name) for name, _, _ in rows)
-        return "\n".join(f"{name:{width}}  {dropped:>8}  {left:>8}" for name, dropped, left in rows)
+        rows = [("the pool", "", self.pool), *((stage.name, f"-{stage.dropped}", stage.left) for stage in self.steps)]
+        return text_table([[name, f"{dropped:>8}", f"{left:>8}"] for name, dropped, left in rows])
+
+    def plot(self) -> Figure:
+        """The number of items that each stage left, from the whole pool at the top to the chosen items.
+
+        Raises `ImportError` where matplotlib is missing.
+        """
+        names = ["the pool", *(stage.name for stage in self.steps)]
+        left = [self.pool, *(stage.left for stage in self.steps)]
+        figure = empty_figure(f"{self.pool:,} items, {left[-1]:,} selected", 1.2 + 0.4 * len(names))
+        axes = figure.subplots()
+        bars = axes.barh(names, left, color=[GREY, *[COLOURS[0]] * len(self.steps)])
+        axes.bar_label(bars, [f"{count:,}" for count in left], padding=3)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.set_xlabel("items left")
+        return figure
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The chosen items in the order in which they were drawn, where they stand in the pool, and the funnel."""
+    """The chosen items in the order in which they were drawn, their numbers in the pool, and the funnel."""
 
-    items: tuple[Problem, ...]
+    items: tuple[Question, ...]
     indices: tuple[int, ...]
     funnel: Funnel
 
 
 def select(
-    pool: Sequence[Problem],
+    pool: Sequence[Question],
     n: int,
     *,
-    quality: Mapping[str, Callable[[Problem], bool]] | None = None,
+    quality: Mapping[str, Callable[[Question], bool]] | None = None,
     test: Sequence[str] = (),
     difficulty: Mapping[str, Verdicts] | None = None,
     domains: Labels | None = None,
-    length: Callable[[Problem], float] | None = None,
+    length: Callable[[Question], float] | None = None,
     weights: Mapping[str, float] | None = None,
     uniform_first: int = 0,
     seed: int = 0,
 ) -> Selection:
-    """Choose `n` items of a pool. Every step reads only what the steps before it have left over.
+    """Choose `n` items of a pool. Each stage reads only the items that the stages before it have left.
 
     Args:
-        pool: what there is to choose from.
-        n: how many items to choose.
-        quality: predicates by name; an item that fails one is dropped.
-        test: texts that are tested on; an item whose question or trace is `contaminated` by one is dropped.
-        difficulty: by the name of a model, a function that tells which items it solves; these are dropped.
-        domains: a function that labels the items; without it their own `domain` is taken.
-        length: of a trace, for the preference of long ones; without it the number of words.
-        weights: of the domains, as `sample` takes them.
-        uniform_first: so many draws take domains uniformly all the same, as `sample` does.
-        seed: of the draws.
+        pool: the items to choose from.
+        n: the number of items to choose.
+        quality: predicates by name. An item that fails one is dropped.
+        test: the texts of the test. An item whose prompt or chain is `contaminated` by one is dropped.
+        difficulty: by the name of a model, a function that tells for each item whether the model solves it. Solved
+            items are dropped.
+        domains: a function that labels the items. By default a label is the item's own `domain`.
+        length: the length of an item's chain, for the preference of long ones. By default its number of words.
+        weights: the weights of the domains, as `sample` takes them.
+        uniform_first: the number of draws at the start that take domains uniformly, as in `sample`.
+        seed: seeds the draws.
 
     Raises:
-        ValueError: fewer than `n` items are left to draw from (with the funnel), or a function that does not return one
+        ValueError: fewer than `n` items are left to draw from (with the funnel), or a function does not return one
             value for each item.
     """
     if n < 1:
         raise ValueError(f"select must choose at least one item, not {n}")
     left = list(range(len(pool)))
-    steps: list[Step] = []
+    stages: list[Stage] = []
 
     def keep(name: str, good: Sequence[bool]) -> None:
         nonlocal left
         if len(good) != len(left):
             raise ValueError(f"{name!r} gave {len(good)} verdicts on {len(left)} items: one each is needed")
         before, left = len(left), [i for i, kept in zip(left, good, strict=True) if kept]
-        steps.append(Step(name, before - len(left), len(left)))
+        stages.append(Stage(name, before - len(left), len(left)))
 
     for name, good in (quality or {}).items():
         keep(name, [bool(good(pool[i])) for i in left])
     if test:
-        parts = [contaminated([getattr(pool[i], part) for i in left], test) for part in ("question", "trace")]
+        parts = [contaminated([getattr(pool[i], part) for i in left], test) for part in ("prompt", "chain")]
         keep("shares no 8 words with a test item", [not any(found) for found in zip(*parts, strict=True)])
     for name, solves in (difficulty or {}).items():
         keep(f"not solved by {name}", [not solved for solved in solves([pool[i] for i in left])])
     items = [pool[i] for i in left]
     if len(items) < n:
-        raise ValueError(f"{n} items were asked for, but {len(items)} are left:\n{Funnel(len(pool), tuple(steps))}")
-    labels = [p.domain for p in items] if domains is None else list(domains(items))
+        raise ValueError(f"{n} items were asked for, but {len(items)} are left:\n{Funnel(len(pool), tuple(stages))}")
+    labels = [item.domain for item in items] if domains is None else list(domains(items))
     if len(labels) != len(items):
         raise ValueError(f"domains gave {len(labels)} labels for {len(items)} items: one each is needed")
-    lengths = [float(len(p.trace.split()) if length is None else length(p)) for p in items]
+    lengths = [float(len(item.chain.split()) if length is None else length(item)) for item in items]
     drawn = sample(labels, lengths, n, weights=weights, uniform_first=uniform_first, seed=seed)
-    steps.append(Step(f"drawn over {len(set(labels))} domains", len(items) - n, n))
+    stages.append(Stage(f"drawn over {len(set(labels))} domains", len(items) - n, n))
     indices = tuple(left[i] for i in drawn)
-    return Selection(tuple(pool[i] for i in indices), indices, Funnel(len(pool), tuple(steps)))
+    return Selection(tuple(pool[i] for i in indices), indices, Funnel(len(pool), tuple(stages)))
 
 
 def sample(
@@ -160,14 +163,23 @@ def sample(
         P(domain d) = w_d / sum of w over those domains                 (`weights`, from draw `uniform_first` on)
         P(item | d) = 2^-rank / sum over the items left in d            rank 0 = the longest of those left
 
-    Ranks are counted anew after each draw; of equally long items the earlier has the lower rank. The paper says that
+    Ranks are counted anew after each draw. Of equally long items the earlier has the lower rank. The paper says that
     domains are uniform; its code draws the last 300 of 1,000 by weights, which is `uniform_first=700`.
 
-    Returns the indices of the drawn items, in order.
+    Args:
+        domains: the domain of each item.
+        lengths: the length of each item's chain, in any unit.
+        n: the number of draws.
+        weights: the weight of each domain. By default domains are uniform.
+        uniform_first: the number of draws at the start that do not use `weights`.
+        seed: seeds the draws.
+
+    Returns:
+        The numbers of the drawn items, in the order of the draws.
 
     Raises:
-        ValueError: too few items, or weights that are negative, missing for a domain, or 0 for all domains with items
-            left.
+        ValueError: fewer than `n` items, or weights that are negative, missing for a domain, or 0 for all domains with
+            items left.
     """
     if len(domains) != len(lengths):
         raise ValueError(f"{len(domains)} domains and {len(lengths)} lengths: each item needs one of both")
@@ -193,28 +205,3 @@ def sample(
         ranks = 0.5 ** np.arange(len(items))
         drawn.append(items.pop(rng.choice(len(items), p=ranks / ranks.sum())))
     return drawn
-
-
-def contaminated(texts: Sequence[str], test: Sequence[str], *, words: int = 8) -> list[bool]:
-    """Which texts share `words` consecutive words with a test text (of a shorter test text: hold the whole of it).
-
-    Words are what stands between white space, in any case (`str.casefold`); punctuation belongs to its word.
-
-    Raises `ValueError` for a test text without words.
-    """
-    grams: dict[int, set[tuple[str, ...]]] = {}
-    for number, text in enumerate(test):
-        split = _words(text)
-        if not split:
-            raise ValueError(f"test text {number} has no words: {text!r:.40}")
-        size = min(words, len(split))
-        grams.setdefault(size, set()).update(_grams(split, size))
-    return [any(not found.isdisjoint(_grams(_words(text), size)) for size, found in grams.items()) for text in texts]
-
-
-def _words(text: str) -> list[str]:
-    return text.casefold().split()
-
-
-def _grams(words: list[str], size: int) -> set[tuple[str, ...]]:
-    return set(zip(*(words[i:] for i in range(size)), strict=False))

@@ -1,32 +1,37 @@
 """What thinking longer buys: control, scaling and performance of a method of test-time scaling (s1, section 3.2).
 
-levels = [Level(tokens, right, least=100, most=100), Level(tokens2, right2, least=200, most=200)]
-found = scaling(levels)
+found = scaling([Level(tokens, right, least=100, most=100), Level(tokens2, right2, least=200, most=200)])
 print(found)
-scaling_picture(found).savefig("scaling.png")
+found.plot().savefig("scaling.png")
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from jaxtyping import Float
 
-from tokenpaths.files import write_text
-from tokenpaths.stats.intervals import Interval, wilson
+from tokenpaths.report.figures import COLOURS, empty_figure, error_bars, grid
+from tokenpaths.report.records import Record
+from tokenpaths.report.tables import interval_text, with_interval
+from tokenpaths.stats.intervals import Interval, statistic_interval, wilson
 
-_DRAWS = 2000
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
 class Level:
-    """One setting of the budget, run over all questions: of each question its thinking tokens and whether it was right.
+    """One setting of the budget, run over all questions.
 
-    `least` and `most` are the thinking tokens that were asked for (None: not limited on that side).
+    Args:
+        tokens: the number of thinking tokens of each question.
+        right: whether each answer was right.
+        least: the fewest thinking tokens that the setting allows; None if there is no such limit.
+        most: the most thinking tokens that the setting allows; None if there is no such limit.
     """
 
     tokens: Sequence[int]
@@ -36,8 +41,8 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Point:
-    """The mean thinking tokens and the accuracy of a level, with the 95 % Wilson interval of the accuracy."""
+class LevelPoint:
+    """The mean number of thinking tokens and the accuracy of a level, with the accuracy's 95 % Wilson interval."""
 
     tokens: float
     accuracy: float
@@ -45,11 +50,13 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Scaling:
-    """The three figures of s1, each with its 95 % interval, and the points that they come from, by tokens.
+class Scaling(Record):
+    """The three figures of s1, each with its 95 % interval, and the levels as points, in order of their tokens.
 
-    `slope` is in accuracy per 1,000 thinking tokens; None where all levels have the same mean tokens.
+    `slope` is in accuracy per 1,000 thinking tokens, and None where all levels have the same mean tokens.
     """
+
+    what: ClassVar[str] = "a scaling report"
 
     control: float
     control_interval: Interval
@@ -58,35 +65,53 @@ class Scaling:
     performance: float
     performance_interval: Interval
     questions: int
-    points: tuple[Point, ...]
-
-    def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write one JSON file, whole or not at all."""
-        write_text(path, json.dumps(asdict(self), indent=1, allow_nan=False))
+    points: tuple[LevelPoint, ...]
 
     def __str__(self) -> str:
         lines = [f"{'thinking tokens':>15}  accuracy [95 % interval], {self.questions} questions"]
-        lines += [f"{p.tokens:15.1f}  {p.accuracy:.3f} {_interval(p.interval)}" for p in self.points]
-        lines.append(f"control      {self.control:.3f} {_interval(self.control_interval)}")
+        lines += [f"{point.tokens:15.1f}  {with_interval(point.accuracy, point.interval)}" for point in self.points]
+        lines.append(f"control      {with_interval(self.control, self.control_interval)}")
         if self.slope is None or self.slope_interval is None:
             lines.append("scaling      unknown: all levels think equally long")
         else:
-            lines.append(f"scaling      {self.slope:+.3f} {_interval(self.slope_interval)} per 1,000 tokens")
-        lines.append(f"performance  {self.performance:.3f} {_interval(self.performance_interval)}")
+            slope = f"{self.slope:+.3f} {interval_text(self.slope_interval)}"
+            lines.append(f"scaling      {slope} per 1,000 tokens")
+        lines.append(f"performance  {with_interval(self.performance, self.performance_interval)}")
         return "\n".join(lines)
 
+    def plot(self) -> Figure:
+        """Accuracy against mean thinking tokens: a point a level, with its 95 % interval (s1, figure 1).
 
-def scaling(levels: Sequence[Level], *, seed: int = 0) -> Scaling:
-    """Control, scaling and performance of levels A (s1, equations 1 to 3), every one on the same questions in order.
+        Raises `ImportError` where matplotlib is missing.
+        """
+        slope = "" if self.slope is None else f", scaling {self.slope:+.2f} per 1,000 tokens"
+        title = f"{self.questions} questions: control {self.control:.0%}, performance {self.performance:.2f}{slope}"
+        figure = empty_figure(title, 4.0)
+        axes = figure.subplots()
+        accuracy = [point.accuracy for point in self.points]
+        bars = error_bars(accuracy, [point.interval for point in self.points])
+        tokens = [point.tokens for point in self.points]
+        axes.errorbar(tokens, accuracy, yerr=bars, fmt="o-", color=COLOURS[0], capsize=3)
+        axes.set(xlabel="mean thinking tokens", ylabel="accuracy, 95 % interval")
+        grid(axes)
+        return figure
 
-        control      the share of all runs whose thinking tokens lie within what their level asked for
+
+def scaling(levels: Sequence[Level]) -> Scaling:
+    """Control, scaling and performance of levels A (s1, equations 1 to 3).
+
+        control      the share of all runs whose thinking tokens lie within the limits of their level
         scaling      1 / |P| sum over pairs (a, b) in P of (f(b) - f(a)) / (b - a)
         performance  max f(a)
 
-    with a the mean thinking tokens of a level, f(a) its accuracy and P the pairs of levels with a < b. The interval of
-    control is Wilson's, which takes runs as independent. Those of the slope and of performance are percentile
-    bootstraps over questions, the same questions for all levels; draws in which all levels think equally long are left
-    out. A maximum over noisy levels is biased upward, in every draw as in the figure itself.
+    a is the mean number of thinking tokens of a level, f(a) its accuracy and P the pairs of levels with a < b. The
+    interval of control is Wilson's, which takes runs as independent. Those of scaling and of performance are percentile
+    bootstraps over questions, which draw the same questions for all levels. The interval of scaling is (-inf, inf) if
+    all levels think equally long in a draw. A maximum over noisy levels is biased upward, in each draw as in the figure
+    itself.
+
+    Args:
+        levels: the settings of the budget, all on the same questions in the same order.
 
     Raises:
         ValueError: no levels, or levels of different numbers of questions.
@@ -97,26 +122,25 @@ def scaling(levels: Sequence[Level], *, seed: int = 0) -> Scaling:
             "every level needs one count of tokens and one verdict for each of the same questions, but the levels have "
             f"{sorted(sizes)}"
         )
-    order = sorted(range(len(levels)), key=lambda i: float(np.mean(levels[i].tokens)))
-    tokens = np.array([levels[i].tokens for i in order], dtype=np.float64)
-    right = np.array([levels[i].right for i in order], dtype=np.float64)
+    order = sorted(levels, key=lambda level: float(np.mean(level.tokens)))
+    tokens, right = (np.array([getattr(level, part) for level in order], float) for part in ("tokens", "right"))
     within = np.concatenate([_within(level) for level in levels])
-    count = tokens.shape[1]
-    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=_DRAWS)  # how often each
-    t, f = (drawn @ part.T / count for part in (tokens, right))
-    slope = _slope(tokens.mean(1)[None], right.mean(1)[None])[0]
-    slopes = _slope(t, f)
-    slopes = slopes[np.isfinite(slopes)]
+    questions = tokens.shape[1]
+    slope = float(_slope(tokens.mean(1), right.mean(1)))
     flat = bool(np.isnan(slope))
     return Scaling(
         control=float(within.mean()),
         control_interval=wilson(within),
-        slope=None if flat else float(slope),
-        slope_interval=None if flat else _percentiles(slopes),
+        slope=None if flat else slope,
+        slope_interval=None
+        if flat
+        else statistic_interval(lambda drawn: _slope(tokens[:, drawn].mean(-1), right[:, drawn].mean(-1)), questions),
         performance=float(right.mean(1).max()),
-        performance_interval=_percentiles(f.max(1)),
-        questions=count,
-        points=tuple(Point(float(a.mean()), float(b.mean()), wilson(b)) for a, b in zip(tokens, right, strict=True)),
+        performance_interval=statistic_interval(lambda drawn: right[:, drawn].mean(-1).max(0), questions),
+        questions=questions,
+        points=tuple(
+            LevelPoint(float(a.mean()), float(b.mean()), wilson(b)) for a, b in zip(tokens, right, strict=True)
+        ),
     )
 
 
@@ -127,21 +151,10 @@ def _within(level: Level) -> Float[np.ndarray, " runs"]:
     return ((tokens >= low) & (tokens <= high)).astype(np.float64)
 
 
-def _slope(
-    tokens: Float[np.ndarray, "draws levels"], right: Float[np.ndarray, "draws levels"]
-) -> Float[np.ndarray, " draws"]:
+def _slope(tokens: Float[np.ndarray, "levels ..."], right: Float[np.ndarray, "levels ..."]) -> Float[np.ndarray, "*draws"]:
     """The mean slope over pairs of levels, per 1,000 tokens; NaN without a pair that differs in tokens."""
-    a, b = np.triu_indices(tokens.shape[1], 1)
-    run, rise = tokens[:, b] - tokens[:, a], right[:, b] - right[:, a]  # a slope is the same in either direction
+    a, b = np.triu_indices(len(tokens), 1)
+    run, rise = tokens[b] - tokens[a], right[b] - right[a]  # a slope is the same in either direction
     with np.errstate(divide="ignore", invalid="ignore"):
         slopes = np.where(run != 0, 1000 * rise / run, 0.0)
-        return slopes.sum(1) / (run != 0).sum(1)
-
-
-def _percentiles(values: Float[np.ndarray, " draws"]) -> Interval:
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def _interval(interval: Interval) -> str:
-    return f"[{interval[0]:.3f}, {interval[1]:.3f}]"
+        return np.asarray(slopes.sum(0) / (run != 0).sum(0))

@@ -1,8 +1,8 @@
 """Confidence alignment: chains that end in the right answer shall be likelier than those that do not.
 
-    sampled = sample_chains(model, tokenizer, questions, 6, read_answer=read, max_new_tokens=64)
+    sampled = sample_chains(model, questions, tokenizer, 6, read_answer=read, max_new_tokens=64)
     right = [chain for attempts in sampled.questions for chain in attempts.right]
-    goals = [Imitate(right), Align(sampled.mixed, batch_size=2), Stay(plain(tokenizer, texts))]
+    goals = [Imitate(right), Align(sampled.mixed, batch_size=2), Stay(encode_texts(texts, tokenizer))]
 
 After Alignment Fine-Tuning (AFT), Wang et al. 2023, arXiv 2309.02144. `Align` alone teaches to rank, not to write:
 `Imitate` on right chains is part of the recipe and keeps the quality of answers, `Stay` keeps the rest of the model.
@@ -16,30 +16,35 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tokenpaths.data.encoding import encode_texts
 from tokenpaths.data.examples import IGNORED, Batch, Example, collate
-from tokenpaths.engine.answers import answer_logits
+from tokenpaths.data.items import Question
+from tokenpaths.engine.forwards import answer_logits
 from tokenpaths.engine.generate import generate
+from tokenpaths.engine.logits import cross_entropy
 from tokenpaths.engine.readings import evaluating
 from tokenpaths.trailmap.adapter import Adapter
-from tokenpaths.training.objectives.base import Objective
-from tokenpaths.training.objectives.parts import tokens_of
+from tokenpaths.training.objectives.base import Objective, tokens_of
 
 Constraint: TypeAlias = Literal["none", "detached", "boundary"]
 
 
 @dataclass(frozen=True, init=False)
 class Attempts(Example):
-    """The chains of one question: examples of the same prompt, whose answers ended `right` or `wrong`.
+    """The chains of one question: examples of the same prompt that came to the right answer, or to a wrong one.
 
-    One example of `Align`, so that all chains of a question stand in one batch. Where an `Example` is looked at (its
-    length, its tokens), it is the longest of the chains.
+    It is one example of `Align`, so that all chains of a question stand in one batch. As an `Example`, with its length
+    and tokens, it is the longest of the chains.
+
+    Args:
+        right: the chains with the right answer.
+        wrong: the others.
 
     Raises:
-        ValueError: no chain at all, a chain without answer or with another prompt than the first, or one named twice.
+        ValueError: there is no chain, a chain has no answer or another prompt than the first, or a chain comes twice.
     """
 
     right: tuple[Example, ...]
@@ -66,16 +71,16 @@ class Attempts(Example):
 class Align(Objective):
     """The mean of `alignment_loss` over questions, of scores s(c) = 1/|c| sum_j log p(c_j | q, c_<j), in float32.
 
-    A step of `batch_size` questions runs all their chains in one forward, so it is best given here, and small.
+    A step runs all chains of `batch_size` questions in one forward: give a small `batch_size` here.
 
     Args:
-        examples: an `Attempts` a question, each with right and wrong chains: `sampled.mixed`.
-        constraint: how wrong chains are kept from being pushed down without end, see `alignment_loss`.
-        margin: of the boundary, in nats a token.
+        examples: an `Attempts` for each question, with right and wrong chains: `sampled.mixed`.
+        constraint: what keeps wrong chains from being pushed down without end, see `alignment_loss`.
+        margin: the depth of the boundary, in nats a token.
 
     Raises:
-        ValueError: an example is no `Attempts` or lacks right or wrong chains, a question stands twice, or margin or
-            constraint are not of those allowed.
+        ValueError: an example is no `Attempts`, or lacks right or wrong chains, a question comes twice, the margin is
+            not above 0, or the constraint is not one of the three.
     """
 
     constraint: Constraint = "boundary"
@@ -114,10 +119,13 @@ def alignment_loss(
         boundary    log(1 + sum_p sum_n [exp(s_n - s_p) + exp(T_p - s_n)]),  T_p = 2 (min_p s_p - margin) - s_p
 
     With T, the gradient by s_n is proportional to (sum_p exp(-s_p)) (exp(s_n) - exp(2 b - s_n)), b = min_p s_p -
-    margin: a wrong chain is pushed down above b, up below it, and let be exactly at b. T is held fixed. Were it not, a
-    right chain would be pushed *down* as soon as wrong ones lie below b (for one pair the loss would be
-    log(1 + 2 exp(-margin) cosh(s_p - s_n - margin)), a function of the distance alone): held fixed, right chains are
-    only ever raised. `margin` is in nats a token; its default is ours, not the paper's.
+    margin: a wrong chain is pushed down above b, up below b, and not at all at b. T is held fixed, so that right chains
+    are only ever raised. With a gradient through T, the loss of one pair would be log(1 + 2 exp(-margin)
+    cosh(s_p - s_n - margin)), a function of the distance alone, and a right chain would be pushed *down* once the wrong
+    one lies below b. Source: AFT (arXiv 2309.02144); the default of `margin`, in nats a token, is ours.
+
+    Raises:
+        ValueError: the margin is not above 0, or the constraint is not one of the three.
     """
     _check(constraint, margin)
     wide = torch.promote_types(right.dtype, torch.float32)
@@ -132,7 +140,7 @@ def alignment_loss(
 def scores(model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
     """The mean log-probability of the answer tokens of each row, in nats, in float32 at least."""
     logits, targets = answer_logits(model, batch)
-    log_probs = -F.cross_entropy(logits, targets, reduction="none")
+    log_probs = -cross_entropy(logits, targets)
     lengths = (batch.labels[:, 1:] != IGNORED).sum(1).tolist()
     return torch.stack([row.mean() for row in log_probs.split(lengths)])
 
@@ -141,9 +149,12 @@ def scores(model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
 def score_attempts(
     model: nn.Module, questions: Sequence[Attempts], batch_size: int = 4
 ) -> list[tuple[Float[Tensor, " p"], Float[Tensor, " n"]]]:
-    """The scores of the right and of the wrong chains of each question, by the model with what is attached to it.
+    """The scores of the right and of the wrong chains of each question, in nats a token.
 
-    Read in evaluation mode; trails attached keep the mode that they are in.
+    Args:
+        model: the model, with what is attached to it. It is read in evaluation mode; attached trails keep their mode.
+        questions: the chains of each question.
+        batch_size: questions in one forward.
     """
     device = next(model.parameters()).device
     scored: list[tuple[Tensor, Tensor]] = []
@@ -157,7 +168,13 @@ def score_attempts(
 def assessment_accuracy(scored: Sequence[tuple[Tensor, Tensor]]) -> float:
     """A-accuracy, P(s_right > s_wrong): the share of ordered pairs of each question, its mean over questions.
 
-    A tie is not right. Questions without such a pair say nothing and are refused (`ValueError`).
+    A tie is not right.
+
+    Args:
+        scored: the scores of right and of wrong chains of each question, from `score_attempts`.
+
+    Raises:
+        ValueError: there are no questions, or one has no pair to compare.
     """
     if not scored or any(not len(right) or not len(wrong) for right, wrong in scored):
         raise ValueError("A-accuracy compares right with wrong chains: give questions that have both, `sampled.mixed`")
@@ -167,7 +184,12 @@ def assessment_accuracy(scored: Sequence[tuple[Tensor, Tensor]]) -> float:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What `sample_chains` found: the different chains of each question, in order; `unread` had no answer to read."""
+    """What `sample_chains` found.
+
+    Args:
+        questions: the different chains of each question, in order.
+        unread: the number of chains that had no answer to read.
+    """
 
     questions: tuple[Attempts, ...] = field(repr=False)
     unread: int
@@ -179,10 +201,12 @@ class Sampled:
 
     @property
     def only_right(self) -> list[Attempts]:
+        """The questions with right chains only."""
         return [attempts for attempts in self.questions if not attempts.wrong]
 
     @property
     def only_wrong(self) -> list[Attempts]:
+        """The questions with wrong chains only."""
         return [attempts for attempts in self.questions if not attempts.right]
 
     def __str__(self) -> str:
@@ -196,7 +220,7 @@ class Sampled:
 
 def sample_chains(
     model: Any,
-    questions: Sequence[tuple[str, str]],
+    questions: Sequence[Question],
     tokenizer: Any,
     k: int,
     *,
@@ -216,33 +240,29 @@ def sample_chains(
 
     Args:
         model: a causal language model.
-        tokenizer: its tokenizer; it puts its special tokens on a prompt, as in `encode`.
-        questions: pairs of a prompt and the right answer, as `read_answer` gives it.
+        questions: prompts and right answers, in the form in which `read_answer` gives an answer.
+        tokenizer: the model's tokenizer; it puts its special tokens on a prompt, as in `encode`.
         k: chains a question.
-        read_answer: the final answer of a chain's text (without special tokens), or None.
-        max_new_tokens: of a chain.
+        read_answer: reads the final answer of a chain's text (without special tokens), or None.
+        max_new_tokens: the most tokens of a chain.
         stop_strings: a text that ends a chain, such as "." or a line break, besides the end-of-text token.
-        temperature: of sampling.
-        top_p: the probability mass that is sampled from.
-        batch_size: questions at a time, each with k chains.
-        seed: of the sampling.
+        temperature: p is proportional to p^(1 / temperature).
+        top_p: the words drawn from are the likeliest, of this probability together.
+        batch_size: questions in one batch, each with k chains.
+        seed: of the drawing.
 
     Raises:
-        ValueError: there are no questions, a prompt without tokens, or a number is out of range.
+        ValueError: there are no questions, a prompt has no token, or a number is out of range.
     """
-    counts = dict(k=k, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    for name, value in counts.items():
+    for name, value in dict(k=k, max_new_tokens=max_new_tokens, batch_size=batch_size).items():
         if value < 1:
             raise ValueError(f"sample_chains: {name}={value} must be at least 1")
     if not questions:
         raise ValueError("sample_chains: there are no questions")
-    prompts = [tuple(tokenizer(prompt)["input_ids"]) for prompt, _ in questions]
-    if not all(prompts):
-        raise ValueError(f"sample_chains: the prompt of question {prompts.index(())} has no token")
-    asked = [Example(ids, (False,) * len(ids)) for ids in prompts for _ in range(k)]
+    prompts = encode_texts([question.prompt for question in questions], tokenizer)
     written = generate(
         model,
-        asked,
+        [prompt for prompt in prompts for _ in range(k)],
         tokenizer,
         max_new_tokens=max_new_tokens,
         stop_strings=stop_strings,
@@ -254,18 +274,18 @@ def sample_chains(
     )
     found: list[Attempts] = []
     unread = 0
-    for i, (prompt, (_, gold)) in enumerate(zip(prompts, questions, strict=True)):
+    for i, (prompt, question) in enumerate(zip(prompts, questions, strict=True)):
         sides: dict[bool, list[Example]] = {True: [], False: []}
         for chain in dict.fromkeys(one.ids for one in written[i * k : (i + 1) * k]):
             read = read_answer(tokenizer.decode(list(chain), skip_special_tokens=True))
             unread += read is None
-            sides[read == gold].append(Example((*prompt, *chain), (False,) * len(prompt) + (True,) * len(chain)))
+            sides[read == question.answer].append(Example.of(prompt.ids, chain))
         found.append(Attempts(sides[True], sides[False]))
     return Sampled(tuple(found), unread)
 
 
 def _score(model: nn.Module, questions: Sequence[Attempts], batch: Batch) -> list[tuple[Tensor, Tensor]]:
-    """The scores of right and wrong chains; `batch` tells the device, and the spans that trails ask for."""
+    """The scores of right and of wrong chains. `batch` says on which device, and which spans trails ask for."""
     chains = [chain for attempts in questions for chain in (*attempts.right, *attempts.wrong)]
     found = scores(model, collate(chains, spans=batch.spans).to(batch.input_ids.device))
     sizes = [size for attempts in questions for size in (len(attempts.right), len(attempts.wrong))]

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tokenpaths.attachment.handle import attachments
 from tokenpaths.data.examples import Batch, Example
+from tokenpaths.site import Host
 from tokenpaths.trailmap.adapter import Adapter
 
 
@@ -17,16 +19,18 @@ from tokenpaths.trailmap.adapter import Adapter
 class Objective:
     """Something to train for: `weight * loss`, on batches of `examples`.
 
-    To write your own, subclass as a dataclass and define `loss`; and `terms`, if the loss is not a mean over examples.
-    While `loss` runs, the trails are attached to the model, in training mode and with gradients (but not while the
-    weight is zero: then the loss is only read).
+    To write your own, subclass it as a dataclass and define `loss`. Define `terms` too, if the loss is not a mean over
+    examples. While `loss` runs, the trails are attached to the model, in training mode and with gradients; at a weight
+    of zero there are no gradients, as the loss is only read.
 
     Args:
         examples: what it is trained on.
-        weight: of its loss, at the first step; `reweigh` may change it.
-        every: train for it in every so many steps only, from the first; its loss is NaN in the others.
-        batch_size: examples of it in a step, on each process and in one forward, where they are not to be as many as
-            `steps` takes.
+        weight: the weight of its loss in the first step; `reweigh` may change it.
+        every: it is trained for in one of so many steps, from the first on. Its loss is NaN in the others.
+        batch_size: examples of it in a step, on each process and in one forward; as many as `steps` takes unless given.
+
+    Raises:
+        ValueError: there are no examples, or a number is out of range.
     """
 
     examples: Sequence[Example] = field(repr=False)
@@ -48,13 +52,24 @@ class Objective:
         raise NotImplementedError(f"{type(self).__name__} must define loss(model, trails, batch)")
 
     def terms(self, examples: Sequence[Example]) -> int:
-        """How many terms the loss of these examples is the mean of.
+        """The number of terms that the loss of these examples is the mean of.
 
-        Batches that are split over micro-batches or processes are weighted by it, so that however the examples are
-        split the sum is the loss of them all.
+        The losses of micro-batches and processes are weighted by it, so that their sum is the loss of all examples.
         """
         return len(examples)
 
     def reweigh(self, weight: float, loss: float) -> float:
-        """The weight of the next step, from that of this one and the loss it had: as it was, unless told otherwise."""
+        """The weight in the next step, from the weight and the loss in this one. Here it stays as it is."""
         return weight
+
+
+def host_of(model: nn.Module, trails: Adapter) -> Host:
+    """The model as the attachment of the trails has looked at it; looked at anew for an adapter without attachment."""
+    held = (attachment.host for attachment in attachments(model) if attachment.trails is trails)
+    return next(held, None) or Host.of(model, trails.blocks)
+
+
+def tokens_of(batch: Batch) -> list[tuple[int, ...]]:
+    """The token ids of each row without padding, by which an objective knows the examples of a batch."""
+    real = batch.attention_mask.bool()
+    return [tuple(ids[mask].tolist()) for ids, mask in zip(batch.input_ids, real, strict=True)]

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenpaths.data.examples import Batch, Example
-from tokenpaths.engine.answers import answers
+from tokenpaths.engine.forwards import answers
 from tokenpaths.engine.logits import cross_entropy
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.training.objectives.base import Objective
@@ -17,7 +17,11 @@ from tokenpaths.training.objectives.base import Objective
 
 @dataclass
 class Imitate(Objective):
-    """Mean cross-entropy of the answer tokens: -1/n sum_t log p(answer_t | all before it), in float32 at least."""
+    """Mean cross-entropy of the answer tokens: -1/n sum_t log p(answer_t | all before it), in nats, float32 at least.
+
+    Raises:
+        ValueError: an example has no answer.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,9 +1,9 @@
-"""The chain of token: answers made of parts, such as steps and a final answer, each with its own weight.
+"""Answers made of parts, such as steps and a final answer, each with its own weight.
 
-examples = encode_parts(tokenizer, [("2 + 3 + 4 =", {"steps": " 5", "answer": " 9."})])
+examples = encode_parts([("2 + 3 + 4 =", {"steps": " 5", "answer": " 9."})], tokenizer)
 goals = [
-    ImitateParts(examples, parts={"steps": 0.5, "answer": 1.0}),
-    ImitateParts(examples, parts={"answer": 1.0}, weight=0.0, every=10),  # reads the answer's loss apart
+ImitateParts(examples, parts={"steps": 0.5, "answer": 1.0}),
+ImitateParts(examples, parts={"answer": 1.0}, weight=0.0, every=10),  # reads the answer's loss apart
 ]
 """
 
@@ -12,14 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tokenpaths.data.examples import IGNORED, Batch, Example
-from tokenpaths.engine.answers import answers
+from tokenpaths.engine.forwards import answers
 from tokenpaths.engine.logits import cross_entropy
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.training.objectives.base import Objective
@@ -27,13 +26,15 @@ from tokenpaths.training.objectives.base import Objective
 
 @dataclass
 class ImitateParts(Objective):
-    """Cross-entropy by parts: 1/n sum_parts w_part sum_(t in part) -log p(answer_t | all before it), in float32.
+    """Cross-entropy by parts: 1/n sum_parts w_part sum_(t in part) -log p(answer_t | all before it), in nats, float32.
 
     n is the number of tokens of the parts, whatever their weights. Answer tokens of parts that are not named are not
-    trained. With one part of weight 1 it is the mean loss of that part: with `weight=0.0` it is read and not trained.
+    trained. With one part of weight 1 it is the mean loss of that part; with `weight=0.0` the goal reads that loss and
+    trains nothing.
 
     Args:
-        parts: the weight of each part, by the name of its span (see `encode_parts`).
+        examples: what it is trained on, from `encode_parts`.
+        parts: the weight of each part, by the name of its span.
 
     Raises:
         ValueError: no parts, a weight that is negative or not finite, an example with none of the parts, parts that
@@ -81,42 +82,3 @@ def _weighted(
     logits: Float[Tensor, "m vocab"], targets: Int[Tensor, " m"], weights: Float[Tensor, " m"]
 ) -> Float[Tensor, " m"]:
     return weights * cross_entropy(logits, targets)
-
-
-def encode_parts(pairs: Sequence[tuple[str, Mapping[str, str]]], tokenizer: Any, *, eos: bool = True) -> list[Example]:
-    """Turn prompts and answers in named parts into examples with a span for each part, in the order written.
-
-    Parts are tokenised apart, so that no token lies across a border between them. With `eos`, the last part ends with
-    the end-of-text token.
-
-    Raises:
-        ValueError: no pairs, a prompt without tokens, an answer without parts or with an empty one, or `eos` with a
-            tokenizer that has no end-of-text token.
-    """
-    if not pairs:
-        raise ValueError("there is nothing to encode: the list of pairs is empty")
-    if eos and tokenizer.eos_token_id is None:
-        raise ValueError("this tokenizer has no end-of-text token: pass eos=False, or set tokenizer.eos_token")
-    examples: list[Example] = []
-    for number, (prompt, parts) in enumerate(pairs):
-        ids = list(tokenizer(prompt)["input_ids"]) if prompt else []
-        if not ids or not parts:
-            raise ValueError(f"item {number} has {len(ids)} prompt tokens and {len(parts)} parts, but needs both")
-        given = len(ids)
-        spans: dict[str, tuple[int, int]] = {}
-        for name, text in parts.items():
-            piece = list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
-            if not piece:
-                raise ValueError(f"item {number}: its part {name!r} is empty, leave it out")
-            if eos and name == list(parts)[-1]:
-                piece.append(tokenizer.eos_token_id)
-            spans[name] = (len(ids), len(ids) + len(piece))
-            ids += piece
-        examples.append(Example(tuple(ids), (False,) * given + (True,) * (len(ids) - given), spans))
-    return examples
-
-
-def tokens_of(batch: Batch) -> list[tuple[int, ...]]:
-    """The token ids of each row without padding: how an objective knows the examples of a batch again."""
-    real = batch.attention_mask.bool()
-    return [tuple(ids[mask].tolist()) for ids, mask in zip(batch.input_ids, real, strict=True)]

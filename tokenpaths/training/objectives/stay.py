@@ -1,10 +1,10 @@
-"""Staying close to the frozen model on rehearsal text, inside a budget that is named and not tuned.
+"""Staying close to the frozen model on rehearsal text, within a budget.
 
-    goals = [Imitate(examples), Stay(plain(tokenizer, texts), within=0.01)]     # nats a token
+    goals = [Imitate(examples), Stay(encode_texts(texts, tokenizer), within=0.01)]     # nats a token
 
-The frozen model is the same model with the trails off. What is held is a distance D between the two, of one kind a
-class. The weight of a `Stay` is a Lagrange multiplier: it rises while D is over the budget, falls while D is inside,
-and at zero the objective costs nothing:
+The frozen model is the same model with the trails off. Each class holds one kind of distance D between the two models.
+The weight of a `Stay` is a Lagrange multiplier: it rises while D is over the budget and falls while D is inside. At
+zero the objective is read and not trained:
 
     weight <- clip(weight + gain min(D / within - 1, 1), 0, most)        after each step (dual ascent)
 """
@@ -21,13 +21,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenpaths.data.examples import Batch
-from tokenpaths.engine.answers import forward
 from tokenpaths.engine.divergence import at_least_float32, kl_of_rows
+from tokenpaths.engine.forwards import forward
 from tokenpaths.engine.logits import kl_from, logits_at
 from tokenpaths.engine.states import recording, recording_maps
-from tokenpaths.site import Host, Place, find_blocks
+from tokenpaths.site import Place
 from tokenpaths.trailmap.adapter import Adapter
-from tokenpaths.training.objectives.base import Objective
+from tokenpaths.training.objectives.base import Objective, host_of
 
 
 @dataclass
@@ -35,10 +35,14 @@ class Stay(Objective):
     """KL(frozen || steered) of the next token, in nats, the mean over all tokens of the rehearsal texts.
 
     Args:
+        examples: the rehearsal texts.
         within: the budget, in units of the distance.
-        gain: how fast the weight follows: it is added to the weight in a step that is at twice the budget or further,
-            and taken from it in one that does not drift at all. At 0 the weight is fixed.
+        gain: added to the weight after a step at twice the budget or more, and taken from it after a step without any
+            drift. At 0 the weight is fixed.
         most: the largest weight.
+
+    Raises:
+        ValueError: a number is negative or not finite, or the budget is 0.
     """
 
     within: float = 0.01
@@ -64,7 +68,7 @@ class Stay(Objective):
         return self.distance(frozen, self.see(model, trails, batch))
 
     def see(self, model: nn.Module, trails: Adapter, batch: Batch) -> Any:
-        """What is compared, of one forward: here `Logits`, so that neither forward holds tokens x words of them."""
+        """What is compared, from one forward: here `Logits`, so that no forward holds the logits of all tokens."""
         return logits_at(model, lambda: forward(model, batch), batch.attention_mask.bool())
 
     def distance(self, frozen: Any, steered: Any) -> Float[Tensor, ""]:
@@ -74,11 +78,11 @@ class Stay(Objective):
 
 @dataclass
 class StayStates(Stay):
-    """||h' - h||^2 / ||h||^2 of the residual stream after each block: the mean over tokens and blocks."""
+    """||h' - h||^2 / ||h||^2 of the residual stream after each block, the mean over tokens and blocks."""
 
     def see(self, model: nn.Module, trails: Adapter, batch: Batch) -> list[Tensor]:
-        places = {block: Place(block, "output") for block in find_blocks(model, trails.blocks)}
-        with recording(places) as states:
+        blocks = host_of(model, trails).blocks
+        with recording({block: Place(block, "output") for block in blocks}) as states:
             forward(model, batch)
         real = batch.attention_mask.bool()
         return [at_least_float32(h[real]) for h in states.values()]
@@ -92,10 +96,10 @@ class StayStates(Stay):
 
 @dataclass
 class StayMoments(StayStates):
-    """The same states as distributions: single tokens may move, their mean and covariance in a batch may not.
+    """(||mu' - mu||^2 + ||C' - C||_F) / tr C of the states after each block, the mean over blocks.
 
-    For each block, (||mu' - mu||^2 + ||C' - C||_F) / tr C, of a batch's tokens; the mean over blocks. The larger the
-    batch, the more it says of the distribution.
+    mu and C are mean and covariance of the states of a batch's tokens: single tokens may move, their distribution may
+    not. The larger the batch, the better it shows the distribution.
     """
 
     def distance(self, frozen: list[Tensor], steered: list[Tensor]) -> Float[Tensor, ""]:
@@ -106,11 +110,12 @@ class StayMoments(StayStates):
 class StayAttention(Stay):
     """KL(frozen || steered) of attention rows, in nats: the mean over tokens, heads and layers. Needs eager attention.
 
-    A model that keeps its attention weights to itself is refused: `model.set_attn_implementation("eager")`.
+    Raises:
+        ValueError: in the forward, if the model gives no attention maps: `model.set_attn_implementation("eager")`.
     """
 
     def see(self, model: nn.Module, trails: Adapter, batch: Batch) -> list[Tensor]:
-        with recording_maps(Host.of(model, trails.blocks)) as maps:
+        with recording_maps(host_of(model, trails)) as maps:
             forward(model, batch)
         if not maps:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Where states should be: targets kept in memory, or in a safetensors file from which they are read as they are needed.
+"""Where states should be: targets in memory, or in a safetensors file from which they are read as they are needed.
 
 A file holds, for n examples and each of its sites,
 
@@ -15,13 +15,13 @@ and a JSON note: the kind, the sites, the widths (or numbers of heads), and the 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, BinaryIO, Literal, TypeAlias, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -35,12 +35,14 @@ from tokenpaths.trailmap import notes
 
 Kind: TypeAlias = Literal["states", "attention"]
 Stored: TypeAlias = Callable[[str, int, int], Tensor]  # entries start to stop of the tensor of a name
+Put: TypeAlias = Callable[[str, int, Tensor], object]  # puts entries into the tensor of a name, from a start on
 
 
 class Targets:
-    """What was captured: for each example and site, the positions of tokens and where their states should be.
+    """What was captured: for each example and site, the positions of tokens, and where their states should be.
 
-    `sites`, `kind` ("states" or "attention") and `base` (name and fingerprint of the frozen model) say what they are.
+    They come from `capture_states` and `capture_attention`, which write the file that `load` opens. `kind` is "states"
+    or "attention", `sites` are the places, `base` is the name and the fingerprint of the frozen model.
     """
 
     def __init__(self, note: dict[str, Any], stored: Stored) -> None:
@@ -65,7 +67,7 @@ class Targets:
         return f"<targets: {self.kind} at {len(self.sites)} sites of {len(self)} examples, {self.base['name']}>"
 
     def of(self, ids: tuple[int, ...], site: int) -> tuple[Int[Tensor, " n"], Float[Tensor, "n ..."]]:
-        """Positions, counted in the tokens of an example, and targets, for the site of a number.
+        """The positions of captured tokens in an example, and their targets, at `sites[site]`.
 
         The targets are states [n, dim], or attention rows [n, heads, tokens].
         """
@@ -77,7 +79,7 @@ class Targets:
         return positions, self._stored(f"values {site}", start, start + size).view(shape)
 
     def count(self, ids: tuple[int, ...]) -> int:
-        """How many tokens of an example were captured, of all sites together."""
+        """The number of captured tokens of an example, over all sites."""
         return int(self._counts[self._number[_key(ids)]].sum())
 
     def check(self, model: nn.Module) -> None:
@@ -116,7 +118,7 @@ class Targets:
         return loaded
 
     def _shapes(self) -> dict[str, list[int]]:
-        """The tensors that there must be."""
+        """The names and shapes of the tensors that the file must have."""
         n = len(self)
         shapes = {"keys": [n], "lengths": [n], "counts": [n * len(self.sites)]}
         for site in range(len(self.sites)):
@@ -136,8 +138,14 @@ def store(
 ) -> Targets:
     """Keep targets as they come, in memory or in a file that is written whole or not at all.
 
-    `positions` are by example and site; `values` come in any order of examples: the number of one, and its targets at
-    each site.
+    Args:
+        path: the file; None for memory.
+        kind: what the targets are.
+        sites: where they are.
+        base: the model that they were captured from.
+        ids: the token ids of each example.
+        positions: of the captured tokens, by example and site.
+        values: the number of an example, and its targets at each site, with the examples in any order.
     """
     counts = torch.tensor([[len(part) for part in row] for row in positions])
     index = {
@@ -146,83 +154,52 @@ def store(
         "counts": counts.flatten(),
         **{f"positions {site}": torch.cat([row[site] for row in positions]) for site in range(len(sites))},
     }
-    kept: _Memory | _File | None = None
-    starts = torch.empty(0)
-    try:
-        for number, parts in values:
-            if kept is None:  # the widths and dtypes of what there is to keep are known now
-                widths = [part.shape[1] for part in parts]
-                sizes = _sizes(kind, widths, counts, index["lengths"])
-                starts = _starts(sizes)
-                totals = {f"values {s}": (int(sizes[:, s].sum()), part.dtype) for s, part in enumerate(parts)}
-                places = [notes.site_to_note(site) for site in sites]
-                note = {"kind": kind, "sites": places, "widths": widths, "examples": len(ids), "base": base}
-                kept = _Memory(note, index, totals) if path is None else _File(Path(path), note, index, totals)
-            for site, part in enumerate(parts):
-                kept.put(f"values {site}", int(starts[number, site]), part.flatten().cpu())
-        assert kept is not None
-        return kept.finish()
-    except BaseException as error:
-        if isinstance(kept, _File):
-            kept.discard(error)
-        raise
+    rest = iter(values)
+    first = next(rest)  # it tells widths and dtypes
+    widths = [part.shape[1] for part in first[1]]
+    sizes = _sizes(kind, widths, counts, index["lengths"])
+    starts = _starts(sizes)
+    places = [notes.site_to_note(site) for site in sites]
+    note = {"kind": kind, "sites": places, "widths": widths, "examples": len(ids), "base": base}
+    entries = {name: (len(tensor), tensor.dtype) for name, tensor in index.items()}
+    entries |= {f"values {s}": (int(sizes[:, s].sum()), part.dtype) for s, part in enumerate(first[1])}
 
-
-class _Memory:
-    """Targets kept in memory."""
-
-    def __init__(
-        self, note: dict[str, Any], index: dict[str, Tensor], totals: dict[str, tuple[int, torch.dtype]]
-    ) -> None:
-        self.note = note
-        self.tensors = {**index, **{name: torch.empty(n, dtype=dtype) for name, (n, dtype) in totals.items()}}
-
-    def put(self, name: str, start: int, values: Tensor) -> None:
-        self.tensors[name][start : start + len(values)] = values
-
-    def finish(self) -> Targets:
-        tensors = self.tensors
-        return Targets(self.note, lambda name, start, stop: tensors[name][start:stop])
-
-
-class _File:
-    """Targets written to a safetensors file in the order they come: its header says where each belongs."""
-
-    def __init__(
-        self, path: Path, note: dict[str, Any], index: dict[str, Tensor], totals: dict[str, tuple[int, torch.dtype]]
-    ) -> None:
-        metadata = {"tokenpaths": json.dumps({"version": files.VERSION, "waypoints": note})}
-        header: dict[str, Any] = {"__metadata__": metadata}
-        entries = {**{name: (len(tensor), tensor.dtype) for name, tensor in index.items()}, **totals}
-        self.offsets: dict[str, int] = {}
-        end = 0
-        for name in sorted(entries, key=lambda name: -entries[name][1].itemsize):  # so that each is aligned
-            count, dtype = entries[name]
-            self.offsets[name], start, end = end, end, end + count * dtype.itemsize
-            header[name] = {"dtype": _DTYPES[dtype], "shape": [count], "data_offsets": [start, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        self.body = 8 + len(text)
-        self.path = path
-        self.writing = ExitStack()
-        self.file = self.writing.enter_context(files.whole(path)).open("xb")
-        self.file.write(len(text).to_bytes(8, "little") + text)
-        self.file.truncate(self.body + end)
+    def fill(put: Put) -> None:
         for name, tensor in index.items():
-            self.put(name, 0, tensor)
+            put(name, 0, tensor)
+        for number, parts in itertools.chain([first], rest):
+            for site, part in enumerate(parts):
+                put(f"values {site}", int(starts[number, site]), part.flatten().cpu())
 
-    def put(self, name: str, start: int, values: Tensor) -> None:
-        self.file.seek(self.body + self.offsets[name] + start * values.dtype.itemsize)
-        self.file.write(values.contiguous().view(torch.uint8).numpy().tobytes())
+    if path is None:
+        tensors = {name: torch.empty(count, dtype=dtype) for name, (count, dtype) in entries.items()}
+        fill(lambda name, start, part: tensors[name][start : start + len(part)].copy_(part))
+        return Targets(note, lambda name, start, stop: tensors[name][start:stop])
+    with files.whole(path) as beside, beside.open("xb") as file:
+        fill(_writer(file, note, entries))
+    return Targets.load(path)
 
-    def finish(self) -> Targets:
-        self.file.close()
-        self.writing.close()
-        return Targets.load(self.path)
 
-    def discard(self, error: BaseException) -> None:
-        self.file.close()
-        self.writing.__exit__(type(error), error, error.__traceback__)
+def _writer(file: BinaryIO, note: dict[str, Any], entries: Mapping[str, tuple[int, torch.dtype]]) -> Put:
+    """Begin a safetensors file, and give what writes into it in any order: its header says where each entry belongs."""
+    metadata = {"tokenpaths": json.dumps({"version": files.VERSION, "waypoints": note})}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offsets: dict[str, int] = {}
+    end = 0
+    for name in sorted(entries, key=lambda name: -entries[name][1].itemsize):  # so that each is aligned
+        count, dtype = entries[name]
+        offsets[name], start, end = end, end, end + count * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": [count], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    body = file.write(len(text).to_bytes(8, "little") + text)
+    file.truncate(body + end)
+
+    def put(name: str, start: int, values: Tensor) -> None:
+        file.seek(body + offsets[name] + start * values.dtype.itemsize)
+        file.write(values.contiguous().view(torch.uint8).numpy().tobytes())
+
+    return put
 
 
 _DTYPES = {
@@ -240,13 +217,13 @@ def _sizes(
     counts: Int[Tensor, "examples sites"],
     lengths: Int[Tensor, " examples"],
 ) -> Int[Tensor, "examples sites"]:
-    """How many numbers the targets of each example and site are."""
+    """The number of entries of the targets of each example and site."""
     sizes = counts * torch.tensor(widths)
     return sizes * lengths[:, None] if kind == "attention" else sizes
 
 
 def _starts(sizes: Int[Tensor, "examples sites"]) -> Int[Tensor, "examples sites"]:
-    """Where each begins when they are stored one after another."""
+    """Where the entries of each begin, when they are stored one after another."""
     return sizes.cumsum(0) - sizes
 
 

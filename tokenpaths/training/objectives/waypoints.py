@@ -1,14 +1,14 @@
 """Waypoints: bring hidden states, or attention, to where they are when the model has been helped.
 
-    plain = encode(tokenizer, [(question, answer)])
-    helped = encode(tokenizer, [(examples_shown + question, answer)])      # or a system prompt, or a chain of thought
+    plain = encode([(question, answer)], tokenizer)
+    helped = encode([(examples_shown + question, answer)], tokenizer)      # or a system prompt, or a chain of thought
     layers = sites(model, range(10, 20), Last(1) | Answer())
     targets = capture_states(model, plain, helped, layers, path="targets.safetensors")
     for step in steps(model, trails, [Waypoints(plain, targets=targets)], steps=100): ...
 
-Targets are captured once, from the frozen model that has the help in its context, and matched by the steered model
-that has not. **Corresponding tokens** are counted from the end: the last token of the plain example is the last of the
-helped one, and so on. A token that is matched must be the same in both, but for the last one of the prompt: behind a
+Targets are captured once, from the frozen model that has the help in its context. The steered model, which has not, is
+to match them. **Corresponding tokens** are counted from the end: the last token of the plain example is the last of the
+helped one, and so on. A token that is matched must be the same in both, except the last one of the prompt: behind a
 chain of thought the answer begins after another token than behind the question.
 """
 
@@ -27,16 +27,16 @@ from torch import Tensor, nn
 
 from tokenpaths.attachment.handle import attachments
 from tokenpaths.data.examples import Batch, Example, collate
-from tokenpaths.engine.answers import forward_states
+from tokenpaths.engine.batches import by_length
 from tokenpaths.engine.divergence import at_least_float32, kl_of_rows
+from tokenpaths.engine.forwards import forward_states
 from tokenpaths.engine.readings import evaluating
 from tokenpaths.engine.states import recording, recording_maps
 from tokenpaths.site import Host, Site
 from tokenpaths.site.fingerprint import describe
 from tokenpaths.tokens import Context, token_pieces
 from tokenpaths.trailmap.adapter import Adapter
-from tokenpaths.training.objectives.base import Objective
-from tokenpaths.training.objectives.parts import tokens_of
+from tokenpaths.training.objectives.base import Objective, host_of, tokens_of
 from tokenpaths.training.objectives.targets import Kind, Targets, store
 
 By: TypeAlias = Literal["relative", "mse", "cosine"]
@@ -44,7 +44,7 @@ By: TypeAlias = Literal["relative", "mse", "cosine"]
 
 @dataclass
 class _Matching(Objective):
-    """What matching states and matching attention share."""
+    """What matching states and matching attention share: the mean distance to targets, over sites and tokens."""
 
     targets: Targets = field(kw_only=True)
     kind: ClassVar[Kind]
@@ -64,7 +64,7 @@ class _Matching(Objective):
             with trails.off():
                 self.targets.check(model)
             self._checked = True
-        with _reading(Host.of(model, trails.blocks), self.targets.sites, self.kind) as seen:
+        with _reading(host_of(model, trails), self.targets.sites, self.kind) as seen:
             forward_states(model, batch)
         first = batch.attention_mask.argmax(1).tolist()  # where the text of each row begins
         apart: list[Tensor] = []
@@ -77,7 +77,7 @@ class _Matching(Objective):
         return torch.cat(apart).mean()
 
     def distance(self, steered: Tensor, target: Tensor) -> Float[Tensor, " n"]:
-        """How far each token is from its target."""
+        """The distance of each token from its target."""
         raise NotImplementedError
 
     def terms(self, examples: Sequence[Example]) -> int:
@@ -94,11 +94,11 @@ class Waypoints(_Matching):
 
     With `PSR` trails on all layers and tokens and "mse" it is the recipe of "Steer like the LLM" (PSR, arXiv
     2605.03907) as a digest gives it: at one layer, mse(h + d, t) is the error of the displacement d against the
-    activation difference t - h that the prompt makes. (Ours: all layers are steered at once while they learn.)
+    activation difference t - h that the prompt makes. (Unlike there, all layers are steered at once while they learn.)
 
     Args:
-        examples: the plain ones that `targets` was captured for, or some of them.
-        targets: of `capture_states`.
+        examples: the plain examples that `targets` were captured for, or some of them.
+        targets: what `capture_states` returned.
         by: the distance.
 
     Raises:
@@ -126,9 +126,15 @@ class Waypoints(_Matching):
 class WaypointsAttention(_Matching):
     """KL(target || steered) of attention rows, in nats, the mean over heads, then over sites and tokens captured.
 
-    The chain of attention. What the helped model pays to the help cannot be paid without it, and is added to what it
-    pays to the first token of the plain text, where heads look that find nothing to look at (the attention sink).
-    Needs eager attention. `targets` are those of `capture_attention`.
+    Without the help nothing can be attended to in it, so the attention that the helped model pays to the help is added
+    to the first token of the plain text, the attention sink. Needs eager attention.
+
+    Args:
+        examples: the plain examples that `targets` were captured for, or some of them.
+        targets: what `capture_attention` returned.
+
+    Raises:
+        ValueError: `targets` are of another kind or lack an example.
     """
 
     kind: ClassVar[Kind] = "attention"
@@ -155,17 +161,17 @@ def capture_states(
     Args:
         model: the frozen model. It is read in evaluation mode.
         examples: without the help, as the steered model will see them.
-        helped: the same with the help in their prompts, one for each example.
-        sites: layers, streams and tokens to capture: the token rules choose among the tokens of the plain examples.
-        path: write them to this safetensors file as they come, whole or not at all, and read them from there. Without
-            it they are kept in memory. The same plain example twice is stored once.
+        helped: the same examples with the help in their prompts, in the same order.
+        sites: layers, streams and tokens to capture. The token rules choose among the tokens of the plain examples.
+        path: a safetensors file that they are written to as they come, whole or not at all, and read from. Unless
+            given, they are kept in memory. A plain example that comes twice is stored once.
         batch_size: helped examples in one forward.
         blocks: names the block list of a model that has several.
         tokenizer: for `Match`.
 
     Raises:
-        ValueError: trails are attached and at work, lists of different lengths, an example of which no token is
-            chosen, or a chosen token without its like in the helped example.
+        ValueError: trails are attached and on, the lists differ in length, no token of an example is chosen, or a
+            chosen token is not the same in the helped example.
     """
     return _capture("states", model, examples, helped, sites, path, batch_size, blocks, tokenizer)
 
@@ -183,8 +189,8 @@ def capture_attention(
 ) -> Targets:
     """Capture attention rows instead of states, at sites of stream "attention", of one head each or of all.
 
-    Arguments and errors are those of `capture_states`. See `WaypointsAttention` for what becomes of attention to the
-    help. Each token takes heads x (tokens of its example) numbers.
+    Arguments and errors are those of `capture_states`; `WaypointsAttention` says what becomes of attention to the help.
+    A captured token takes heads x (tokens of its example) numbers. Needs eager attention.
     """
     if wrong := [site for site in sites if site.stream != "attention"]:
         raise ValueError(f"{wrong[0]}: attention rows are captured at sites of stream 'attention'")
@@ -203,19 +209,18 @@ def _capture(
     blocks: str | None,
     tokenizer: Any,
 ) -> Targets:
-    _check_frozen(model)
+    if any(attachment.trails.enabled for attachment in attachments(model)):
+        raise ValueError("trails are at work in the model, but targets are the frozen one's: capture in trails.off()")
     if not sites:
         raise ValueError("capture needs at least one site")
     host = Host.of(model, blocks)
     found = [host.locate(site)[0] for site in sites]
     pairs = _pairs(examples, helped)
     chosen = [_positions(number, plain, help, found, tokenizer) for number, plain, help in pairs]
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][2]))  # neighbours in length share a batch
 
     def values() -> Generator[tuple[int, list[Tensor]]]:
-        """The number of each example, and what there is to store of it at each site."""
-        for start in range(0, len(order), batch_size):
-            numbers = order[start : start + batch_size]
+        """The number of each example, and what is stored of it at each site."""
+        for numbers in by_length([len(help) for _, _, help in pairs], batch_size):
             batch = collate([pairs[i][2] for i in numbers]).to(host.device)
             with _reading(host, found, kind) as seen:
                 forward_states(model, batch)
@@ -232,12 +237,12 @@ def _capture(
 
 
 def _without_help(rows: Float[Tensor, "n heads tokens"], shift: int) -> Float[Tensor, "n heads _"]:
-    """Attention rows over the plain text: what was paid to the help is added to the first token."""
+    """Attention rows over the plain text: the attention that was paid to the help is added to the first token."""
     return torch.cat([rows[..., : shift + 1].sum(-1, keepdim=True), rows[..., shift + 1 :]], -1)
 
 
 def _pairs(examples: Sequence[Example], helped: Sequence[Example]) -> list[tuple[int, Example, Example]]:
-    """Number, plain and helped example of each that there is to capture, once."""
+    """The examples to capture, each once: its number, the plain and the helped example."""
     if not examples or len(examples) != len(helped):
         raise ValueError(f"capture takes a helped example for each plain one, not {len(helped)} for {len(examples)}")
     kept: dict[tuple[int, ...], tuple[int, Example, Example]] = {}
@@ -256,7 +261,7 @@ def _pairs(examples: Sequence[Example], helped: Sequence[Example]) -> list[tuple
 def _positions(
     number: int, plain: Example, helped: Example, sites: Sequence[Site], tokenizer: Any
 ) -> list[Int[Tensor, " n"]]:
-    """The tokens of a plain example to capture, for each site, each with its like in the helped example."""
+    """The positions to capture in a plain example, for each site; each must have its like in the helped example."""
     batch = collate([plain])
     pieces = None if tokenizer is None else token_pieces(tokenizer)
     context = Context(batch.attention_mask.bool(), batch.prompt_mask, batch.input_ids, batch.spans, pieces)
@@ -299,8 +304,3 @@ def _rows(read: Tensor, row: int, text: slice, positions: Tensor) -> Tensor:
     if read.ndim == 4:
         return read[row, :, text, text][:, positions].transpose(0, 1)
     return read[row, text][positions]
-
-
-def _check_frozen(model: nn.Module) -> None:
-    if any(attachment.trails.enabled for attachment in attachments(model)):
-        raise ValueError("trails are at work in the model, but targets are the frozen one's: capture in trails.off()")

@@ -1,0 +1,144 @@
+"""What `forgetting` found: each measure before and after, and its change; in print, as a picture, in a file."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from tokenpaths.report.figures import COLOURS, GREY, empty_figure, forest
+from tokenpaths.report.records import Record
+from tokenpaths.report.tables import markdown_table, text_table, with_interval
+from tokenpaths.stats.intervals import Interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Better: TypeAlias = Literal["higher", "lower", ""]
+NATS, BITS, KL, ACCURACY = "nats a token", "bits a byte", "KL to frozen", "accuracy"
+LEAST_MOVED = 0.01
+"""Below this share of moved tokens a text task says little, and its note says so."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One measure of one task in the frozen and the steered model.
+
+    Args:
+        task: the name of the task.
+        measure: the name of the measure, with its unit.
+        before: the measure in the frozen model.
+        after: the measure in the steered model.
+        change: after - before.
+        interval: the 95 % interval of `change`, over items in pairs.
+        items: the number of items.
+        better: which way is better; "" for a distance from the frozen model.
+        guess: of an accuracy, that of someone who does not read: who always names the commonest right option where all
+            items have the same options, and draws one elsewhere. NaN for other measures.
+        moved: of a text task, the share of tokens whose state differs after the last block. NaN for other tasks.
+    """
+
+    task: str
+    measure: str
+    before: float
+    after: float
+    change: float
+    interval: Interval
+    items: int
+    better: Better
+    guess: float = math.nan
+    moved: float = math.nan
+
+    @property
+    def verdict(self) -> Literal["worse", "better", "same", "unclear", ""]:
+        """On which side of 0 the whole interval lies; "same" if it is 0 itself, "" for a distance."""
+        low, high = self.interval
+        if not self.better:
+            return ""
+        if low == high == 0:
+            return "same"
+        if low > 0 or high < 0:
+            return "better" if (low > 0) == (self.better == "higher") else "worse"
+        return "unclear"
+
+    @property
+    def note(self) -> str:
+        """What a reader needs beside the figures: perplexities, the share of moved tokens, what a guess scores."""
+        if self.measure == NATS:
+            return f"perplexity {_exp(self.before):.4g} -> {_exp(self.after):.4g} ({_exp(self.change):.4g}x)"
+        if self.measure == KL:
+            return moved_text(self.moved)
+        return "" if math.isnan(self.guess) else f"guessing {self.guess:.3f}"
+
+
+@dataclass(frozen=True)
+class Forgetting(Record):
+    """What `forgetting` found: `found["trec", "accuracy"]` is a `Loss`, `print(found)` a table of all."""
+
+    what = "a forgetting report"
+
+    losses: tuple[Loss, ...]
+
+    def __getitem__(self, key: tuple[str, str]) -> Loss:
+        for loss in self.losses:
+            if (loss.task, loss.measure) == key:
+                return loss
+        raise KeyError(f"{key} was not measured; there are {[(loss.task, loss.measure) for loss in self.losses]}")
+
+    def __str__(self) -> str:
+        return text_table(self._cells())
+
+    def to_markdown(self) -> str:
+        """The table of `print(found)` in Markdown."""
+        return markdown_table(self._cells())
+
+    def records(self) -> list[dict[str, Any]]:
+        """A flat list, one record for each task and measure."""
+        return [{**asdict(loss), "verdict": loss.verdict} for loss in self.losses]
+
+    def plot(self) -> Figure:
+        """What the trails changed, task by task: each change with its 95 % interval, a panel for each unit.
+
+        Nats a token and KL to the frozen model share a panel, and so do all other measures but bits a byte, which are
+        nats again: these are drawn in points, hundredths of the measure. Orange is worse, green is better, grey is
+        unclear or a distance. Needs the extra `plots`; `ImportError` without it.
+        """
+        panels: dict[str, list[Loss]] = {}
+        for loss in self.losses:
+            if loss.measure != BITS:
+                unit = "nats a token" if loss.measure in (NATS, KL) else "points"
+                panels.setdefault(unit, []).append(loss)
+        figure = empty_figure(
+            "What the trails changed, against the frozen model, with 95 % intervals",
+            height=1.2 + 0.8 * len(panels) + 0.3 * sum(map(len, panels.values())),
+        )
+        rows = figure.subplots(len(panels), squeeze=False, height_ratios=[1 + len(part) for part in panels.values()])
+        for axes, (unit, part) in zip(rows[:, 0], panels.items(), strict=True):
+            scale = 100 if unit == "points" else 1
+            forest(
+                axes,
+                [f"{loss.task}: {loss.measure}" for loss in part],
+                [scale * loss.change for loss in part],
+                [(scale * loss.interval[0], scale * loss.interval[1]) for loss in part],
+                [{"worse": COLOURS[1], "better": COLOURS[2]}.get(loss.verdict, GREY) for loss in part],
+            )
+            axes.set_ylabel("task")
+            axes.set_xlabel(f"change, {unit}")
+        return figure
+
+    def _cells(self) -> list[list[str]]:
+        rows = [["task", "measure", "frozen", "steered", "change [95 % interval]", "", "items", ""]]
+        for loss in self.losses:
+            change = with_interval(loss.change, loss.interval, 4, "+")
+            figures = [f"{loss.before:.4f}", f"{loss.after:.4f}", change, loss.verdict, str(loss.items), loss.note]
+            rows.append([loss.task, loss.measure, *figures])
+        return rows
+
+
+def moved_text(share: float) -> str:
+    """The share of moved tokens in words, and whether it is too small for the figures to say much."""
+    return f"{share:.1%} of tokens moved" + (": too few to say much" if share < LEAST_MOVED else "")
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 709 else math.inf  # math.exp would raise

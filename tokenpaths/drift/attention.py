@@ -1,8 +1,8 @@
 """Drift of attention: the maps of two runs, layer by layer, and measures of them.
 
-A map holds, for each head and token, how that token spreads its attention over the tokens of the text: [heads, n, n],
-in rows that sum to 1. A measure is a function of the frozen and the steered map of one layer and text, a quantity of
-one map; both return one number a head and token, [heads, n]::
+A map says, for each head and token, how that token spreads its attention over the tokens of the text: [heads, n, n],
+with rows that sum to 1. A measure is a function of the frozen and the steered map p and q of one layer and text, a
+quantity is a function of one map. Both return one number a head and token, [heads, n]::
 
     def see(layer: str, row: int, p: Tensor, q: Tensor) -> None:
         print(layer, "text", row, attention_js(p, q).mean(-1))
@@ -31,30 +31,40 @@ See: TypeAlias = Callable[[str, int, Tensor, Tensor], None]
 
 
 def attention_js(p: Float[Tensor, "heads n n"], q: Float[Tensor, "heads n n"]) -> Float[Tensor, "heads n"]:
-    """Jensen-Shannon divergence of each token's attention, frozen against steered, in nats; 0 to ln 2."""
+    """Jensen-Shannon divergence of each token's attention, frozen and steered, in nats; 0 to ln 2 (Lin 1991)."""
     return jensen_shannon(_distribution(p), _distribution(q))
 
 
 def attention_entropy(p: Float[Tensor, "heads n n"]) -> Float[Tensor, "heads n"]:
-    """The entropy of each token's attention, -sum_k p_k log p_k, in nats; 0 (one token) to ln n (all alike)."""
+    """The entropy of each token's attention, -sum_k p_k log p_k, in nats; 0 (on one token) to ln n (on all alike)."""
     return torch.special.entr(_distribution(p)).sum(-1)
 
 
 def sink_mass(p: Float[Tensor, "heads n n"]) -> Float[Tensor, "heads n"]:
-    """The attention that each token pays to the first: the attention sink of most models (Xiao et al. 2023); 0 to 1."""
+    """The attention of each token to the first, the attention sink of most models (Xiao et al. 2023); 0 to 1."""
     return at_least_float32(p[..., 0])
 
 
 def read_attention(before: Run, after: Run, batch: Batch, see: See) -> list[tuple[Reading, Reading]]:
-    """`read` two runs over a batch, and show their attention: `see("block 3", row, p, q)` for each layer and text.
+    """Read two runs over a batch, as `read` does, and show their attention maps.
 
-    `p` and `q` are the self-attention maps [heads, n, n] of the two runs, with padding cut off. Two maps of the batch
-    are in memory at a time, those of one layer: the forwards keep only what enters each attention module, from which
-    the maps are made again afterwards, inside the run's own context. So `see` must not keep them. Where both runs share
-    a block (see `Run.shares`) it is shown one map twice. Blocks without attention are left out.
+    Two maps of the batch are in memory at a time, those of one layer: the forwards keep only what enters each attention
+    module, from which the maps are made again afterwards, inside the run's own context. Where both runs share a block
+    (see `Run.shares`), one map is shown twice. Blocks without attention are left out.
 
-    Raises `ValueError` if attention gives no maps (they exist under eager attention only), if the models have other
-    numbers of layers or heads, and as `read` does.
+    Args:
+        before: the frozen run.
+        after: the steered run.
+        batch: the texts.
+        see: called as `see("block 3", row, p, q)` for each layer and text, with the self-attention maps [heads, n, n]
+            of the two runs, without padding. It must not keep them.
+
+    Returns:
+        The pairs of readings, a pair a text.
+
+    Raises:
+        ValueError: attention gives no maps (they exist under eager attention only), the models have other numbers of
+            layers or heads, and as `read`.
     """
     modules = _modules(before), _modules(after)
     with evaluating(before.model), evaluating(after.model), torch.no_grad():
@@ -72,7 +82,7 @@ def read_attention(before: Run, after: Run, batch: Batch, see: See) -> list[tupl
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """What an attention module was given."""
+    """What an attention module was given. It is small beside the map: hidden states, positions and masks."""
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -102,7 +112,7 @@ def _calls(modules: Iterable[nn.Module]) -> Generator[dict[nn.Module | None, lis
 
 
 def _maps(run: Run, call: _Call, layer: int) -> Float[Tensor, "batch heads seq seq"]:
-    """The maps of a call, made again. `forward` and not the call itself: what hooks did to the input is done."""
+    """The maps of a call, made again by `forward`, since the arguments that were kept have gone through the hooks."""
     with run.inside():
         output = call.module.forward(*call.args, **call.kwargs)
     return attention_map(output, call.module, layer)
@@ -118,7 +128,7 @@ def _show(layer: str, p: Tensor, q: Tensor, batch: Batch, see: See) -> None:
 
 
 def _distribution(p: Tensor) -> Float[Tensor, "heads n m"]:
-    """Rows that sum to 1: what a learned sink takes (gpt-oss) counts as one more column, a rounding error does not."""
+    """Rows that sum to 1. What a learned sink takes (gpt-oss) is one more column; a rounding error is none."""
     rows = at_least_float32(p)
     rest = 1 - rows.sum(-1, keepdim=True)
     rows = torch.cat([rows, rest.where(rest > 8 * torch.finfo(p.dtype).eps, 0)], -1)

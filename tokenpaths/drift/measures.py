@@ -1,15 +1,15 @@
 """Measures of drift at each token: of its next-token distribution, its hidden states, its path through the layers.
 
-A **measure** compares two readings of one text of n tokens, the frozen model's and the steered one's; a **quantity** is
-read off one, and its change from the frozen run to the steered one is the drift. Both are plain functions, and so is
-one of your own::
+A **measure** compares two readings of one text of n tokens, the frozen model's and the steered one's. A **quantity** is
+a function of one reading, and its change from the frozen run to the steered one is the drift. Both are plain functions,
+and you can write your own::
 
     def margin(reading: Reading) -> Tensor:  # [n]
         first, second = reading.log_probs.topk(2).values.unbind(-1)
         return first - second
 
-They return one number a token, [n], or one a layer and token, [layers, n]; `layer_names` tells the layers. NaN means
-that a token has no such number (the last one has no next token), and it is left out of every count. Two equal readings
+They return one number a token, [n], or one a layer and token, [layers, n]; `layer_names` names the layers. NaN means
+that a token has no such number: the last one has no next token. It is left out of every count. Two equal readings
 measure exactly 0. Everything is computed in float32 at least.
 """
 
@@ -34,7 +34,7 @@ def kl(before: Reading, after: Reading) -> Float[Tensor, " n"]:
 
 
 def reverse_kl(before: Reading, after: Reading) -> Float[Tensor, " n"]:
-    """KL(steered || frozen), in nats: large where the steered model says what the frozen one never would."""
+    """KL(steered || frozen), in nats; 0 to infinity. Large where only the steered model says a word."""
     return kl(after, before)
 
 
@@ -44,7 +44,7 @@ def js(before: Reading, after: Reading) -> Float[Tensor, " n"]:
 
 
 def flips(before: Reading, after: Reading) -> Float[Tensor, " n"]:
-    """1 where the most likely next token is another one, else 0. Its mean is the share of flipped tokens."""
+    """1 where the most likely next token differs, else 0. The mean is the share of flipped tokens."""
     return (before.logits.argmax(-1) != after.logits.argmax(-1)).float()
 
 
@@ -71,7 +71,7 @@ def correct(reading: Reading) -> Float[Tensor, " n"]:
 def displacement(before: Reading, after: Reading) -> Float[Tensor, "layers n"]:
     """||h' - h|| / ||h|| of the frozen state h and the steered one h' at each layer; 0 to infinity.
 
-    The same for both states rotated or scaled alike. Where h is 0 it is 0 if h' is 0 too, else NaN.
+    It does not change if both states are rotated or scaled alike. Where h is 0 it is 0 if h' is 0 too, else NaN.
     """
     moved = torch.stack([(y - x).norm(dim=-1) for x, y in _states(before, after)])
     return torch.where(moved == 0, 0, moved / before.norms.where(before.norms != 0, math.nan))
@@ -86,7 +86,7 @@ def cosine_shift(before: Reading, after: Reading) -> Float[Tensor, "layers n"]:
 
 
 def step_length(reading: Reading) -> Float[Tensor, "blocks n"]:
-    """||h_l - h_(l-1)||, how far each block moves a token: the step into "block 0" comes from the embedding.
+    """||h_l - h_(l-1)||, how far each block moves a token. The step into "block 0" comes from the embedding.
 
     The states of a token, from the embedding to the last block, are its path through the model: the chain of embedding
     (Wang et al. 2024, arXiv:2410.13640; there of the states averaged over tokens). The final norm is no step of it.
@@ -106,13 +106,13 @@ def turning_angle(reading: Reading) -> Float[Tensor, "turns n"]:
 
 
 def curvature(reading: Reading) -> Float[Tensor, "turns n"]:
-    """The turning angle divided by the mean length of the two steps, in radians per unit of state."""
+    """The turning angle over the mean length of the two steps, in radians per unit of state; 0 to infinity."""
     lengths = step_length(reading)
     return turning_angle(reading) / ((lengths[:-1] + lengths[1:]) / 2)
 
 
 def path_length(reading: Reading) -> Float[Tensor, " n"]:
-    """The sum of a token's steps, from the embedding to the last block."""
+    """The sum of a token's step lengths, from the embedding to the last block, in the unit of the states."""
     return step_length(reading).sum(0)
 
 
@@ -125,9 +125,14 @@ def massive(norms: Float[Tensor, "*layers n"]) -> Bool[Tensor, "*layers n"]:
 
 
 def layer_names(reading: Reading, rows: int) -> list[str]:
-    """What the rows of a layered measure are called: every state, every block, or every block but the last.
+    """The names of the rows of a layered measure: every state, all but "norm", every block, or all blocks but the last.
 
-    Raises `ValueError` for another number of rows.
+    Args:
+        reading: a reading of the model.
+        rows: the number of rows.
+
+    Raises:
+        ValueError: no such list of layers has this number of rows.
     """
     path = list(_path(reading))
     for names in (list(reading.states), path, path[1:], path[1:-1]):
@@ -153,8 +158,8 @@ def _by_token(divergence: Callable[[Tensor, Tensor], Tensor], before: Reading, a
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """The sum of p (log p - log q) - p + q, which takes back what the two normalisers have lost to rounding.
 
-    `engine.divergence.kl_of_logs` is the plain sum, for training: there its gradient matters, and logs are finite. Its
-    rounding, of either sign, would hide a small drift, and it does not take words of probability 0.
+    `engine.divergence.kl_of_logs` is the plain sum over finite log-probabilities, which is enough where it is compared
+    with a budget. Here its rounding, of either sign, would hide a small drift, and words may have probability 0.
     """
     p, q = log_p.exp(), log_q.exp()
     # the differences of words that one run never says, or neither

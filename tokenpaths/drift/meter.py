@@ -1,12 +1,10 @@
-"""Measuring drift over any number of texts, in one pass and in memory that does not grow.
+"""Drift over any number of texts, measured in one pass and in memory that does not grow.
 
     meter = Meter(*runs(model, trails), sets=(cka,))
-    for batch in batches:
-        meter.read(batch)
-    print(meter.report())
+    print(meter.over(batches).report())
 
-The report does not depend on how the texts are split into batches, in which order they come, or which of several
-meters, merged afterwards, reads which. What is measured are plain functions, and any of them may be your own:
+The report does not depend on the order of the texts, on how they are split into batches, or on which of several meters,
+merged afterwards, reads which text. Measures are plain functions, and any of them may be your own:
 
     measures                (before: Reading, after: Reading) -> [n] or [layers, n]
     quantities              (reading) -> [n] or [layers, n]: of both runs, and its change
@@ -15,7 +13,7 @@ meters, merged afterwards, reads which. What is measured are plain functions, an
     attention               (p: [heads, n, n], q: [heads, n, n]) -> [heads, n]: of the maps of each layer
     attention_quantities    (p: [heads, n, n]) -> [heads, n]: of both runs, and its change
 
-NaN says that a token has no such number. In the report a function goes by its name.
+NaN means that a token has no such number. In the report a function goes by its name.
 """
 
 from __future__ import annotations

@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 
+from tokenpaths.attachment.hooks import Hook
 from tokenpaths.attachment.watcher import Watcher
 from tokenpaths.data.examples import Example, collate
 from tokenpaths.engine.batches import batches, by_length
 from tokenpaths.engine.readings import evaluating
+from tokenpaths.site.host import output_embedding
 
 Ids = tuple[int, ...]
 
@@ -116,13 +118,14 @@ def write_ids(
         max_new_tokens=max_new_tokens,
         eos_token_id=list(ends) or None,
         pad_token_id=pad,
+        stop_strings=None if stop_strings is None else [stop_strings],
         **drawn,
     )
     batch = collate(prompts, pad, "left").to(model.device)
-    more: dict[str, Any] = {} if stop_strings is None else {"stop_strings": [stop_strings], "tokenizer": tokenizer}
+    more: dict[str, Any] = {} if stop_strings is None else {"tokenizer": tokenizer}
     if Watcher.known(model):  # attached trails read it, and a model without them does not know it
         more["prompt_mask"] = batch.prompt_mask
-    with _generates_as(model, config):
+    with _generates_as(model, config), _head_is_given_no_slice(model):
         rows = model.generate(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config, **more
         )
@@ -173,3 +176,21 @@ def _generates_as(model: Any, config: Any) -> Generator[None]:
     finally:
         for module, settings in before:
             module.generation_config = settings
+
+
+@contextmanager
+def _head_is_given_no_slice(model: Any) -> Generator[None]:
+    """Inside, the output embedding is given contiguous states.
+
+    A prompt's last states are a strided slice, whose product takes 100 times as long in bfloat16 on a CPU.
+    """
+    head = output_embedding(model)
+    if head is None:
+        yield
+        return
+    copy = Hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+    handle = head.register_forward_pre_hook(copy, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -16,7 +16,7 @@ from tokenpaths.lab.audit.respond import Ids, Memory
 from tokenpaths.lab.audit.scanning import Scan, scan
 from tokenpaths.lab.audit.searching import search
 from tokenpaths.lab.audit.spectra import features, intruders, outliers
-from tokenpaths.lab.audit.tails import OnTexts, on_texts
+from tokenpaths.lab.audit.tails import OnTexts, Use, on_texts
 from tokenpaths.trailmap.adapter import Adapter
 
 _STANDS_OUT = 8.0  # robust z of a feature: worth a line, though it happens in benign adapters too
@@ -82,13 +82,13 @@ def audit(
             model, trails, short, tokenizer, start=start, rounds=searched, seed=seed, memory=memory
         )
     scores = _scores(found, seen, strange, new) | {name: result.score for name, result in scans.items()}
-    table = {part.name: _described(model, tokenizer, part, seen, trails.blocks) for part in found}
-    of_parts = [
-        finding
-        for part in found
-        for finding in _of_part(part, table[part.name]["features"], seen, strange[part.name], new.get(part.name, 0))
-    ]
-    return Audit(repr(trails)[:200], scores, (*of_parts, *_of_scans(scans)), table, scans, threshold)
+    table: dict[str, dict[str, Any]] = {}
+    findings: list[Finding] = []
+    for part in found:
+        name, use = part.name, seen.parts.get(part.name)
+        table[name] = _described(model, tokenizer, part, use, trails.blocks)
+        findings += _of_part(part, table[name]["features"], use, strange[name], new.get(name, 0))
+    return Audit(repr(trails)[:200], scores, (*findings, *_of_scans(scans)), table, scans, threshold)
 
 
 def shortest(prompts: Sequence[Example]) -> list[Example]:
@@ -111,22 +111,22 @@ def _scores(
     }
     if new:
         scores["intruders"] = float(max(new.values()))
-    if seen.moved:
+    if used := seen.parts.values():
         scores |= {
-            "bias": max(_push(part, seen) for part in found if part.name in seen.moved),
-            "moved_tail": max(math.log10(max(1.0, tail.kurtosis)) for tail in seen.moved.values()),
-            "read_tail": max(math.log10(max(1.0, tail.kurtosis)) for tail in seen.reads.values()),
-            "silhouette": max(seen.silhouette.values()),
+            "bias": max(_push(part, seen.parts.get(part.name)) for part in found),
+            "moved_tail": max(math.log10(max(1.0, use.moved.kurtosis)) for use in used),
+            "read_tail": max(math.log10(max(1.0, use.read.kurtosis)) for use in used),
+            "silhouette": max(use.silhouette for use in used),
         }
     return scores
 
 
-def _push(part: Part, seen: OnTexts) -> float:
-    """The length of a part's bias, in units of the typical state that enters it."""
-    return float(part.map.bias.norm()) / max(seen.length[part.name], 1e-12)
+def _push(part: Part, use: Use | None) -> float:
+    """The length of a part's bias, in units of the typical state that enters it; 0 where none does."""
+    return 0.0 if use is None else float(part.map.bias.norm()) / max(use.length, 1e-12)
 
 
-def _described(model: nn.Module, tokenizer: Any, part: Part, seen: OnTexts, blocks: str | None) -> dict[str, Any]:
+def _described(model: nn.Module, tokenizer: Any, part: Part, use: Use | None, blocks: str | None) -> dict[str, Any]:
     """One part for the report: its features and tails, and its first three directions in tokens."""
 
     def decoded(rows: list[list[int]]) -> list[list[str]]:
@@ -138,15 +138,14 @@ def _described(model: nn.Module, tokenizer: Any, part: Part, seen: OnTexts, bloc
         described["writes"] = decoded(logit_lens(model, part.map.write[:, :3].T, blocks=blocks))
     if part.reads and len(part.map.size):
         described["reads"] = decoded(nearest_inputs(model, part.map.read[:, :3].T))
-    if part.name in seen.moved:
-        described["moved_kurtosis"] = seen.moved[part.name].kurtosis
-        described["moved_ratio"] = seen.moved[part.name].ratio
-        described["read_kurtosis"] = seen.reads[part.name].kurtosis
+    if use is not None:
+        described |= {"moved_kurtosis": use.moved.kurtosis, "moved_ratio": use.moved.ratio}
+        described["read_kurtosis"] = use.read.kurtosis
     return described
 
 
 def _of_part(
-    part: Part, values: Mapping[str, float], seen: OnTexts, strange: Mapping[str, float], new: int
+    part: Part, values: Mapping[str, float], use: Use | None, strange: Mapping[str, float], new: int
 ) -> Iterator[Finding]:
     """Findings of one part, from its features, their robust z (`strange`) and its number of intruder dimensions."""
     if not part.map.affine:
@@ -159,7 +158,7 @@ def _of_part(
     if new:
         why = "LoRA brings a few as it learns a task; many, or early ones, are unusual"
         yield Finding(part.name, f"{new} intruder dimensions of 10", why)
-    if part.name in seen.moved and (push := _push(part, seen)) > 1:
+    if (push := _push(part, use)) > 1:
         yield Finding(part.name, f"a bias {push:.2g} times the typical state", "it pushes every token the same way")
 
 

@@ -37,23 +37,34 @@ class Tail:
     count: int
 
 
-@dataclass(frozen=True, eq=False)
-class OnTexts:
-    """What was seen on clean text. All but the KL is by the name of the part.
+@dataclass(frozen=True)
+class Use:
+    """What one part did on clean text.
 
     Args:
         length: the median ||h|| of the states that enter the part.
         moved: the tail of ||d|| / ||h||, how far the part moves each token.
-        reads: the tail of ||code - mean code||, the code being `AffineMap.code`.
+        read: the tail of ||code - mean code||, the code being `AffineMap.code`.
         silhouette: that of two clusters of codes: 0 for none, 1 for two far apart.
+    """
+
+    length: float
+    moved: Tail
+    read: Tail
+    silhouette: float
+
+
+@dataclass(frozen=True)
+class OnTexts:
+    """What was seen on clean text.
+
+    Args:
+        parts: what each part did, by its name. A part whose rule chooses no token there is left out.
         kl: the tail of KL(frozen || adapted) at all tokens, in nats.
         mean_kl: its mean.
     """
 
-    length: dict[str, float]
-    moved: dict[str, Tail]
-    reads: dict[str, Tail]
-    silhouette: dict[str, float]
+    parts: dict[str, Use]
     kl: Tail
     mean_kl: float
 
@@ -86,21 +97,16 @@ def on_texts(
             batch = collate(prompts[start : start + batch_size])
             with recording_inputs(modules, entered, batch.attention_mask.bool()):
                 kl += [measures.kl(x, y).double().cpu() for x, y in read(before, after, batch)]
-    length: dict[str, float] = {}
-    moved: dict[str, Tail] = {}
-    reads: dict[str, Tail] = {}
-    silhouettes: dict[str, float] = {}
-    for part in parts:
-        if not entered[part.name]:  # its rule chooses no token here
-            continue
-        h = torch.cat(entered[part.name]).double()
-        codes = part.map.code(h)
-        length[part.name] = float(h.norm(dim=-1).quantile(0.5))
-        moved[part.name] = tail(part.map(h).norm(dim=-1) / h.norm(dim=-1).clamp_min(1e-12))
-        reads[part.name] = tail((codes - codes.mean(0)).norm(dim=-1))
-        silhouettes[part.name] = silhouette(codes[:512])
     every = torch.cat(kl)
-    return OnTexts(length, moved, reads, silhouettes, tail(every), float(every.mean()))
+    used = {part.name: _use(part, torch.cat(entered[part.name]).double()) for part in parts if entered[part.name]}
+    return OnTexts(used, tail(every), float(every.mean()))
+
+
+def _use(part: Part, h: Float[Tensor, "n dim"]) -> Use:
+    codes, lengths = part.map.code(h), h.norm(dim=-1)
+    moved = tail(part.map(h).norm(dim=-1) / lengths.clamp_min(1e-12))
+    read = tail((codes - codes.mean(0)).norm(dim=-1))
+    return Use(float(lengths.quantile(0.5)), moved, read, silhouette(codes[:512]))
 
 
 def tail(values: Float[Tensor, " n"]) -> Tail:

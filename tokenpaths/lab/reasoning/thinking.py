@@ -151,7 +151,9 @@ def _within(level: Level) -> Float[np.ndarray, " runs"]:
     return ((tokens >= low) & (tokens <= high)).astype(np.float64)
 
 
-def _slope(tokens: Float[np.ndarray, "levels ..."], right: Float[np.ndarray, "levels ..."]) -> Float[np.ndarray, "*draws"]:
+def _slope(
+    tokens: Float[np.ndarray, "levels ..."], right: Float[np.ndarray, "levels ..."]
+) -> Float[np.ndarray, "*draws"]:
     """The mean slope over pairs of levels, per 1,000 tokens; NaN without a pair that differs in tokens."""
     a, b = np.triu_indices(len(tokens), 1)
     run, rise = tokens[b] - tokens[a], right[b] - right[a]  # a slope is the same in either direction

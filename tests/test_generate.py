@@ -1,0 +1,125 @@
+"""The one way to write: which settings of the model hold, and what counts as written already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import llama, make_tokenizer, make_trails, state
+
+import tokenpaths as tp
+from tokenpaths.data.items import Question
+from tokenpaths.engine.generate import generate
+from tokenpaths.training import sample_chains
+
+TOKENIZER = make_tokenizer()
+PROMPTS = [tp.Example(ids, (False,) * len(ids)) for ids in ((5, 6, 7, 8), (9, 10), (11, 12, 13))]
+
+
+def model(**settings: Any) -> Any:
+    made = llama(300)
+    made.generation_config.eos_token_id = 2
+    for name, value in settings.items():
+        setattr(made.generation_config, name, value)
+    return made
+
+
+def moved() -> tp.TrailMap:
+    trails = make_trails()
+    with torch.no_grad():
+        for parameter in trails.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    return trails
+
+
+def likeliest(made: Any, ids: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """By definition: the likeliest token, one after another, without a cache."""
+    written: list[int] = []
+    while len(written) < count and 2 not in written:
+        with torch.no_grad():
+            written.append(int(made(torch.tensor([[*ids, *written]]), use_cache=False).logits[0, -1].argmax()))
+    return tuple(written)
+
+
+ODD = [{}, dict(repetition_penalty=5.0), dict(do_sample=True, temperature=9.0), dict(bad_words_ids=[[5], [6], [7]])]
+
+
+@pytest.mark.parametrize("settings", ODD, ids=str)
+def test_of_the_models_settings_only_the_end_of_text_holds(settings: dict[str, Any]) -> None:
+    made = model(**settings)
+    before = made.generation_config
+    for prompt, one in zip(PROMPTS, generate(made, PROMPTS, TOKENIZER, max_new_tokens=6), strict=True):
+        assert one.ids == likeliest(made, prompt.ids, 6)
+        assert one.text == TOKENIZER.decode(list(one.ids), skip_special_tokens=True)
+    assert made.generation_config is before
+    assert all(getattr(before, name) == value for name, value in settings.items())
+
+
+def test_all_verbs_keep_the_same_settings() -> None:
+    plain, odd = model(), model(repetition_penalty=5.0, top_k=2, temperature=0.01)
+    for write in (
+        lambda m: [e.ids for e in tp.self_samples(m, TOKENIZER, 6, openings=[[5, 6]], max_new_tokens=5)],
+        lambda m: [
+            chain.ids
+            for attempts in sample_chains(
+                m, [Question("ab", "x")], TOKENIZER, 6, read_answer=lambda text: "x", max_new_tokens=5
+            ).questions
+            for chain in attempts.right
+        ],
+    ):
+        assert write(plain) == write(odd)
+
+
+def test_an_answer_counts_as_written_to_every_rule() -> None:
+    made, trails = model(), moved()
+    with tp.attach(made, trails):
+        whole = generate(made, PROMPTS, TOKENIZER, max_new_tokens=6)
+        for begun in range(1, 4):
+            contexts = [
+                tp.Example((*p.ids, *w.ids[:begun]), (False,) * len(p) + (True,) * len(w.ids[:begun]))
+                for p, w in zip(PROMPTS, whole, strict=True)
+            ]
+            rest = generate(made, contexts, TOKENIZER, max_new_tokens=6 - begun)
+            assert [one.ids for one in rest] == [one.ids[begun:] for one in whole]
+        other = generate(made, [tp.Example(c.ids, (False,) * len(c)) for c in contexts], TOKENIZER, max_new_tokens=3)
+    assert [one.ids for one in other] != [one.ids for one in rest], "the trails do not tell a prompt from an answer"
+    frozen = generate(made, PROMPTS, TOKENIZER, max_new_tokens=6)
+    assert [one.ids for one in frozen] != [one.ids for one in whole]
+
+
+@pytest.mark.parametrize("how", [dict(batch_size=1), dict(batch_size=3), dict(max_batch_tokens=20)], ids=str)
+def test_batches_change_nothing(how: dict[str, int]) -> None:
+    made, trails = model(), moved()
+    with tp.attach(made, trails):
+        one = generate(made, PROMPTS, TOKENIZER, max_new_tokens=5, batch_size=2)
+        assert generate(made, PROMPTS, TOKENIZER, max_new_tokens=5, **how) == one
+
+
+def test_a_stop_string_ends_text_and_ids() -> None:
+    made = model()
+    (whole,) = generate(made, PROMPTS[:1], TOKENIZER, max_new_tokens=8)
+    stop = whole.text[2]
+    (cut,) = generate(made, PROMPTS[:1], TOKENIZER, max_new_tokens=8, stop_strings=stop)
+    assert cut.text == whole.text[: whole.text.index(stop) + 1]
+    assert cut.ids == whole.ids[: len(cut.ids)] and stop not in TOKENIZER.decode(list(cut.ids[:-1]))
+
+
+def test_a_seed_leaves_torchs_random_state_alone_and_repeats() -> None:
+    made = model()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first, again, other = (
+        generate(made, PROMPTS, TOKENIZER, max_new_tokens=6, sample=True, seed=seed) for seed in (0, 0, 1)
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first == again != other
+
+
+def test_a_prompt_mask_of_another_shape_is_refused() -> None:
+    made, trails = model(), moved()
+    before = state(trails)
+    ids = torch.tensor([[5, 6, 7]])
+    with tp.attach(made, trails), pytest.raises(ValueError, match=r"prompt_mask has shape \[1, 2\].*\[1, 3\] tokens"):
+        made.generate(ids, attention_mask=torch.ones_like(ids), prompt_mask=torch.ones(1, 2), max_new_tokens=2)
+    assert all(torch.equal(before[name], tensor) for name, tensor in trails.state_dict().items())

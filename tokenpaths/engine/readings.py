@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -88,12 +89,15 @@ class Reading:
         return torch.stack([_norm(state) for state in self.states.values()])
 
 
+_RESTING: WeakKeyDictionary[TrailMap, bool] = WeakKeyDictionary()
+"""Maps that `Run.ready` has attached and switched off, and whether they were on before."""
+
+
 def runs(model: nn.Module, trails: Adapter, *, tokenizer: Any = None) -> tuple[Run, Run]:
     """The frozen run of a model and the one with trails, which are attached if they are not attached already.
 
     `tokenizer` is for the rule `Match`.
     """
-    laid: list[bool] = []  # whether the trails were on when `ready` laid them in and switched them off
 
     @contextmanager
     def ready() -> Generator[None]:
@@ -101,19 +105,19 @@ def runs(model: nn.Module, trails: Adapter, *, tokenizer: Any = None) -> tuple[R
             yield
             return
         with working(model, trails, tokenizer):
-            laid.append(trails.enabled)
+            _RESTING[trails] = trails.enabled
             try:
                 with trails.off():
                     yield
             finally:
-                laid.pop()
+                del _RESTING[trails]
 
     @contextmanager
     def steered() -> Generator[None]:
         with ExitStack() as stack:
             stack.enter_context(working(model, trails, tokenizer))
-            if laid and isinstance(trails, TrailMap):
-                stack.enter_context(trails.switched(laid[-1]))
+            if isinstance(trails, TrailMap) and trails in _RESTING:
+                stack.enter_context(trails.switched(_RESTING[trails]))
             stack.enter_context(evaluating(trails))
             yield
 

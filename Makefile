@@ -3,8 +3,7 @@
 BIN := .venv/bin
 PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 INSTALLED := .venv/.installed
-# Names that start with an underscore are helpers of the benchmarks.
-BENCH ?= $(sort $(wildcard benchmarks/[a-z]*.py))
+BENCH ?= $(patsubst benchmarks/%/__main__.py,%,$(sort $(wildcard benchmarks/*/__main__.py)))
 
 .PHONY: env demo test test-slow lint format bench compare compare-quick
 
@@ -43,13 +42,14 @@ format: env
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# make bench [BENCH='parity import_time'], folders of benchmarks/
 bench: env
-	for script in $(BENCH); do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+	for name in $(BENCH); do echo "$$name"; $(BIN)/python -m "benchmarks.$$name" || exit 1; done
 
 # The comparison plan: methods, protections, tasks and seeds, each run kept in a file; the quick one takes 15 minutes.
 compare compare-quick: export OMP_NUM_THREADS = 1
 compare compare-quick: export OMP_WAIT_POLICY = passive
 compare: env
-	$(BIN)/python -W ignore benchmarks/compare.py
+	$(BIN)/python -W ignore -m benchmarks.compare
 compare-quick: env
-	$(BIN)/python -W ignore benchmarks/compare.py --quick
+	$(BIN)/python -W ignore -m benchmarks.compare --quick

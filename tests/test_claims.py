@@ -88,6 +88,9 @@ def test_claim_stands_in_its_result_file(name: str) -> None:
     for key in ("command", "date", "hardware"):
         assert entry[key] == result[key], key
     assert result["versions"]["torch"] and result["raw"] is not None
+    experiment = Path(entry["file"]).stem
+    assert f"{entry['command']} ".startswith(f"python -m benchmarks.{experiment} ")
+    assert (ROOT / "benchmarks" / experiment / "__main__.py").exists()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

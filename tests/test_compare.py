@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import compare
-from _compare_tables import cells, claims, lost, worst
-from _compare_tasks import MADE, Chosen
-from _record import claimed
-from compare import One, plan, trials
+from benchmarks.common.kept import claim
+from benchmarks.compare import runs as one_run
+from benchmarks.compare.__main__ import plan
+from benchmarks.compare.runs import One, trials
+from benchmarks.compare.tables import cells, claims, lost, worst
+from benchmarks.compare.tasks import MADE, Chosen
+from tokenpaths.data import Choice
 
 LOCAL = ("trec", "links", "larger", "colours")  # the other takes its texts out of packages
 
@@ -21,7 +21,8 @@ LOCAL = ("trec", "links", "larger", "colours")  # the other takes its texts out 
 @pytest.mark.parametrize("name", LOCAL)
 def test_no_item_is_shared(name: str, data_folder: Path) -> None:
     task = MADE[name]()
-    asked = [{prompt for prompt, *_ in part} for part in (task.train, task.validation.items, task.test.items)]
+    held = [{i.prompt if isinstance(i, Choice) else i[0] for i in part.items} for part in (task.validation, task.test)]
+    asked = [{prompt for prompt, _ in task.train}, *held]
     assert not asked[0] & asked[1] and not asked[0] & asked[2] and not asked[1] & asked[2]
     assert min(map(len, asked)) >= 75
 
@@ -30,9 +31,9 @@ def test_no_item_is_shared(name: str, data_folder: Path) -> None:
 def test_a_guess_is_what_reading_nothing_gets(name: str, data_folder: Path) -> None:
     task = MADE[name]()
     if isinstance(task.test, Chosen):
-        rights = [right for _, _, right in task.test.items]
+        rights = [item.right for item in task.test.items]
         assert max(map(rights.count, rights)) / len(rights) == pytest.approx(task.guess, abs=0.08)
-        assert set(rights) == set(range(len(task.test.items[0][1])))
+        assert set(rights) == set(range(len(task.test.items[0].options)))
 
 
 def run(method: str, protection: str, seed: int, nats: float) -> dict[str, Any]:
@@ -65,14 +66,15 @@ def test_nats_are_a_token_and_ratios_are_of_sums_over_seeds() -> None:
 def test_every_run_waits_for_as_many_trials_and_is_claimed_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare, "WORK", tmp_path)
+    monkeypatch.setattr(one_run, "WORK", tmp_path)
     runs = list(plan(quick=False))
     assert len({one.file for one in runs}) == len(runs)
     assert {len(trials(one)) for one in runs} == {3}
     assert {len(trials(one)) for one in plan(quick=True)} == {2}
     assert all(not trials(trial) for trial in trials(runs[0]))
     one = One("trec", "LoRA", "none", 0)
-    claim = claimed(one.file)
-    assert claim is not None and claimed(one.file) is None
-    claim.write_text("999999999")  # of a process that has died
-    assert claimed(one.file) is not None
+    with claim(one.file) as mine, claim(one.file) as again:
+        assert mine and not again
+    one.file.with_suffix(".claim").write_text("999999999")  # of a process that has died
+    with claim(one.file) as mine:
+        assert mine

@@ -24,8 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import tokenpaths as tp
 from tokenpaths import Cone, Imitate, Stay, steps
 from tokenpaths.engine import answer_logits
-from tokenpaths.engine.forwards import forward
 from tokenpaths.engine.cone import active_cone, common_prefix
+from tokenpaths.engine.forwards import forward
 from tokenpaths.training import StayStates
 from tokenpaths.training.plan import plan
 

@@ -63,13 +63,13 @@ def test_gates_open_on_the_task_and_other_text_keeps_the_frozen_outputs_to_the_b
     assert not torch.allclose(steered[:, 6], frozen[:, 6], atol=1e-2)
 
 
-def test_while_gates_are_fitted_the_output_embedding_is_given_one_token_a_row_and_no_strided_slice() -> None:
+def test_while_gates_are_fitted_the_output_embedding_is_given_nothing_and_no_strided_slice() -> None:
     model, given = llama(), []
     head = model.get_output_embeddings()
     handle = head.register_forward_hook(lambda module, args, output: given.append(args[0]))
     guard(model, trained(), task(16), other(16))
     handle.remove()
-    assert {states.shape[1] for states in given} == {1}
+    assert given and {states.numel() for states in given} == {0}
     assert all(states.is_contiguous() for states in given)  # else hundreds of times as slow in bfloat16 on a CPU
 
 

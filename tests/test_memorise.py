@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from memorise import make_text, memorise
+from benchmarks.memorise.__main__ import make_text, memorise
 
 
 def test_one_rank_1_trail_recalls_a_text(smollm2: tuple[Any, Any]) -> None:

@@ -133,7 +133,7 @@ def encode_parts(pairs: Sequence[tuple[str, Mapping[str, str]]], tokenizer: Any,
 
 def _check_list(items: Any, what: str, kind: str) -> None:
     if isinstance(items, str) or not isinstance(items, Sequence):
-        raise TypeError(f"a list of {what} is encoded, not {type(items).__name__}")
+        raise TypeError(f"encoding takes a list of {what}, not {type(items).__name__}")
     if not items:
         raise ValueError(f"there is nothing to encode: the list of {kind} is empty")
 

@@ -158,8 +158,8 @@ def _by_token(divergence: Callable[[Tensor, Tensor], Tensor], before: Reading, a
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """The sum of p (log p - log q) - p + q, which takes back what the two normalisers have lost to rounding.
 
-    `engine.divergence.kl_of_logs` is the plain sum over finite log-probabilities, which is enough where it is compared
-    with a budget. Here its rounding, of either sign, would hide a small drift, and words may have probability 0.
+    `engine.divergence.kl_of_logs` is the plain sum over finite log-probabilities, for callers that take its gradient.
+    Here its rounding, of either sign, would hide a small drift, and words may have probability 0.
     """
     p, q = log_p.exp(), log_q.exp()
     # the differences of words that one run never says, or neither

@@ -229,7 +229,7 @@ class Drift(Record):
 
     def to_markdown(self) -> str:
         """Two tables: what has one number a token, and the means of what has layers."""
-        plain = [("measure", "mean", "95 % interval", "p50", "p99", "max")]
+        plain: list[Sequence[str]] = [("measure", "mean", "95 % interval", "p50", "p99", "max")]
         columns: dict[str, dict[str, str]] = {}
         for r in self.records():
             title = f"{r['name']} {r['run']}".rstrip()
@@ -237,10 +237,10 @@ class Drift(Record):
                 columns.setdefault(title, {})[r["layer"]] = f"{r['mean']:.4g}"
             else:
                 interval = f"{r['low']:.4g} to {r['high']:.4g}"
-                plain.append((title, f"{r['mean']:.4g}", interval, *(f"{r[key]:.3g}" for key in ("p50", "p99", "max"))))
+                plain.append([title, f"{r['mean']:.4g}", interval, *(f"{r[key]:.3g}" for key in ("p50", "p99", "max"))])
         layers = dict.fromkeys(layer for column in columns.values() for layer in column)
-        layered = [("layer", *columns), *((layer, *(c.get(layer, "") for c in columns.values())) for layer in layers)]
-        tables = [markdown_table(rows) for rows in (plain, layered if columns else []) if rows]
+        layered = [["layer", *columns], *([layer, *(c.get(layer, "") for c in columns.values())] for layer in layers)]
+        tables = [markdown_table(rows) for rows in ([plain, layered] if columns else [plain])]
         return "\n\n".join([*tables, f"{self._moved()}; {self.massive:.2%} of them have massive activations."])
 
     def plot(self, names: Sequence[str] = ("displacement",)) -> Figure:

@@ -343,6 +343,9 @@ family(
     float64=False,
     static_cache=V5,
 )
+if not V5:
+    del FAMILIES["xglm"]
+    MISSING["xglm"] = "XGLM of transformers 4 adds to the position_ids that it is given, so no forward can be repeated"
 
 family("bert", "encoder", "BertForMaskedLM", "bert.encoder.layer", BERT)
 family("roberta", "encoder", "RobertaForMaskedLM", "roberta.encoder.layer", BERT)

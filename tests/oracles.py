@@ -77,7 +77,9 @@ def llama(
     """
     config = model.config
     assert config.hidden_act == "silu"
-    assert config.rope_parameters["rope_type"] == "default"
+    # transformers 4 has no rope_parameters
+    rotary = getattr(config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": config.rope_theta}
+    assert rotary["rope_type"] == "default"
     assert not model.training
     mask = torch.ones_like(ids) if mask is None else mask
     edit = edit or _leave
@@ -91,7 +93,7 @@ def llama(
         q = linear(x, block.self_attn.q_proj).unflatten(-1, (heads, -1))  # batch seq heads head_dim
         k = linear(x, block.self_attn.k_proj).unflatten(-1, (kv_heads, -1))  # batch seq kv_heads head_dim
         v = linear(x, block.self_attn.v_proj).unflatten(-1, (kv_heads, -1))  # batch seq kv_heads head_dim
-        q, k = (rope(part, positions(mask), config.rope_parameters["rope_theta"]) for part in (q, k))
+        q, k = (rope(part, positions(mask), rotary["rope_theta"]) for part in (q, k))
         k, v = (part.repeat_interleave(heads // kv_heads, dim=2) for part in (k, v))  # batch seq heads head_dim
         z = edit("head", layer, attend(q, k, v, mask))  # batch seq heads head_dim
         a = edit("attention", layer, linear(z.flatten(-2), block.self_attn.o_proj))  # batch seq dim

@@ -33,7 +33,7 @@ SEEDS = st.integers(0, 2**31)
 
 def make(name: str, attention: str = "eager") -> Any:
     model: Any = FAMILIES[name].make()
-    if name.startswith("falcon"):  # chooses its attention when it is built
+    if name.startswith("falcon") or name == "bert":  # chooses its attention when it is built; BERT in transformers 4
         return type(model)._from_config(model.config, attn_implementation=attention).eval()
     model.set_attn_implementation(attention)
     return model
@@ -70,7 +70,7 @@ def moved(x: Maps, y: Maps) -> set[str]:
 
 def own(run: Run, batch: Batch) -> Maps:
     """What transformers gives as `attentions`, by layer and row, without padding."""
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     with run.inside(), torch.no_grad():
         attentions = run.model(**inputs, output_attentions=True).attentions
     return {

@@ -6,6 +6,7 @@ import importlib.util
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +118,9 @@ def test_without_the_wheel_it_says_what_to_do(monkeypatch):
 
 class Fake:
     """Stands for a model and for a tokenizer: saves one small file."""
+
+    config = SimpleNamespace(eos_token_id=2)
+    convert_ids_to_tokens = str
 
     def __init__(self, name: str, text: str = "whole") -> None:
         self.name, self.text = name, text

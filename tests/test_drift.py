@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES
 from tiny import llama
-from torch import nn
+from torch import Tensor, nn
 
 import tokenpaths as tp
 from tokenpaths.drift import compare
@@ -45,9 +46,22 @@ def test_fresh_trails_do_not_drift(watch: Watch) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_figures_are_those_of_two_plain_forwards(batch_size: int) -> None:
-    model = FAMILIES["llama"].make()  # not watched: transformers leaves hooks behind for output_hidden_states
+def test_figures_are_those_of_two_plain_forwards(batch_size: int, watch: Watch) -> None:
+    model = watch(FAMILIES["llama"].make())
     trails = moving(model, tp.Answer())
+    states: list[Tensor] = []
+
+    def forward(ids: Tensor, **inputs: Tensor) -> Any:
+        """With a hook of its own: the `output_hidden_states` of transformers 4.57 lack what trails add."""
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            states.append(output[0] if isinstance(output, tuple) else output)
+
+        handle = model.model.layers[1].register_forward_hook(keep)
+        output = model(ids, **inputs)
+        handle.remove()
+        return output
+
     kl: list[float] = []
     nll: list[float] = []
     flipped: list[bool] = []
@@ -56,14 +70,14 @@ def test_figures_are_those_of_two_plain_forwards(batch_size: int) -> None:
         ids = torch.tensor([example.ids])
         labels = torch.where(torch.tensor([example.answer]), ids, -100)
         with torch.no_grad():
-            frozen = model(ids, output_hidden_states=True)
+            frozen = forward(ids)
             with tp.attach(model, trails):
-                steered = model(ids, labels=labels, output_hidden_states=True)
+                steered = forward(ids, labels=labels)
         p, q = frozen.logits[0].double().softmax(-1), steered.logits[0].double().softmax(-1)
         kl += (p * (p.log() - q.log())).sum(-1).tolist()
         flipped += (p.argmax(-1) != q.argmax(-1)).tolist()
         nll += (-q.log()[:-1].gather(-1, ids[0, 1:, None])).flatten().tolist()
-        x, y = frozen.hidden_states[2][0], steered.hidden_states[2][0]
+        x, y = (rows.reshape(ids.shape[1], -1) for rows in states[-2:])
         displacement += ((y - x).norm(dim=-1) / x.norm(dim=-1)).tolist()
     found = tp.measure_drift(model, trails, EXAMPLES, batch_size=batch_size)
     assert found["kl"].mean == pytest.approx(sum(kl) / len(kl), rel=1e-4)

@@ -28,6 +28,7 @@ INPUTS: dict[str, Any] = dict(input_ids=BATCH.input_ids, attention_mask=BATCH.at
 ROWS = BATCH.attention_mask.bool() & (BATCH.input_ids % 3 > 0)
 TARGETS = torch.arange(int(ROWS.sum())) % VOCAB
 SCALED = {"gemma2", "cohere", "cohere2", "granite"}  # what these give as logits is not what their head returned
+SCALED |= set() if families.V5 else {"gptj", "codegen"}  # nor those of transformers 4, which make them float32
 
 Watch = Callable[[nn.Module], nn.Module]
 

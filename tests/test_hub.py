@@ -121,7 +121,7 @@ for revision in (None, "v1"):
 try:
     TrailMap.from_pretrained("me/other")
 except Exception as error:
-    print(type(error).__name__)
+    print(type(error).__name__.removeprefix("Remote"))  # so it begins from huggingface_hub 1.0 on
 """
 
 
@@ -143,11 +143,12 @@ def test_what_is_pushed_to_the_hub_comes_back(hub, tmp_path):
     command = [sys.executable, "-c", CLIENT, str(tmp_path / "made"), str(tmp_path / "back")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"{hub.url}/me/trail/commit/{COMMIT}", "RemoteEntryNotFoundError"]
+    assert done.stdout.splitlines() == [f"{hub.url}/me/trail/commit/{COMMIT}", "EntryNotFoundError"]
     made = (tmp_path / "made").read_bytes()
     assert hub.files == {FILE_NAME: made}
     assert (tmp_path / "backNone").read_bytes() == (tmp_path / "backv1").read_bytes() == made
-    assert {"name": "trail", "visibility": "private"}.items() <= hub.settings.items()
+    assert hub.settings["name"] == "trail"
+    assert hub.settings.get("visibility") == "private" or hub.settings.get("private")  # before huggingface_hub 1.0
     calls = [(method, path) for method, path, known in hub.calls if known]
     assert ("POST", "/api/models/me/trail/commit/main") in calls
     assert ("HEAD", f"/me/trail/resolve/v1/{FILE_NAME}") in calls

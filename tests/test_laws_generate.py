@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from families import FAMILIES, PAD
+from families import FAMILIES, PAD, V5
 from laws import NEW, PROMPTS, Case, assert_close, generated, padded, positions
 from rules import RULES
 from subjects import MOVING
@@ -56,6 +56,7 @@ def test_other_guesses(family, rule, options):
     one = padded([PROMPTS[0] * 2])
     with case.attach(model, trails, range(1)):
         guessing = {name: model if value == "itself" else value for name, value in options.items()}
+        guessing["eos_token_id"] = PAD  # never written; to look up without one is an error in transformers 4
         same(generated(model, one, **guessing), generated(model, one))
 
 
@@ -87,7 +88,9 @@ def test_a_cached_start_that_needs_no_hint(family, rule):
         whole = generated(model, inputs)
         cache = model(input_ids=ids[:, :4], use_cache=True).past_key_values
         same(generated(model, inputs, past_key_values=copy.deepcopy(cache)), whole)
-        rest = dict(input_ids=ids[:, 4:], attention_mask=mask)  # transformers takes the new tokens alone, too
+        if not V5:
+            return
+        rest = dict(input_ids=ids[:, 4:], attention_mask=mask)  # transformers 5 takes the new tokens alone, too
         only_new = generated(model, rest, past_key_values=cache)
         for one, other in zip(only_new.logits, whole.logits, strict=True):
             assert_close(one, other)

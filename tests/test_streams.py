@@ -7,6 +7,7 @@ from typing import Any
 import oracles
 import pytest
 import torch
+from families import V5
 from subjects import MOVING, TRAILS, tiny
 from torch import Tensor
 
@@ -106,6 +107,7 @@ def check(family: str, model: Any, inputs: dict[str, Tensor], trails: TrailMap, 
 
 # --- the oracle itself
 
+ROPE: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}} if V5 else {"rope_theta": 50.0}
 VARIANTS = [
     ("gpt2", {}),
     ("gpt2", {"n_inner": 17}),
@@ -113,7 +115,7 @@ VARIANTS = [
     ("llama", {}),
     ("llama", {"attention_bias": True, "mlp_bias": True}),
     ("llama", {"head_dim": 10}),
-    ("llama", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}),
+    ("llama", {"tie_word_embeddings": True, **ROPE}),
 ]
 
 

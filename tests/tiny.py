@@ -55,7 +55,12 @@ def make_tokenizer(*, bos: bool = False, template: str = CHATML) -> Any:
     if bos:
         inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=template
+        tokenizer_object=inner,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        chat_template=template,
+        model_input_names=["input_ids", "attention_mask"],  # transformers 4 adds the token types of BERT
     )
 
 

@@ -115,6 +115,8 @@ def _converted(gguf: Path) -> Path:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, add_bos_token=False
             )
+            # 4.57 takes the first token of a text for the last one as well, and none for padding
+            tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
             tokenizer.save_pretrained(copy)
     except OSError:
         if not target.is_dir():  # else another process was first, and its copy is as good

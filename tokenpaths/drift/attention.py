@@ -12,6 +12,7 @@ quantity is a function of one map. Both return one number a head and token, [hea
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -113,8 +114,11 @@ def _calls(modules: Iterable[nn.Module]) -> Generator[dict[nn.Module | None, lis
 
 def _maps(run: Run, call: _Call, layer: int) -> Float[Tensor, "batch heads seq seq"]:
     """The maps of a call, made again by `forward`, since the arguments that were kept have gone through the hooks."""
+    bound = inspect.signature(call.module.forward).bind(*call.args, **call.kwargs)
+    if "output_attentions" in bound.signature.parameters:
+        bound.arguments["output_attentions"] = True  # or OPT of transformers 4 throws them away
     with run.inside():
-        output = call.module.forward(*call.args, **call.kwargs)
+        output = call.module.forward(*bound.args, **bound.kwargs)
     return attention_map(output, call.module, layer)
 
 

@@ -70,6 +70,8 @@ def generate(
         batch_size: prompts in one batch.
         max_batch_tokens: instead of it, the most tokens in one batch, padding and what is to be written included.
     """
+    from transformers import GenerationConfig
+
     lengths = [len(prompt) for prompt in prompts]
     if max_batch_tokens is None:
         parts = by_length(lengths, batch_size)
@@ -77,64 +79,38 @@ def generate(
         parts = batches([length + max_new_tokens for length in lengths], max_batch_tokens)
     ends = end_tokens(model, tokenizer)
     pad = next((i for i in (tokenizer.pad_token_id, *ends) if i is not None), 0)
-    settings = dict(ends=ends, pad=pad, max_new_tokens=max_new_tokens)
-    if sample:
-        settings |= dict(temperature=temperature, top_p=top_p)
+    config = GenerationConfig(
+        do_sample=sample,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+        stop_strings=None if stop_strings is None else [stop_strings],
+        **(dict(temperature=temperature, top_p=top_p, top_k=0) if sample else {}),  # its own top_k is 50
+    )
+    more: dict[str, Any] = {} if stop_strings is None else {"tokenizer": tokenizer}
     written: dict[int, Written] = {}
-    with evaluating(model), nullcontext() if seed is None else seeded(model, seed):
+    with (
+        torch.no_grad(),
+        evaluating(model),
+        nullcontext() if seed is None else _seeded(model, seed),
+        _generates_as(model, config),
+        _head_is_given_no_slice(model),
+    ):
         for rows in parts:
-            told = write_ids(
-                model, [prompts[i] for i in rows], stop_strings=stop_strings, tokenizer=tokenizer, **settings
+            batch = collate([prompts[i] for i in rows], pad, "left").to(model.device)
+            if Watcher.known(model):  # attached trails read it, and a model without them does not know it
+                more["prompt_mask"] = batch.prompt_mask
+            told = model.generate(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config, **more
             )
-            for i, ids in zip(rows, told, strict=True):
-                ids = _until(ids, tokenizer, stop_strings)
-                text = tokenizer.decode(list(ids), skip_special_tokens=True)
-                written[i] = Written(ids, cut(text, stop_strings))
+            for i, row in zip(rows, told[:, batch.input_ids.shape[1] :].tolist(), strict=True):
+                ids = _until(row, ends, tokenizer, stop_strings)
+                written[i] = Written(ids, cut(tokenizer.decode(list(ids), skip_special_tokens=True), stop_strings))
     return [written[i] for i in range(len(prompts))]
 
 
-@torch.no_grad()
-def write_ids(
-    model: Any,
-    prompts: Sequence[Example],
-    *,
-    ends: Sequence[int],
-    pad: int,
-    max_new_tokens: int,
-    temperature: float | None = None,
-    top_p: float = 1.0,
-    stop_strings: str | None = None,
-    tokenizer: Any = None,
-) -> list[Ids]:
-    """The token ids that a model writes behind prompts, all in one batch, up to the first of `ends` and with it.
-
-    Without `temperature` they are the likeliest. See `generate`.
-    """
-    from transformers import GenerationConfig
-
-    drawn = {} if temperature is None else dict(temperature=temperature, top_p=top_p, top_k=0)  # its own top_k is 50
-    config = GenerationConfig(
-        do_sample=temperature is not None,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(ends) or None,
-        pad_token_id=pad,
-        stop_strings=None if stop_strings is None else [stop_strings],
-        **drawn,
-    )
-    batch = collate(prompts, pad, "left").to(model.device)
-    more: dict[str, Any] = {} if stop_strings is None else {"tokenizer": tokenizer}
-    if Watcher.known(model):  # attached trails read it, and a model without them does not know it
-        more["prompt_mask"] = batch.prompt_mask
-    with _generates_as(model, config), _head_is_given_no_slice(model):
-        rows = model.generate(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config, **more
-        )
-    written = rows[:, batch.input_ids.shape[1] :].tolist()
-    return [tuple(row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))]) for row in written]
-
-
 @contextmanager
-def seeded(model: Any, seed: int) -> Generator[None]:
+def _seeded(model: Any, seed: int) -> Generator[None]:
     """Inside, torch's random numbers follow from the seed; afterwards the user's go on."""
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -156,8 +132,9 @@ def cut(text: str, stop_strings: str | None) -> str:
     return text[: text.index(stop_strings) + len(stop_strings)]
 
 
-def _until(ids: Ids, tokenizer: Any, stop_strings: str | None) -> Ids:
-    """Token ids up to the one that completes the stop string."""
+def _until(row: list[int], ends: Sequence[int], tokenizer: Any, stop_strings: str | None) -> Ids:
+    """Token ids up to an end-of-text token, or up to the one that completes the stop string, and with it."""
+    ids = tuple(row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))])
     if stop_strings is None or stop_strings not in tokenizer.decode(list(ids)):
         return ids
     said = range(1, len(ids))

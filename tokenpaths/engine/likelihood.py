@@ -6,7 +6,6 @@ cut back to it, and once for each option where it cannot.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,7 +24,7 @@ from tokenpaths.engine.batches import batches
 from tokenpaths.engine.divergence import at_least_float32
 from tokenpaths.engine.forwards import answer_logits
 from tokenpaths.engine.logits import logits_at
-from tokenpaths.site.host import unwrapped
+from tokenpaths.site.host import forward_arguments
 
 Ids = tuple[int, ...]
 Options = tuple[Example, ...]
@@ -202,7 +201,7 @@ def cached_forward(
         inputs["past_key_values"] = cache
     if Watcher.known(model):  # attached trails read it, and a model without them does not know it
         inputs["prompt_mask"] = prompt
-    if _takes_positions(model) and not bool(real[:, 0].all()):
+    if "position_ids" in forward_arguments(model) and not bool(real[:, 0].all()):
         inputs["position_ids"] = (real.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     outputs: list[Any] = []
 
@@ -217,13 +216,6 @@ def cached_forward(
     else:
         logits = at_least_float32(call().logits)
     return logits, getattr(outputs[0], "past_key_values", None)
-
-
-def _takes_positions(model: nn.Module) -> bool:
-    """Whether the forward of the model, inside its wrappers, can be told positions."""
-    inner: Any = unwrapped(model)
-    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # PEFT hands all arguments on
-    return "position_ids" in inspect.signature(base.forward).parameters
 
 
 def _can_be_cut(cache: Any) -> bool:

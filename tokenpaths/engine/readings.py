@@ -27,7 +27,7 @@ from tokenpaths.data.examples import IGNORED, Batch
 from tokenpaths.engine.cone.repeated import Repeated
 from tokenpaths.engine.states import block_places, recording
 from tokenpaths.site import Host, Place
-from tokenpaths.site.host import two_sided
+from tokenpaths.site.host import forward_arguments, two_sided
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.trailmap.trailmap import TrailMap
 
@@ -198,7 +198,10 @@ def _run(run: Run, batch: Batch, around: Callable[[], AbstractContextManager[Non
     if host.head is not None:
         places["norm"] = Place(host.head, "input")
     batch = batch.to(host.device)
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    known = forward_arguments(model)
+    if "use_cache" in known or any(p.kind is p.VAR_KEYWORD for p in known.values()):  # not BERT's of transformers 4
+        inputs["use_cache"] = False
     with ExitStack() as stack:
         stack.enter_context(run.reading())
         stack.enter_context(around())

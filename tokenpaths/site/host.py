@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from operator import index
@@ -215,6 +216,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if isinstance(inner, nn.Module) and (name == "_orig_mod" or not hasattr(model, "config")):
             return unwrapped(inner)
     return model
+
+
+def forward_arguments(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """What the forward of the model can be told, by name, inside its wrappers; PEFT hands all arguments on."""
+    inner: Any = unwrapped(model)
+    return inspect.signature((inner.get_base_model() if hasattr(inner, "get_base_model") else inner).forward).parameters
 
 
 def _in_range(layer: int, count: int, site: Site | None = None) -> int:

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch.optim import Optimizer
 
-MakeOptimizer: TypeAlias = "Callable[[list[nn.Parameter]], Optimizer]"
+MakeOptimizer: TypeAlias = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 KEPT = "The trails are as after the step before; a lower lr or a smaller clip may help"
 
 
@@ -49,7 +48,9 @@ class Descent:
         if make is not None and lr is not None:
             raise ValueError("with optimizer=, the learning rate is part of it: leave lr= out")
         if make is None:
-            self.optimizer: Optimizer = torch.optim.AdamW(parameters, lr=1e-3 if lr is None else lr, weight_decay=0.0)
+            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+                parameters, lr=1e-3 if lr is None else lr, weight_decay=0.0
+            )
         else:
             self.optimizer = make(parameters)
         self.parameters = parameters

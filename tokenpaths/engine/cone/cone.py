@@ -164,7 +164,7 @@ class ActiveCone:
 
     def whole_rows(self) -> str | None:
         """Why rows must be run whole, or None where they may be run behind their unmoved prefix."""
-        if self.is_random():
+        if self._is_random():
             return "the base drops at random"
         if any(module.training and draws(module) for a in self.attached() for module in a.trails.modules()):
             return "the trails' dropout is drawn for whole rows"
@@ -178,7 +178,7 @@ class ActiveCone:
             return "hooks look at the states of whole rows"
         return None
 
-    def is_random(self) -> bool:
+    def _is_random(self) -> bool:
         """Whether the base draws random numbers in a forward."""
         return any(module.training for module in self._random)
 
@@ -244,7 +244,7 @@ class ActiveCone:
         wanted = self._wanted(below)
         if not below or wanted is None or not plain_call(named, config):
             return
-        if self.is_random() or self.watcher.checkpointing():
+        if self._is_random() or self.watcher.checkpointing():
             return
         assert isinstance(ids, Tensor)
         if not self.learn():

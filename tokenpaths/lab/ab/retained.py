@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -173,9 +172,8 @@ def _figures(arm: Arm, reference: Run, tasks: Sequence[Task], tokenizer: Any, ma
 def _read(
     run: Run, reference: Run, tasks: Sequence[Task], tokenizer: Any, max_batch_tokens: int
 ) -> list[TextSums | Values]:
-    """Every task, read in one run. Its trails are laid in once, unless those of the reference might be the same."""
-    alone = reference is run or reference.ready is nullcontext
-    with run.ready() if alone else nullcontext():
+    """Every task, read in one run, whose trails are laid in once."""
+    with run.ready():
         return [
             read_texts(reference, run, task, tokenizer, max_batch_tokens)
             if task.kind == "text"

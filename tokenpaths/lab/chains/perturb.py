@@ -33,7 +33,7 @@ class Piece:
     step: str
 
 
-Steps: TypeAlias = "tuple[Piece, ...]"
+Steps: TypeAlias = tuple[Piece, ...]
 Altered: TypeAlias = "list[list[Ids | None]]"
 """For each item, by k, the reasoning whose first k steps are as they were; None where it cannot be altered at k."""
 

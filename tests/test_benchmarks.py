@@ -81,7 +81,18 @@ def test_perplexity_ratio_weighs_windows_by_their_tokens() -> None:
     before, after, counts = np.array([10.0, 40.0]), np.array([11.0, 48.0]), np.array([10, 20])
     found = perplexity_ratio(before, after, counts)
     assert found.value == pytest.approx(np.exp(59 / 30) / np.exp(50 / 30))
-    assert (found.low, found.high) == pytest.approx((np.exp(1 / 10), np.exp(8 / 20)))
+    assert found.low < np.exp(1 / 10) < np.exp(8 / 20) < found.high
+
+
+def test_the_interval_of_a_perplexity_ratio_is_that_of_the_delta_method_for_many() -> None:
+    rng = np.random.default_rng(1)
+    counts = rng.integers(50, 300, 4000)
+    before = 3.0 * counts
+    after = before + counts * rng.normal(0.2, 0.5, 4000)
+    found = perplexity_ratio(before, after, counts)
+    ratio = np.log(found.value)
+    half = 1.96 * np.std(after - before - ratio * counts) / counts.mean() / np.sqrt(4000)
+    assert np.log([found.low, found.high]) == pytest.approx([ratio - half, ratio + half], abs=0.05 * half)
 
 
 def test_windows_are_spaced_and_do_not_overlap() -> None:

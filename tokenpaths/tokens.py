@@ -127,7 +127,7 @@ class First(Counted):
     """The first `n` tokens of the prompt (all of a shorter prompt)."""
 
     def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
-        prompt = Prompt().choose(context)
+        prompt = context.prompt & context.real
         return prompt & (prompt.cumsum(1) <= self.n)
 
 
@@ -136,7 +136,7 @@ class Last(Counted):
     """The last `n` tokens of the prompt (all of a shorter prompt), also while decoding: never the newest token."""
 
     def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
-        prompt = Prompt().choose(context)
+        prompt = context.prompt & context.real
         return prompt & (prompt.sum(1, keepdim=True) - prompt.cumsum(1) < self.n)
 
 

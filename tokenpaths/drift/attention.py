@@ -115,7 +115,8 @@ def _calls(modules: Iterable[nn.Module]) -> Generator[dict[nn.Module | None, lis
 def _maps(run: Run, call: _Call, layer: int) -> Float[Tensor, "batch heads seq seq"]:
     """The maps of a call, made again by `forward`, since the arguments that were kept have gone through the hooks."""
     bound = inspect.signature(call.module.forward).bind(*call.args, **call.kwargs)
-    if "output_attentions" in bound.signature.parameters:
+    kind = getattr(getattr(call.module, "config", None), "_attn_implementation", None)
+    if kind == "eager" and "output_attentions" in bound.signature.parameters:
         bound.arguments["output_attentions"] = True  # or OPT of transformers 4 throws them away
     with run.inside():
         output = call.module.forward(*bound.args, **bound.kwargs)

@@ -202,6 +202,12 @@ def test_what_it_refuses(watch: Watch, texts: list[str], message: str) -> None:
         tp.measure_drift(model, moving(model, tp.All()), texts)
 
 
+def test_one_string_is_no_list_of_texts(watch: Watch) -> None:
+    model = watch(FAMILIES["llama"].make())
+    with pytest.raises(TypeError, match=r"drift takes a list of texts, not str: give \[text\]"):
+        tp.measure_drift(model, moving(model, tp.All()), "a text", Letters())
+
+
 def test_an_empty_string_is_refused(watch: Watch) -> None:
     model = watch(FAMILIES["llama"].make())
     with pytest.raises(ValueError, match="text 1 has 0 tokens; drift needs at least two"):

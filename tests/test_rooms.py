@@ -136,6 +136,13 @@ def test_the_front_door_shows_few_names_and_the_rooms() -> None:
         assert not isinstance(getattr(tp, each), types.ModuleType), each
 
 
+def test_a_misspelt_name_is_refused_with_a_near_one() -> None:
+    with pytest.raises(AttributeError, match="^tokenpaths has no 'LoReft'; did you mean 'LoReFT'\\?$"):
+        _ = tp.LoReft
+    with pytest.raises(AttributeError, match="^tokenpaths has no 'xyzzy'$"):
+        _ = tp.xyzzy
+
+
 def test_import_brings_in_nothing_heavy() -> None:
     program = f"import sys, tokenpaths; print([name for name in {LATE} if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"

@@ -485,6 +485,7 @@ def at(rule: Any) -> TrailMap:
     [
         (dict(goals=[]), r"goals must be a list of Objectives, such as \[Imitate"),
         (dict(goals=[make_examples()]), "goals must be a list of Objectives"),
+        (dict(goals=Imitate(make_examples())), r"goals must be a list of Objectives.*, not Imitate\("),
         (dict(steps=None), "give either steps= or epochs="),
         (dict(epochs=1.0), "give either steps= or epochs="),
         (dict(steps=None, epochs=0), "give either steps= or epochs=, more than 0"),

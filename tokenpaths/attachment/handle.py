@@ -282,7 +282,7 @@ def _instead(given: object) -> str:
     if isinstance(given, Adapter):
         return "it is at work already"
     if hasattr(given, "peft_config"):
-        return "a PEFT model is made an adapter by peers.PeftAdapter(peft_model), which needs no attach"
+        return "a PEFT model is made an adapter by tp.lab.peers.PeftAdapter(peft_model), which needs no attach"
     return "wrap a dict as TrailMap({...})"
 
 

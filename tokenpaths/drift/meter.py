@@ -321,6 +321,8 @@ def _measured(
 
 
 def _examples(texts: Sequence[str] | Sequence[Example], tokenizer: Any, max_length: int) -> list[Example]:
+    if isinstance(texts, str):
+        raise TypeError("drift takes a list of texts, not str: give [text]")
     if not texts:
         raise ValueError("drift was given no texts")
     examples: list[Example] = []

@@ -24,7 +24,7 @@ def check(model: nn.Module, trails: Adapter, goals: Sequence[Objective], tokeniz
         ValueError: there are no goals, the trails do not fit the model, an example is longer than the model's window, a
             token rule chooses nothing anywhere in the examples, or a rule needs a tokenizer and there is none.
     """
-    if not goals or not all(isinstance(goal, Objective) for goal in goals):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(goals, Sequence) or not goals or not all(isinstance(goal, Objective) for goal in goals):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"goals must be a list of Objectives, such as [Imitate(examples)], not {goals!r:.80}")
     if not trails.sites:  # an adapter with sites is checked when it is attached
         trails.check(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,15 @@ if TYPE_CHECKING:
 
 MakeOptimizer: TypeAlias = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 KEPT = "The trails are as after the step before; a lower lr or a smaller clip may help"
+
+
+@runtime_checkable
+class HeldStep(Protocol):
+    """A limit in force in a run."""
+
+    def hold(self) -> tuple[float, float]:
+        """Shorten the step that was just taken. Returns the share of it that was kept, and its measure."""
+        ...
 
 
 class Descent:
@@ -29,6 +38,8 @@ class Descent:
         clip: the largest norm of the gradient; None for any.
         total: the number of steps of the run.
         accelerator: the run's.
+
+    `held` is the limit on each step, if there is one.
 
     Raises:
         ValueError: both `make` and `lr` are given, or the schedule depends on more than the step.
@@ -59,6 +70,7 @@ class Descent:
         self.most = math.inf if clip is None else clip
         self.accelerator = accelerator
         self.prepared: Any = None
+        self.held: HeldStep | None = None
 
     def describe(self) -> list[Any]:
         """What a checkpoint notes of the optimizer, so that a run with another is refused."""
@@ -74,8 +86,11 @@ class Descent:
         finally:
             self.optimizer.zero_grad()
 
-    def step(self, number: int) -> tuple[float, float]:
-        """Take step `number`, counted from 0. Returns the learning rate, and the norm of the gradient before clipping.
+    def step(self, number: int) -> tuple[float, float, float | None, float | None]:
+        """Take step `number`, counted from 0, and hold it.
+
+        Returns the learning rate, the norm of the gradient before clipping, and what `held` tells: the share of the
+        step that was kept, and its measure.
 
         Raises:
             FloatingPointError: the gradient is not finite. Nothing is changed then.
@@ -89,7 +104,8 @@ class Descent:
             group["lr"] = rate * share
         self.prepared.step()
         self.prepared.zero_grad()
-        return self.rates[0] * share, norm
+        kept, went = (None, None) if self.held is None else self.held.hold()
+        return self.rates[0] * share, norm, kept, went
 
     def _sum_gradients(self) -> None:
         """Add up the gradients of all processes. They are small, so the model needs no DDP around it."""

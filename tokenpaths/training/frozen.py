@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from tokenpaths.attachment.handle import working
 from tokenpaths.attachment.hooks import Hook
 from tokenpaths.trailmap.adapter import Adapter
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @contextmanager
@@ -31,6 +36,27 @@ def frozen_base(model: nn.Module, trails: Adapter) -> Generator[None]:
             module.training = training
 
 
+@contextmanager
+def laid(model: nn.Module, trails: Adapter, tokenizer: Any, accelerator: Accelerator) -> Generator[None]:
+    """Inside, the base is frozen, and the trails are attached, all on the accelerator's device."""
+    with frozen_base(model, trails):
+        _move(model, trails, accelerator)
+        with working(model, trails, tokenizer):
+            yield
+
+
+def _move(model: nn.Module, trails: Adapter, accelerator: Accelerator) -> None:
+    if getattr(model, "hf_device_map", None) is None:  # otherwise the model has been placed with care
+        model.to(accelerator.device)
+        trails.to(accelerator.device)
+    if not model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        warnings.warn(
+            "gradient checkpointing is on, but transformers heeds it in training mode only, and the model is in eval "
+            "mode: call model.train() first (which turns on its dropout too, if it has any)",
+            stacklevel=2,
+        )
+
+
 def trained(trails: Adapter) -> list[nn.Parameter]:
     """The parameters that learn.
 
@@ -41,7 +67,7 @@ def trained(trails: Adapter) -> list[nn.Parameter]:
     if not isinstance(trails, Adapter):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
             f"a TrailMap or another Adapter is trained, not {type(trails).__name__}: wrap a dict as TrailMap({{...}}), "
-            "a PEFT model as peers.PeftAdapter(peft_model)"
+            "a PEFT model as tp.lab.peers.PeftAdapter(peft_model)"
         )
     parameters = [p for p in trails.parameters() if p.requires_grad]
     if not parameters and trails.sites:

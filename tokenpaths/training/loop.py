@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -15,31 +13,21 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from tokenpaths.attachment.handle import working
 from tokenpaths.engine.batches import bar
 from tokenpaths.engine.cone.cone import Cone
 from tokenpaths.site.fingerprint import fingerprint
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.training.checkpoints import Checkpoints
 from tokenpaths.training.checks import check, span_names
-from tokenpaths.training.descent import Descent, MakeOptimizer
+from tokenpaths.training.descent import Descent, HeldStep, MakeOptimizer
 from tokenpaths.training.feed import Feed
-from tokenpaths.training.frozen import frozen_base, trained
+from tokenpaths.training.frozen import laid, trained
 from tokenpaths.training.losses import Losses, describe_goal
 from tokenpaths.training.objectives.base import Objective
 from tokenpaths.training.plan import plan
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-@runtime_checkable
-class HeldStep(Protocol):
-    """A limit in force in a run."""
-
-    def hold(self) -> tuple[float, float]:
-        """Shorten the step that was just taken. Returns the share of it that was kept, and its measure."""
-        ...
 
 
 @runtime_checkable
@@ -122,7 +110,7 @@ def steps(
     Args:
         model: a Hugging Face model. It is moved to Accelerate's device, unless it is spread over several.
         trails: what is trained: a `TrailMap`, or another `Adapter` that lies in the model, such as
-            `peers.PeftAdapter`. Every process starts from those of the first.
+            `lab.peers.PeftAdapter`. Every process starts from those of the first.
         goals: objectives; their losses are added up by their weights.
 
         steps: the number of optimizer steps.
@@ -134,7 +122,8 @@ def steps(
         lr: the learning rate of AdamW without weight decay; 1e-3 unless given.
         optimizer: or a function from the list of parameters to an optimizer: `lambda p: torch.optim.SGD(p, lr=0.1)`.
         schedule: a name that `transformers.get_scheduler` knows.
-        warmup: the steps of the schedule's warm-up; below 1, their share of all steps.
+        warmup: the steps of the schedule's warm-up; below 1, their share of all steps. As in transformers, the first
+            step of a warm-up has learning rate 0.
         clip: the largest norm of the gradient; None for any.
         trust: a bound on how far one step may take the model, such as `limits.TrustRegion`.
 
@@ -187,7 +176,7 @@ def steps(
 
     def iterate() -> Generator[Step]:
         with (
-            _laid(model, trails, tokenizer, accelerator),
+            laid(model, trails, tokenizer, accelerator),
             losses.inside(used, total, keep_all=isinstance(cone, Cone)),
             descent.ready(),
         ):
@@ -196,11 +185,11 @@ def steps(
                 accelerator.print(plan(model, trails, goals, in_a_step, used, losses.pays))
             done = 0 if saved is None else saved.restore(trails, descent.optimizer, losses.weights)
             _share_start(trails, accelerator)
-            held = None if trust is None else trust.begin(model, trails, parameters)
+            descent.held = None if trust is None else trust.begin(model, trails, parameters)
             with bar("training", progress and accelerator.is_main_process, done=done, total=total) as shown:
                 for number in range(done, total):
                     began, last = time.perf_counter(), number + 1 == total
-                    step = _take(number, losses, descent, held)
+                    step = _take(number, losses, descent)
                     if saved is not None and accelerator.is_main_process and saved.due(step.step, last):
                         saved.write(step.step, trails, model, descent.optimizer, losses.weights)
                     measured = drift() if drift and (last or step.step % drift_every == 0) else None
@@ -211,12 +200,11 @@ def steps(
     return iterate()
 
 
-def _take(number: int, losses: Losses, descent: Descent, held: HeldStep | None) -> Step:
+def _take(number: int, losses: Losses, descent: Descent) -> Step:
     """Take step `number`, counted from 0. The time is not measured yet."""
     weights, feed = tuple(losses.weights), losses.feed
     parts = losses.of_step(number)
-    rate, norm = descent.step(number)
-    kept, went = (None, None) if held is None else held.hold()
+    rate, norm, kept, went = descent.step(number)
     losses.reweigh(number, parts)
     return Step(
         step=number + 1,
@@ -270,27 +258,6 @@ def _accelerator(given: Accelerator | None) -> Accelerator:
     if given.gradient_accumulation_steps != 1:
         raise ValueError("give steps(accumulate=...), and not an Accelerator that accumulates as well")
     return given
-
-
-@contextmanager
-def _laid(model: nn.Module, trails: Adapter, tokenizer: Any, accelerator: Accelerator) -> Generator[None]:
-    """Inside, the base is frozen, and the trails are attached, all on the accelerator's device."""
-    with frozen_base(model, trails):
-        _move(model, trails, accelerator)
-        with working(model, trails, tokenizer):
-            yield
-
-
-def _move(model: nn.Module, trails: Adapter, accelerator: Accelerator) -> None:
-    if getattr(model, "hf_device_map", None) is None:  # otherwise the model has been placed with care
-        model.to(accelerator.device)
-        trails.to(accelerator.device)
-    if not model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        warnings.warn(
-            "gradient checkpointing is on, but transformers heeds it in training mode only, and the model is in eval "
-            "mode: call model.train() first (which turns on its dropout too, if it has any)",
-            stacklevel=2,
-        )
 
 
 @torch.no_grad()

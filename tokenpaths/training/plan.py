@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import nn
 
+from tokenpaths.attachment.handle import Attachment
 from tokenpaths.data.examples import IGNORED, Example, collate
 from tokenpaths.engine.cone.cone import Cone, active_cone
 from tokenpaths.engine.cone.prefix import WORTHWHILE, common_prefix, starts
@@ -143,7 +144,16 @@ def plan(
     on = worker is not None and cone is not None
     in_full = worker.whole_rows() if worker is not None else None
     planned = [
-        _goal(host, trails, goal, count, below if on and kept else 0, below, not on or in_full is not None, kept)
+        _goal(
+            host,
+            trails,
+            goal,
+            count,
+            below if on and kept else 0,
+            below,
+            worker.attached() if worker is not None and on and kept and in_full is None else None,
+            kept,
+        )
         for goal, count, kept in zip(goals, in_a_step, pays, strict=True)
     ]
     budget = cone.budget if on and cone is not None else None
@@ -152,18 +162,26 @@ def plan(
 
 
 def _goal(
-    host: Host, trails: Adapter, goal: Objective, count: int, left_out: int, below: int, whole: bool, pays: bool
+    host: Host,
+    trails: Adapter,
+    goal: Objective,
+    count: int,
+    left_out: int,
+    below: int,
+    behind: Sequence[Attachment] | None,
+    pays: bool,
 ) -> GoalPlan:
+    """The plan of one goal. `behind`: the attachments whose unmoved prefix is kept, None where rows are run whole."""
     examples = _some(goal)
     mean = sum(map(len, examples)) / len(examples)
     answers = sum(sum(example.answer) for example in examples) / len(examples)
-    worker, before = active_cone(host.model), 0.0
-    if pays and not whole and worker is not None and isinstance(goal, Imitate):
+    before = 0.0
+    if behind is not None and isinstance(goal, Imitate):
         cuts: list[int] = []
         for start in range(0, len(examples), 32):
             batch = collate(examples[start : start + 32])
             needed = F.pad(batch.labels[:, 1:] != IGNORED, (0, 1))
-            cuts += starts(worker.attached(), batch, needed)
+            cuts += starts(behind, batch, needed)
         before = sum(cuts) / len(cuts)
     if mean - before > WORTHWHILE * mean:
         before = 0.0

@@ -17,7 +17,8 @@ import time, torch
 start = time.perf_counter()
 import tokenpaths as tp
 alone = time.perf_counter() - start
-tp.sites, tp.width, tp.Last, tp.Answer, tp.TrailMap, tp.LoReFT, tp.encode, tp.Imitate, tp.steps, tp.attach, tp.measure_drift
+tp.sites, tp.width, tp.Last, tp.Answer, tp.TrailMap, tp.LoReFT, tp.encode, tp.Imitate
+tp.steps, tp.attach, tp.measure_drift
 print(alone, time.perf_counter() - start)
 """
 

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenpaths.site.host import find_blocks, output_embedding, unwrapped
+from tokenpaths.site import Host
+from tokenpaths.site.host import output_embedding, unwrapped
 
 
 @torch.no_grad()
@@ -35,7 +36,7 @@ def logit_lens(
         raise ValueError(
             f"{type(unwrapped(model)).__name__} has no output embedding: its directions cannot be told in tokens"
         )
-    norm = _final_norm(model, directions.shape[1], blocks)
+    norm = _final_norm(Host.of(model, blocks), directions.shape[1])
     u = directions.to(head.weight.device, head.weight.dtype)
     if norm is not None:
         u = (norm(u) - norm(-u)) / 2
@@ -57,14 +58,11 @@ def nearest_inputs(model: nn.Module, directions: Float[Tensor, "k dim"], top: in
     return (u @ nn.functional.normalize(table, dim=1).T).topk(top).indices.tolist()
 
 
-def _final_norm(model: nn.Module, dim: int, blocks: str | None) -> nn.Module | None:
+def _final_norm(host: Host, dim: int) -> nn.Module | None:
     """The last norm beside the block list, which stands between the blocks and the output embedding."""
-    layers = find_blocks(model, blocks)
-    for module in model.modules():
-        if any(child is layers for child in module.children()):
-            norms = [m for m in module.children() if _is_norm(m, dim)]
-            return norms[-1] if norms else None
-    return None
+    *_, holder = host.path.values()
+    norms = [module for module in holder.children() if _is_norm(module, dim)]
+    return norms[-1] if norms else None
 
 
 def _is_norm(module: nn.Module, dim: int) -> bool:

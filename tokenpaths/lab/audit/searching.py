@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -97,7 +98,7 @@ def _replaced(probe: Probe, kept: Sequence[Ids], words: Sequence[int], tries: in
     embedded = table[torch.tensor(words, device=table.device)].float()
     gain = (_slope(probe, kept) @ embedded.T).cpu()  # [kept, length, words]
     # the best replacement of every place in every phrase comes first, then the second best of every place, ...
-    best = gain.topk(min(tries, len(words)), -1).indices.movedim(-1, 0).tolist()  # [tries, kept, length]
+    best = rearrange(gain.topk(min(tries, len(words)), -1).indices, "kept length tries -> tries kept length").tolist()
     promising = [
         (*ids[:place], words[number], *ids[place + 1 :])
         for rank in best

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -302,5 +303,5 @@ def _reading(
 def _rows(read: Tensor, row: int, text: slice, positions: Tensor) -> Tensor:
     """States [n, dim] or attention rows [n, heads, tokens] of one text, whose padding is cut off."""
     if read.ndim == 4:
-        return read[row, :, text, text][:, positions].transpose(0, 1)
+        return rearrange(read[row, :, text, text][:, positions], "heads chosen keys -> chosen heads keys")
     return read[row, text][positions]

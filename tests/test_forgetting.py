@@ -98,6 +98,7 @@ HEAD = '{"kind": "choice", "name": "c"}\n'
         (HEAD + '{"options": "ab", "right": 0}\n', "line 2: options must be a list of strings, not"),
         (HEAD + '{"options": ["a", "b"], "right": 0}\n[1]\n', r"line 3: a line holds a JSON object, not \[1\]"),
         (HEAD + '{"options": ["a", "b"], "right": 0}\n\n', "line 3: Expecting value"),
+        (HEAD + '{"options": ["a", "b"], "right": 0, "right": 1}\n', "line 2: a key stands twice in one object"),
     ],
 )
 def test_a_file_of_another_form_is_refused_by_line(tmp_path: Path, content: str, message: str) -> None:
@@ -345,6 +346,10 @@ def test_a_report_is_written_and_read(tmp_path: Path) -> None:
     assert [r["verdict"] for r in REPORT.records()] == [loss.verdict for loss in REPORT.losses]
     (tmp_path / "other.json").write_text('{"losses": [{"task": "t"}]}')
     with pytest.raises(ValueError, match="is not a forgetting report"):
+        Forgetting.from_json(tmp_path / "other.json")
+    text = (tmp_path / "report.json").read_text()
+    (tmp_path / "other.json").write_text(text.replace('"losses"', '"losses": [], "losses"', 1))
+    with pytest.raises(ValueError, match="is not a forgetting report.*a key stands twice in one object"):
         Forgetting.from_json(tmp_path / "other.json")
 
 

@@ -279,9 +279,9 @@ def test_refusals(unchecked: None) -> None:
     ):
         PeftAdapter(loose)
     model, adapter = make("LoRA")
-    with pytest.raises(TypeError, match=r"not PeftModel: .* a PEFT model as peers.PeftAdapter\(peft_model\)"):
+    with pytest.raises(TypeError, match=r"not PeftModel: .* a PEFT model as tp.lab.peers.PeftAdapter\(peft_model\)"):
         train(model, model)
-    with pytest.raises(TypeError, match=r"not PeftModel: a PEFT model is made an adapter by peers.PeftAdapter"):
+    with pytest.raises(TypeError, match=r"not PeftModel: a PEFT model is made an adapter by tp.lab.peers.PeftAdapter"):
         tp.measure_drift(model, model, plain_texts())
     with pytest.raises(ValueError, match="does not lie in this LlamaForCausalLM: give the PEFT model"):
         train(llama(), adapter)

@@ -242,6 +242,7 @@ def test_settings_and_models_are_told_apart_by_name(tmp_path: Path) -> None:
         lambda text: "[1]\n",
         lambda text: text.replace('"tokenpaths samples": 1', '"tokenpaths samples": 2'),
         lambda text: text.replace('"written"', '"writ"'),
+        lambda text: text.replace('"written"', '"written": [1], "written"', 1),
         lambda text: text.replace('"settings": {', '"settings": [{').replace("}, \"batches\"", "}], \"batches\""),
     ],
 )  # fmt: skip

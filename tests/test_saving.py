@@ -878,5 +878,5 @@ def test_a_map_reads_like_a_dict():
     assert trails.size() == 8 + 9
     with pytest.raises(KeyError, match=re.escape("no trail lies at Site(layer=3")):
         trails[Site(3)]
-    names = {**vars(tokenpaths), **vars(tokenpaths.trails)}
+    names = {name: getattr(tokenpaths, name) for name in tokenpaths.__all__} | vars(tokenpaths.trails)
     assert repr(eval(repr(trails), names)) == repr(trails)

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from tokenpaths.files import write_text
+from tokenpaths.files import strict_json, write_text
 
 T = TypeVar("T")
 
@@ -149,7 +149,7 @@ def spaced(items: Sequence[T], n: int | None) -> list[T]:
 
 def _record(line: str, needed: set[str], known: set[str]) -> dict[str, Any]:
     """The JSON object on a line, which has all keys of `needed` and no key beyond these and `known`."""
-    value = json.loads(line)
+    value = strict_json(line)
     if not isinstance(value, dict):
         raise ValueError(f"a line holds a JSON object, not {line:.40}")
     if missing := sorted(needed - set(value)):

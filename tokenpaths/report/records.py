@@ -37,7 +37,7 @@ class Record:
         """Read what `to_json` wrote. Raises `FileNotFoundError`, and `ValueError` for any other file."""
         text = Path(path).read_text(encoding="utf-8")
         try:
-            found = {key: value for key, value in json.loads(text).items() if key not in cls.derived}
+            found = {key: value for key, value in files.strict_json(text).items() if key not in cls.derived}
             return cast("R", _built(cls, found))
         except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{os.fspath(path)} is not {cls.what} as to_json writes it: {error}") from error

@@ -284,7 +284,9 @@ def _save(path: Path, note: dict[str, Any], kept: Sequence[Example], tokenizer: 
 def _read(path: Path) -> tuple[list[Example], dict[str, Any]]:
     try:
         # not splitlines(), which also splits at characters that JSON leaves as they are
-        note, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
+        note, *lines = [
+            files.strict_json(line) for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        ]
         if note.pop("tokenpaths samples") != 1:
             raise ValueError("its first line is of another version")
         kept = [Example.of(line["opening"], line["written"]) for line in lines]
@@ -292,6 +294,6 @@ def _read(path: Path) -> tuple[list[Example], dict[str, Any]]:
             raise ValueError(f"its first line lacks {', '.join(sorted(missing))}")
         if not isinstance(note["settings"], dict) or note.pop("kept") != len(kept):
             raise ValueError(f"its first line is not of the {len(kept)} samples after it")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise SampleFileError(f"{path} is not a whole file of self_samples ({error!r:.120})") from None
     return kept, note

@@ -57,10 +57,10 @@ def main() -> None:
     parser.add_argument("--model", help="a Hugging Face id or a folder (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--steps", type=int, default=Run.steps)
     options = parser.parse_args()
-    cook(Run(model=options.model, steps=options.steps))
+    compare(Run(model=options.model, steps=options.steps))
 
 
-def cook(run: Run) -> dict[str, tuple[int, float]]:
+def compare(run: Run) -> dict[str, tuple[int, float]]:
     """Both methods, one after the other. Returns the right answers and the KL on kept texts of each."""
     model, tokenizer = demo_model(run.model, dtype=fast_dtype())
     train, test = make_items(run.train, seed=0), make_items(run.test, seed=0, held_out=True)
@@ -78,13 +78,13 @@ def cook(run: Run) -> dict[str, tuple[int, float]]:
     trails = tp.TrailMap({site: tp.LoReFT(tp.width(model), rank=8) for site in sites})
     with tp.attach(model, trails):
         learn(model, trails, goals, run, run.trail_lr)
-        found = {"trail": taste(model, trails, tokenizer, test)}
+        found = {"trail": measure(model, trails, tokenizer, test)}
 
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     lora_model = peft.get_peft_model(model, config)  # PEFT wraps the layers in place: from here on it is another model
     lora = PeftAdapter(lora_model)
     learn(lora_model, lora, goals, run, run.lora_lr)
-    found["LoRA"] = taste(lora_model, lora, tokenizer, test)
+    found["LoRA"] = measure(lora_model, lora, tokenizer, test)
     return found
 
 
@@ -94,7 +94,7 @@ def learn(model: Any, adapter: Adapter, goals: Sequence[tp.Objective], run: Run,
             print(f"  step {step.step}: task {step.losses[0]:.3f}, drift {step.losses[1]:.4f} nats a token")
 
 
-def taste(model: Any, adapter: Adapter, tokenizer: Any, test: Sequence[Item]) -> tuple[int, float]:
+def measure(model: Any, adapter: Adapter, tokenizer: Any, test: Sequence[Item]) -> tuple[int, float]:
     """What was learned, and what was lost."""
     right = score(answers(model, tokenizer, test), test)
     low, high = wilson((np.arange(len(test)) < right).astype(float))

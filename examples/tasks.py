@@ -40,7 +40,7 @@ LONGER_HOPS = (5, 4, 4)
 """Length of each path of a longer item: every one beyond all of `HOPS`."""
 GUESS = 1 / 3
 """Expected accuracy of naming the end of any path."""
-_RESERVED = 4  # one set of paths in so many is held out
+_RESERVED = 4  # one set of paths in four is held out
 
 
 @dataclass(frozen=True)

@@ -379,7 +379,7 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     import lora_with_trails as example
 
     run = example.Run(str(tmp_path / "model"), steps=2, train=8, test=2, samples=3, sample_tokens=6, batch=4)
-    found = example.cook(run)
+    found = example.compare(run)
     assert set(found) == {"trail", "LoRA"}
     assert all(kl >= 0 for _, kl in found.values())
     told = capsys.readouterr().out

@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def batches(lengths: Sequence[int], max_batch_tokens: int) -> Iterator[list[int]]:
-    """Indices, longest first, so many at a time that their number times the longest is at most `max_batch_tokens`.
+    """Indices, longest first, in batches whose number of rows times the longest is at most `max_batch_tokens`.
 
     An item that is longer by itself is a batch of one.
     """

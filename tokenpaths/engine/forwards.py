@@ -31,7 +31,7 @@ def answer_logits(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "answer
 def answers(model: nn.Module, batch: Batch) -> tuple[Logits, Int[Tensor, " answers"]]:
     """As `answer_logits`, with logits that are made when they are asked for: `logits.sum(cross_entropy, targets)`.
 
-    With a cone at work, tokens before the first that a trail moves or whose logits are wanted are not run.
+    Inside a cone, tokens before the first that a trail moves or whose logits are wanted are not run.
     """
     check_causal(_inside(model))
     predicts = F.pad(batch.labels[:, 1:] != IGNORED, (0, 1))

@@ -175,7 +175,7 @@ def behind(
             prompt = F.pad(contexts.prompt_mask, (0, ids.shape[1] - 1))
             following, cache = cached_forward(model, ids[:, :-1], mask, prompt, cache)
             logs = torch.cat([first, following.log_softmax(-1)], 1)
-            cache.crop(1 - ids.shape[1])  # cuts so many tokens off
+            cache.crop(1 - ids.shape[1])  # a negative number is cut off the end
         said = logs.gather(2, ids[..., None])[..., 0].double().where(real.bool(), 0.0)
         scores[:, k] = said.sum(1).cpu().numpy()
     return [_finite(found[: len(row)]) for found, row in zip(scores, options, strict=True)]

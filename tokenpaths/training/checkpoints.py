@@ -34,7 +34,7 @@ class Checkpoints:
     Args:
         folder: where they are, a folder for each.
         settings: what the run is made of, as JSON. A checkpoint of other settings is not continued.
-        every: write one after every so many steps, and one at the end; only the last if it is None.
+        every: the number of steps between two of them. One is written at the end too, and only that if it is None.
         resume: continue from the newest checkpoint.
 
     Raises:

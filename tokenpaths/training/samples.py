@@ -49,7 +49,7 @@ from tokenpaths.training.checkpoints import differences
 BUCKETS = 8
 """The openings of `BUCKETS` batches are drawn together, and those of like length are put into one batch."""
 BARREN = 10
-"""After so many batches in a row that bring nothing new, nothing more is expected."""
+"""Drawing ends after this many batches in a row that bring nothing new."""
 
 
 class SampleFileError(ValueError):

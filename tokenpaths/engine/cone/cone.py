@@ -98,7 +98,7 @@ class Cone:
 
 
 def active_cone(model: nn.Module) -> ActiveCone | None:
-    """The cone at work in a model."""
+    """The cone that a model is inside of; None outside of any."""
     found = [listener for watcher in Watcher.known(model) for listener in watcher.listeners]
     return next((listener for listener in found if isinstance(listener, ActiveCone)), None)
 
@@ -127,7 +127,9 @@ class ActiveCone:
         self._in_the_way: dict[int, list[nn.Module]] = {}  # modules on which a hook is in the way of leaving blocks out
         self._outputs: Mapping[int, Tensor] | None = None  # in a forward that leaves out blocks: what these return
         self._look: _Look | None = None  # in a forward that computes what is to be kept
-        self._beside: dict[int, int | None] = {}  # what a block returns beside its states: so many things, or no tuple
+        self._beside: dict[
+            int, int | None
+        ] = {}  # by block: what it returns beside its states, counted; None: no tuple
 
     @contextmanager
     def installed(self) -> Generator[None]:
@@ -154,7 +156,7 @@ class ActiveCone:
         return [a for a in self.watcher.listeners if isinstance(a, Attachment) and a.trails.enabled]
 
     def below(self) -> int:
-        """The number of blocks that no trail at work can change."""
+        """The number of blocks, from the first, that no attached trail can change."""
         if not self.skips:
             return 0
         for attachment in (attached := self.attached()):
@@ -259,7 +261,7 @@ class ActiveCone:
         self._outputs = {count: _together([row[count] for row in rows], real) for count in wanted}
 
     def _states(self, key: str, ids: Tensor, real: Tensor, wanted: frozenset[int]) -> Mapping[int, Tensor]:
-        """The states of a row after so many blocks: kept, or computed now and kept if there is room."""
+        """The states of a row, by the number of blocks before them: kept, or computed now and kept if there is room."""
         found = {count: self.cone.kept.get(f"{key}.{count}") for count in wanted}
         states = {count: group["states"] for count, group in found.items() if group is not None}
         if len(states) == len(wanted):
@@ -340,7 +342,7 @@ class ActiveCone:
 
 @dataclass(eq=False)
 class _Look:
-    """A forward of one row that is run to see the states after so many blocks, and no further.
+    """A forward of one row. It is run to see states, by the number of blocks before them, and no further.
 
     `handed` is what blocks returned beside them; `more` says whether a later block was given any of it, or something
     that it may write to.

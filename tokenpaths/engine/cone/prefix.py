@@ -56,7 +56,7 @@ def narrowed(
 ) -> Generator[tuple[dict[str, Any], Bool[Tensor, "batch run"]]]:
     """The arguments of a forward in which the `needed` hidden states come out, and where they are among its tokens.
 
-    With a cone at work, and where trails leave the start of rows as it was, it runs fewer tokens than the batch has.
+    Inside a cone, and where trails leave the start of rows as it was, it runs fewer tokens than the batch has.
     """
     worker = active_cone(model)
     cut = None if worker is None else _cut(worker, model, batch, needed)

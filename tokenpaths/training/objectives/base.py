@@ -26,7 +26,7 @@ class Objective:
     Args:
         examples: what it is trained on.
         weight: the weight of its loss in the first step; `reweigh` may change it.
-        every: it is trained for in one of so many steps, from the first on. Its loss is NaN in the others.
+        every: it is trained for in every `every`-th step, from the first on. Its loss is NaN in the others.
         batch_size: examples of it in a step, on each process and in one forward; as many as `steps` takes unless given.
 
     Raises:

@@ -385,6 +385,16 @@ def test_levels_that_think_equally_long_have_no_slope() -> None:
     assert "all levels think equally long" in str(found)
 
 
+def test_draws_in_which_all_levels_think_equally_long_are_left_out() -> None:
+    questions = [30, 41, 22, 35, 50, 28, 33, 47, 26, 38, 50, 50], [30, 41, 22, 35, 61, 28, 33, 47, 26, 38, 88, 70]
+    few = Level(questions[0], [mark == "x" for mark in "x.xx.x.x.x.."], most=50)
+    more = Level(questions[1], [mark == "x" for mark in "x.xxxx.x.xx."], most=100)
+    found = scaling([few, more])
+    assert found.slope is not None and found.slope_interval is not None
+    assert found.slope == pytest.approx(28.99, abs=0.01)
+    assert 0 <= found.slope_interval[0] <= found.slope <= found.slope_interval[1] < 100
+
+
 def test_the_report_and_its_picture(tmp_path: Path) -> None:
     found = scaling([Level([10, 12], [False, True], 5, 11), Level([20, 22], [True, True], 20, 20)])
     assert "control      0.500" in str(found)

@@ -105,6 +105,34 @@ def test_a_stop_string_ends_text_and_ids() -> None:
     assert cut.ids == whole.ids[: len(cut.ids)] and stop not in TOKENIZER.decode(list(cut.ids[:-1]))
 
 
+def always(token: int, **settings: Any) -> Any:
+    """A model that writes one token again and again."""
+    made = model(**settings)
+    best = torch.nn.functional.one_hot(torch.tensor(token), 300).float()
+    made.lm_head.register_forward_hook(lambda module, args, output: best.expand_as(output))
+    return made
+
+
+def test_a_stop_string_that_begins_in_the_prompt_ends_nothing() -> None:
+    a, z = TOKENIZER("a")["input_ids"], TOKENIZER("z")["input_ids"]
+    prompts = [tp.Example(tuple(z + last), (False, False)) for last in (a, z)]
+    for one in generate(always(*a), prompts, TOKENIZER, max_new_tokens=5, stop_strings="aa"):
+        assert (one.ids, one.text) == ((*a, *a), "aa")
+
+
+def test_no_end_of_text_token_is_in_the_text() -> None:
+    (a,) = TOKENIZER("a")["input_ids"]
+    made = always(a, eos_token_id=a)  # which is no special token
+    assert {(one.ids, one.text) for one in generate(made, PROMPTS, TOKENIZER, max_new_tokens=3)} == {((a,), "")}
+
+
+def test_the_tokenizers_end_of_text_holds_beside_the_models() -> None:
+    """It is what `encode` ends answers with."""
+    end = TOKENIZER.eos_token_id
+    (one,) = generate(always(end, eos_token_id=9), PROMPTS[:1], TOKENIZER, max_new_tokens=4)
+    assert (one.ids, one.text) == ((end,), "")
+
+
 def test_a_seed_leaves_torchs_random_state_alone_and_repeats() -> None:
     made = model()
     torch.manual_seed(3)

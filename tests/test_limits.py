@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import tokenpaths as tp
 from tokenpaths import Confined, DiReFT, Guarded, confine, guard, strength_within
 from tokenpaths.limits import strength_curve
+from tokenpaths.limits.states import entering
 from tokenpaths.trails.wrappers import at_unit_scale
 
 Watch = Callable[[nn.Module], nn.Module]
@@ -71,6 +72,15 @@ def test_while_gates_are_fitted_the_output_embedding_is_given_nothing_and_no_str
     handle.remove()
     assert given and {states.numel() for states in given} == {0}
     assert all(states.is_contiguous() for states in given)  # else hundreds of times as slow in bfloat16 on a CPU
+
+
+def test_states_are_read_of_a_model_without_an_output_embedding() -> None:
+    from transformers import LlamaForSequenceClassification
+
+    model = LlamaForSequenceClassification(llama().config).eval()
+    trails = tp.TrailMap({AT: tp.Additive(DIM)})
+    shapes = [states[AT][0].shape for _, _, states in entering(model, trails, task(3), 1.0, None, 2)]
+    assert [shape[0] for shape in shapes] == [2, 1] and {shape[-1] for shape in shapes} == {DIM}
 
 
 def test_gates_read_the_states_that_the_trails_below_have_moved() -> None:

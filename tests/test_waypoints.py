@@ -405,6 +405,20 @@ def test_what_cannot_be_captured_is_refused(watch: Watch) -> None:
         capture_attention(model, examples, helped, tp.sites(model, 0, tp.Answer(), "attention"))
 
 
+def test_attention_is_looked_at_in_the_layers_of_the_targets_alone() -> None:
+    """So that the cone can leave the blocks below out, and no other map is held."""
+    model, examples = eager(), make_examples(4)
+    targets = capture_attention(model, examples, with_help(examples), tp.sites(model, 2, tp.Answer(), "attention"))
+    trails, cone = tp.TrailMap({tp.Site(1, tp.Answer()): tp.Additive(DIM)}), tp.Cone()
+    calls: list[int] = []
+    forward = model.model.layers[0].forward
+    model.model.layers[0].forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    goal = WaypointsAttention(examples, targets=targets)
+    list(tp.steps(model, trails, [goal], steps=6, batch_size=4, progress=False, cone=cone))
+    assert cone.kept.used > 0
+    assert len(calls) <= 5  # once for each row, and a short look
+
+
 def test_the_same_example_twice_is_stored_once() -> None:
     model, examples = llama(), make_examples(2)
     doubled = [*examples, examples[0]]

@@ -15,7 +15,7 @@ from tokenpaths.attachment.hooks import Hook
 from tokenpaths.data.examples import IGNORED, Batch
 from tokenpaths.engine.cone.prefix import inputs_of, narrowed
 from tokenpaths.engine.logits import Logits, logits_at
-from tokenpaths.site.host import two_sided
+from tokenpaths.site.host import output_embedding, two_sided
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "answers vocab"], Int[Tensor, " answers"]]:
@@ -47,7 +47,10 @@ def forward(model: nn.Module, batch: Batch) -> Any:
 
 def forward_states(model: nn.Module, batch: Batch) -> None:
     """A forward of which no logits are wanted, but what others see of its states: the output embedding does nothing."""
-    logits_at(model, lambda: forward(model, batch), torch.zeros_like(batch.attention_mask, dtype=torch.bool))
+    if output_embedding(_inside(model)) is None:
+        forward(model, batch)
+    else:
+        logits_at(model, lambda: forward(model, batch), torch.zeros_like(batch.attention_mask, dtype=torch.bool))
 
 
 def _call(model: nn.Module, inputs: dict[str, Any]) -> Any:

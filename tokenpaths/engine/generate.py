@@ -3,9 +3,10 @@ r"""The one way to let a model write: greedily or by sampling, behind prompts of
     written = generate(model, prompts, tokenizer, max_new_tokens=32, stop_strings="\n")
     written[0].text, written[0].ids
 
-**Which of the model's generation settings hold**: its end-of-text tokens, and nothing else. Its temperature, top-p,
-top-k, penalties, forced and suppressed tokens are set aside while it writes here: what is compared and measured is the
-distribution of the model itself, and all verbs compare alike. To write with them, call `model.generate`.
+**Which of the model's generation settings hold**: its end-of-text tokens (the tokenizer's end a text too), and nothing
+else. Its temperature, top-p, top-k, penalties, forced and suppressed tokens are set aside while it writes here: what is
+compared and measured is the distribution of the model itself, and all verbs compare alike. To write with them, call
+`model.generate`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tokenpaths.attachment.hooks import Hook
 from tokenpaths.attachment.watcher import Watcher
@@ -33,7 +35,7 @@ class Written:
     """What was written behind one prompt: its token ids, the end-of-text token included, and its text.
 
     The ids stop behind the end-of-text token, or behind the token that completes the stop string. The text has no
-    special tokens, and ends with the stop string where one was found.
+    end-of-text and no special tokens, and ends with the stop string where one was found.
     """
 
     ids: Ids
@@ -84,10 +86,9 @@ def generate(
         max_new_tokens=max_new_tokens,
         eos_token_id=ends or None,
         pad_token_id=pad,
-        stop_strings=None if stop_strings is None else [stop_strings],
         **(dict(temperature=temperature, top_p=top_p, top_k=0) if sample else {}),  # its own top_k is 50
     )
-    more: dict[str, Any] = {} if stop_strings is None else {"tokenizer": tokenizer}
+    more: dict[str, Any] = {}
     written: dict[int, Written] = {}
     with (
         torch.no_grad(),
@@ -100,12 +101,15 @@ def generate(
             batch = collate([prompts[i] for i in rows], pad, "left").to(model.device)
             if Watcher.known(model):  # attached trails read it, and a model without them does not know it
                 more["prompt_mask"] = batch.prompt_mask
+            if stop_strings is not None:
+                more["stopping_criteria"] = _holds(stop_strings, tokenizer, batch.input_ids.shape[1])
             told = model.generate(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, generation_config=config, **more
             )
             for i, row in zip(rows, told[:, batch.input_ids.shape[1] :].tolist(), strict=True):
                 ids = _until(row, ends, tokenizer, stop_strings)
-                written[i] = Written(ids, cut(tokenizer.decode(list(ids), skip_special_tokens=True), stop_strings))
+                said = ids[:-1] if ids and ids[-1] in ends else ids
+                written[i] = Written(ids, cut(tokenizer.decode(list(said), skip_special_tokens=True), stop_strings))
     return [written[i] for i in range(len(prompts))]
 
 
@@ -118,11 +122,10 @@ def _seeded(model: Any, seed: int) -> Generator[None]:
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end a text: those that the model names, and where it names none, the tokenizer's."""
+    """The tokens that end a text: those that the model names, and the tokenizer's, which `encode` ends answers with."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    named = tokenizer.eos_token_id if named is None else named
     found = named if isinstance(named, (list, tuple)) else [named]
-    return sorted(int(i) for i in found if i is not None)
+    return sorted({int(i) for i in (*found, tokenizer.eos_token_id) if i is not None})
 
 
 def cut(text: str, stop_strings: str | None) -> str:
@@ -130,6 +133,19 @@ def cut(text: str, stop_strings: str | None) -> str:
     if stop_strings is None or stop_strings not in text:
         return text
     return text[: text.index(stop_strings) + len(stop_strings)]
+
+
+def _holds(stop_strings: str, tokenizer: Any, start: int) -> Any:
+    """Ends a row when what is written from `start` on holds the stop string.
+
+    `stop_strings` of transformers would also find one that begins in the prompt.
+    """
+    from transformers import StoppingCriteriaList
+
+    def found(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.tensor([stop_strings in text for text in tokenizer.batch_decode(ids[:, start:])]).to(ids.device)
+
+    return StoppingCriteriaList([found])
 
 
 def _until(row: list[int], ends: Sequence[int], tokenizer: Any, stop_strings: str | None) -> Ids:

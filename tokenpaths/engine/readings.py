@@ -36,6 +36,8 @@ from tokenpaths.trailmap.trailmap import TrailMap
 class Run:
     """A model, and what it is to be read inside of: `Run(model, trails.off)`, `Run(lora, lora.disable_adapter)`.
 
+    The model is looked at once: make a new run after it was compiled, or a part of it was replaced.
+
     Args:
         model: the model.
         inside: makes a context, inside of which the model is the one to be read.
@@ -121,7 +123,7 @@ def runs(model: nn.Module, trails: Adapter, *, tokenizer: Any = None) -> tuple[R
             stack.enter_context(evaluating(trails))
             yield
 
-    below = Host.of(model, trails.blocks).blocks_below(trails.sites)
+    below = Host.of(model, trails.blocks).blocks_below(trails.sites) if trails.sites else 0
     return Run(model, trails.off, trails.blocks), Run(model, steered, trails.blocks, below, ready)
 
 

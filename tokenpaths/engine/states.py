@@ -12,7 +12,7 @@ attached later: these are the states that enter them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Hashable, Mapping
+from collections.abc import Callable, Collection, Generator, Hashable, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -61,8 +61,12 @@ def block_places(host: Host) -> dict[str, Place]:
 
 
 @contextmanager
-def recording_maps(host: Host) -> Generator[dict[int, Float[Tensor, "batch heads seq seq"]]]:
+def recording_maps(
+    host: Host, blocks: Collection[int] | None = None
+) -> Generator[dict[int, Float[Tensor, "batch heads seq seq"]]]:
     """The self-attention maps of the last forward inside, by block. Blocks without attention are left out.
+
+    `blocks` are those to look at; all unless given.
 
     Raises `ValueError` in the forward if an attention module gives no maps: they exist under eager attention only.
     """
@@ -72,8 +76,8 @@ def recording_maps(host: Host) -> Generator[dict[int, Float[Tensor, "batch heads
         maps[number] = attention_map(output, module, number)
 
     with ExitStack() as stack:
-        for number, block in enumerate(host.blocks):
-            for module in attentions(block)[:1]:  # self-attention is defined before cross-attention
+        for number in range(len(host.blocks)) if blocks is None else blocks:
+            for module in attentions(host.blocks[number])[:1]:  # self-attention is defined before cross-attention
                 hook = Observer(functools.partial(see, number))
                 stack.callback(module.register_forward_hook(hook).remove)
         yield maps

@@ -30,7 +30,7 @@ class Record:
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one JSON file, whole or not at all."""
         told = {name: getattr(self, name) for name in self.derived} | asdict(cast("Any", self))
-        files.write_text(path, json.dumps(finite(told), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        files.write_text(path, json.dumps(finite(told), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def from_json(cls: type[R], path: str | os.PathLike[str]) -> R:

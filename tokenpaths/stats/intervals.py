@@ -34,7 +34,7 @@ def mean_interval(values: Values, weights: Values | None = None, confidence: flo
     and R is added; equal weights give the interval of the mean. Neither order nor sign of the values matters.
 
     Where all values are equal, or all d, it is (v, v). That says that no item differed, not that none would: a share of
-    up to 1 - ((1 - confidence) / 2)^(1 / n) may, which callers put in a note. Right answers in pairs have bounds there
+    up to 1 - ((1 - confidence) / 2)^(1 / n) may, which the A/B report notes. Right answers in pairs have bounds there
     too in `stats.paired.tango`. `values` are one number an item in any unit, `weights` what each counts, as its tokens.
 
     Raises:
@@ -76,16 +76,23 @@ def difference_interval(x: Values, y: Values, confidence: float = 0.95) -> Inter
     return value - half, value + half
 
 
-def statistic_interval(statistic: Callable[[Int[np.ndarray, "*draws items"]], Any], items: int) -> Interval:
+def statistic_interval(
+    statistic: Callable[[Int[np.ndarray, "*draws items"]], Any], items: int, *, defined_only: bool = False
+) -> Interval:
     """Of a statistic of the items that were drawn, given by their numbers: 95 % percentile bootstrap over items.
 
     For what is no mean, such as a maximum or a ratio of ratios; it is short for few items. `UNKNOWN` for fewer than
-    two, and where a draw leaves the statistic undefined (NaN).
+    two, and where a draw leaves the statistic undefined (NaN); with `defined_only`, such draws are left out, and it is
+    `UNKNOWN` if all are undefined.
     """
     if items < 2:
         return UNKNOWN
-    low, high = np.quantile(np.concatenate([statistic(drawn) for drawn in _draws(items)]), [0.025, 0.975])
-    return UNKNOWN if math.isnan(low) else (float(low), float(high))
+    found = np.concatenate([statistic(drawn) for drawn in _draws(items)])
+    undefined = np.isnan(found)
+    if undefined.all() or (undefined.any() and not defined_only):
+        return UNKNOWN
+    low, high = np.quantile(found[~undefined], [0.025, 0.975])
+    return float(low), float(high)
 
 
 def streamed_interval(

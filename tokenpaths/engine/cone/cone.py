@@ -50,7 +50,7 @@ from tokenpaths.site.fingerprint import fingerprint
 
 
 class Cone:
-    """Room for what trails cannot change: `steps(..., cone=Cone())`, `drift(..., cone=cone)`.
+    """Room for what trails cannot change: `steps(..., cone=Cone())`, `measure_drift(..., cone=cone)`.
 
     Share one between runs over the same base model (seeds, learning rates, arms of a comparison) and what the first
     has computed the others find. Another base or another dtype finds nothing that is not its own.
@@ -127,9 +127,7 @@ class ActiveCone:
         self._in_the_way: dict[int, list[nn.Module]] = {}  # modules on which a hook is in the way of leaving blocks out
         self._outputs: Mapping[int, Tensor] | None = None  # in a forward that leaves out blocks: what these return
         self._look: _Look | None = None  # in a forward that computes what is to be kept
-        self._beside: dict[
-            int, int | None
-        ] = {}  # by block: what it returns beside its states, counted; None: no tuple
+        self._beside: dict[int, int | None] = {}  # by block: what it returns beside its states, counted; None: no tuple
 
     @contextmanager
     def installed(self) -> Generator[None]:

@@ -99,6 +99,8 @@ def _harness(frozen: Run, steered: Run, task: Harness, tokenizer: Any) -> Iterat
         y = after[key]
         if x.ids != y.ids:
             raise ValueError(f"lm-evaluation-harness gave other items of {key[0]!r} in its second run: nothing to pair")
+        if not (np.isfinite(x.values).all() and np.isfinite(y.values).all()):
+            raise ValueError(f"lm-evaluation-harness gave {key[1]} of {key[0]!r} that is not finite: leave it out")
         yield _loss(*key, x.values, y.values, better="higher" if x.higher_is_better else "lower")
 
 

@@ -106,8 +106,8 @@ def scaling(levels: Sequence[Level]) -> Scaling:
 
     a is the mean number of thinking tokens of a level, f(a) its accuracy and P the pairs of levels with a < b. The
     interval of control is Wilson's, which takes runs as independent. Those of scaling and of performance are percentile
-    bootstraps over questions, which draw the same questions for all levels. The interval of scaling is (-inf, inf) if
-    all levels think equally long in a draw. A maximum over noisy levels is biased upward, in each draw as in the figure
+    bootstraps over questions, which draw the same questions for all levels. Draws in which all levels think equally
+    long have no scaling and are left out. A maximum over noisy levels is biased upward, in each draw as in the figure
     itself.
 
     Args:
@@ -134,7 +134,9 @@ def scaling(levels: Sequence[Level]) -> Scaling:
         slope=None if flat else slope,
         slope_interval=None
         if flat
-        else statistic_interval(lambda drawn: _slope(tokens[:, drawn].mean(-1), right[:, drawn].mean(-1)), questions),
+        else statistic_interval(
+            lambda drawn: _slope(tokens[:, drawn].mean(-1), right[:, drawn].mean(-1)), questions, defined_only=True
+        ),
         performance=float(right.mean(1).max()),
         performance_interval=statistic_interval(lambda drawn: right[:, drawn].mean(-1).max(0), questions),
         questions=questions,

@@ -292,12 +292,12 @@ def _reading(
             yield lambda: [states[site] for site in sites]
         return
 
-    def of(site: Site) -> Tensor:
-        found = maps[host.locate(site)[0].layer]
-        return found if site.head is None else found[:, site.head : site.head + 1]
-
-    with recording_maps(host) as maps:
-        yield lambda: [of(site) for site in sites]
+    layers = [host.locate(site)[0].layer for site in sites]
+    with recording_maps(host, set(layers)) as maps:
+        yield lambda: [
+            maps[layer] if site.head is None else maps[layer][:, site.head : site.head + 1]
+            for layer, site in zip(layers, sites, strict=True)
+        ]
 
 
 def _rows(read: Tensor, row: int, text: slice, positions: Tensor) -> Tensor:

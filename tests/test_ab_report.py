@@ -125,7 +125,7 @@ def test_a_report_is_what_its_file_says(tmp_path: Path) -> None:
         report(comparison(20, 2, KEPT, LOST), odd, said=HOSTILE),
         replace(report(comparison(1, 0)), overlaps=(Overlap("exact", 0, 1, 1.0),), searched=("exact match",)),
         ab_test(Arm("a", [lambda p: ["x"] * len(p)]), Arm("b", [lambda p: ["y"] * len(p)]), [Question("q", "x")] * 4),
-        ab_test(Arm("a", [lambda p: ["x"] * len(p)]), Arm("b", [lambda p: ["\ud800"] * len(p)]), [Question("q", "")]),
+        ab_test(Arm("a", [lambda p: ["x"] * len(p)]), Arm("b", [lambda p: ["\ud800"] * len(p)]), [Question("q", "x")]),
     ):
         found.to_json(tmp_path / "report.json")
         assert Report.from_json(tmp_path / "report.json") == found

@@ -42,7 +42,7 @@ class Base:
             starts = [e.ids[:8] for e in prompts if e.prompt_length > 12]
             openings = [self.tokenizer.decode(ids) for ids in starts[:: max(1, len(starts) // count)][:count]]
         path = self.folder / f"own-{seed}-{count}{name}.jsonl"
-        options: dict[str, Any] = {"max_tokens": WIDTH, "seed": seed, "openings": openings, "path": path}
+        options: dict[str, Any] = {"max_new_tokens": WIDTH, "seed": seed, "openings": openings, "path": path}
         return [as_text(e) for e in tp.self_samples(self.model, self.tokenizer, count, **options)]
 
 

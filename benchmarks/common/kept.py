@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tokenpaths.files import write_text
+
 
 def keep(file: Path, make: Callable[[], Any]) -> None:
     """Write what `make` returns to a file that is not there, unless another process is at it."""
@@ -58,8 +60,5 @@ def _claimed(told: Path) -> Path | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file whole or not at all, in a folder that may have to be made. Several processes may do so at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}")
-    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-    os.replace(beside, path)
+    """Write a file whole or not at all. Several processes may do so at once."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

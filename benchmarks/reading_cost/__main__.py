@@ -8,6 +8,7 @@ the process while a tiny random Llama is read, over ten thousand, a hundred thou
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,8 +50,8 @@ def costs() -> list[dict[str, float]]:
     rounds = []
     for seed in range(ROUNDS + 1):
         batch = texts(TEXTS, WIDTH, len(tokenizer), seed)
-        plain = timed(lambda: forwards(model, trails, batch))()  # noqa: B023
-        read = timed(lambda: meter.read(batch))()  # noqa: B023
+        plain = timed(partial(forwards, model, trails, batch))()
+        read = timed(partial(meter.read, batch))()
         rounds.append({"forwards": plain, "reading": read, "ratio": read / plain})
         print(rounds[-1], flush=True)
     return rounds[1:]  # the first one warms up

@@ -12,6 +12,7 @@ Everything is read on held-out items, in pairs with the frozen model. Each run i
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ if __name__ == "__main__":
             for seed in told.seeds if told.part in (None, part) else []:
                 for arm in told.arms or arms:
                     made = {"arm": arm, "seed": seed, **environment()}
-                    kept.keep(path(part, arm, seed), lambda: made | measure(bench, arm, seed))  # noqa: B023
+                    run = partial(measure, bench, arm, seed)
+                    kept.keep(path(part, arm, seed), lambda made=made, run=run: made | run())
     if told.part is None:
         table()

@@ -48,6 +48,12 @@ def flips(before: Reading, after: Reading) -> Float[Tensor, " n"]:
     return (before.logits.argmax(-1) != after.logits.argmax(-1)).float()
 
 
+def moved(before: Reading, after: Reading) -> Bool[Tensor, " n"]:
+    """Whether the state after the last block differs at all."""
+    last = [name for name in before.states if name.startswith("block")][-1]
+    return (before.states[last] != after.states[last]).any(-1)
+
+
 def nll(reading: Reading) -> Float[Tensor, " n"]:
     """-log p(next token), in nats; NaN at the last token. The exponential of its mean is the perplexity."""
     return _at_next(reading, lambda log_p, following: -log_p.gather(-1, following).squeeze(-1))

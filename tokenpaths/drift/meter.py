@@ -39,6 +39,7 @@ from tokenpaths.drift.measures import (
     kl,
     layer_names,
     massive,
+    moved,
     nll,
 )
 from tokenpaths.drift.report import Drift, Measured, MeasuredSet, RunName
@@ -213,9 +214,9 @@ class Meter:
         if bool(answered.any()):
             for calibration, reading in ((totals.before, before), (totals.after, after)):
                 calibration.add(*(_numbers(f(reading)[answered]) for f in (confidence, correct)))
-        last = [name for name in before.states if name.startswith("block")][-1]
-        moved = (before.states[last] != after.states[last]).any(-1)
-        totals.counts.update(texts=1, tokens=len(before.ids), moved=int(moved.sum()), massive=int(large.sum()))
+        totals.counts.update(
+            texts=1, tokens=len(before.ids), moved=int(moved(before, after).sum()), massive=int(large.sum())
+        )
 
     def _set_figures(self) -> list[MeasuredSet]:
         found: list[MeasuredSet] = []

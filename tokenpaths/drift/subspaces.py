@@ -29,8 +29,7 @@ def svcca(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"], *, keep: float = 0.9
     x, y = checked(x, y)
     if torch.equal(x, y):
         return 1.0
-    left, right = _principal(x, keep)[0], _principal(y, keep)[0]
-    _enough_for_cca(left, right)
+    left, right = _kept_scores(x, y, keep)
     return torch.linalg.svdvals(left.T @ right).mean().clamp(max=1).item()
 
 
@@ -50,8 +49,7 @@ def pwcca(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"], *, keep: float = 0.9
     x, y = checked(x, y)
     if torch.equal(x, y):
         return 1.0
-    left, right = _principal(x, keep)[0], _principal(y, keep)[0]
-    _enough_for_cca(left, right)
+    left, right = _kept_scores(x, y, keep)
     turn, rho, _ = torch.linalg.svd(left.T @ right, full_matrices=False)
     weight = ((left @ turn).T @ centred(x)).abs().sum(1)
     return (weight @ rho / weight.sum()).clamp(max=1).item()
@@ -123,10 +121,15 @@ def _principal(x: Float[Tensor, "n d"], keep: float) -> tuple[Float[Tensor, "n k
     return u[:, :k], vh[:k].T
 
 
-def _enough_for_cca(left: Float[Tensor, "n k"], right: Float[Tensor, "n l"]) -> None:
+def _kept_scores(
+    x: Float[Tensor, "n d"], y: Float[Tensor, "n d"], keep: float
+) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n l"]]:
+    """U of both sets, as `_principal` keeps it, if there are tokens enough to correlate them."""
+    left, right = _principal(x, keep)[0], _principal(y, keep)[0]
     n, kept = len(left), max(left.shape[1], right.shape[1])
     if n < 10 * kept:
         raise ValueError(
             f"{n} tokens are too few for {kept} kept directions: canonical correlations would be high by chance; read "
             f"{10 * kept} tokens or more, or lower keep"
         )
+    return left, right

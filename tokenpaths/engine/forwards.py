@@ -47,7 +47,7 @@ def forward(model: nn.Module, batch: Batch) -> Any:
 
 def forward_states(model: nn.Module, batch: Batch) -> None:
     """A forward of which no logits are wanted, but what others see of its states: the output embedding does nothing."""
-    if output_embedding(_inside(model)) is None:
+    if output_embedding(model) is None:
         forward(model, batch)
     else:
         logits_at(model, lambda: forward(model, batch), torch.zeros_like(batch.attention_mask, dtype=torch.bool))

@@ -142,8 +142,11 @@ def _holds(stop_strings: str, tokenizer: Any, start: int) -> Any:
     """
     from transformers import StoppingCriteriaList
 
+    end = len(stop_strings.encode()) + 8  # a token has a byte or more, so that older ones hold nothing new
+
     def found(ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return torch.tensor([stop_strings in text for text in tokenizer.batch_decode(ids[:, start:])]).to(ids.device)
+        texts = tokenizer.batch_decode(ids[:, max(start, ids.shape[1] - end) :])
+        return torch.tensor([stop_strings in text for text in texts]).to(ids.device)
 
     return StoppingCriteriaList([found])
 

@@ -123,8 +123,9 @@ def runs(model: nn.Module, trails: Adapter, *, tokenizer: Any = None) -> tuple[R
             stack.enter_context(evaluating(trails))
             yield
 
-    below = Host.of(model, trails.blocks).blocks_below(trails.sites) if trails.sites else 0
-    return Run(model, trails.off, trails.blocks), Run(model, steered, trails.blocks, below, ready)
+    before = Run(model, trails.off, trails.blocks)
+    below = before.host.blocks_below(trails.sites) if trails.sites else 0
+    return before, Run(model, steered, trails.blocks, below, ready)
 
 
 @contextmanager

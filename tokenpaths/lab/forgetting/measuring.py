@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tokenpaths.data.encoding import encode, encode_texts
 from tokenpaths.data.examples import Example, collate
 from tokenpaths.data.items import Choice, Task, Text
-from tokenpaths.drift.measures import kl, nll
+from tokenpaths.drift.measures import kl, moved, nll
 from tokenpaths.engine.batches import batches
 from tokenpaths.engine.likelihood import encode_choices, log_likelihoods, right
 from tokenpaths.engine.readings import Reading, Run, read, read_one
@@ -93,9 +93,8 @@ def _sums(before: Reading, after: Reading) -> tuple[float, ...]:
     def total(values: Tensor) -> float:
         return float(values[predicts].double().sum())
 
-    last = [name for name in before.states if name.startswith("block")][-1]
-    moved = (before.states[last] != after.states[last]).any(-1)
-    return total(nll(before)), total(nll(after)), total(kl(before, after)), float(predicts.sum()), float(moved.sum())
+    changed = float(moved(before, after).sum())
+    return total(nll(before)), total(nll(after)), total(kl(before, after)), float(predicts.sum()), changed
 
 
 def _example(item: Text, task: str, number: int, tokenizer: Any) -> Example:

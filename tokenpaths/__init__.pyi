@@ -17,6 +17,8 @@ from . import trailmap as trailmap
 from . import trails as trails
 from . import training as training
 from .attachment.handle import attach as attach
+from .attachment.handle import attached as attached
+from .attachment.handle import detach as detach
 from .data.encoding import encode as encode
 from .data.encoding import encode_texts as encode_texts
 from .data.examples import Example as Example

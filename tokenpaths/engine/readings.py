@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +25,7 @@ from tokenpaths.attachment.watcher import Watcher
 from tokenpaths.data.examples import IGNORED, Batch
 from tokenpaths.engine.cone.repeated import Repeated
 from tokenpaths.engine.states import block_places, recording
+from tokenpaths.scope import Scoped
 from tokenpaths.site import Host, Place
 from tokenpaths.site.host import forward_arguments, two_sided
 from tokenpaths.trailmap.adapter import Adapter
@@ -91,8 +91,15 @@ class Reading:
         return torch.stack([_norm(state) for state in self.states.values()])
 
 
-_RESTING: WeakKeyDictionary[TrailMap, bool] = WeakKeyDictionary()
-"""Maps that `Run.ready` has attached and switched off, and whether they were on before."""
+@dataclass(eq=False)
+class _Resting:
+    """A map that `Run.ready` has attached and switched off, and whether it was on before."""
+
+    trails: TrailMap
+    on: bool
+
+
+_RESTING: Scoped[_Resting] = Scoped("tokenpaths: trails that rest between readings")
 
 
 def runs(model: nn.Module, trails: Adapter, *, tokenizer: Any = None) -> tuple[Run, Run]:
@@ -107,19 +114,22 @@ def runs(model: nn.Module, trails: Adapter, *, tokenizer: Any = None) -> tuple[R
             yield
             return
         with working(model, trails, tokenizer):
-            _RESTING[trails] = trails.enabled
+            resting = _Resting(trails, trails.enabled)
             try:
-                with trails.off():
+                _RESTING.add(resting)
+                with trails.switched(False):
                     yield
             finally:
-                del _RESTING[trails]
+                _RESTING.discard(resting)
 
     @contextmanager
     def steered() -> Generator[None]:
         with ExitStack() as stack:
             stack.enter_context(working(model, trails, tokenizer))
-            if isinstance(trails, TrailMap) and trails in _RESTING:
-                stack.enter_context(trails.switched(_RESTING[trails]))
+            if isinstance(trails, TrailMap) and (
+                resting := [each for each in _RESTING.entries() if each.trails is trails]
+            ):
+                stack.enter_context(trails.switched(resting[-1].on))
             stack.enter_context(evaluating(trails))
             yield
 
@@ -135,7 +145,8 @@ def frozen(model: nn.Module, trails: Adapter | None = None) -> Generator[None]:
         if trails is not None:
             stack.enter_context(trails.off())
         for attachment in attachments(model):
-            stack.enter_context(attachment.trails.off())
+            if attachment.acts():
+                stack.enter_context(attachment.trails.switched(False))
         yield
 
 

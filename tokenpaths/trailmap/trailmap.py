@@ -6,7 +6,8 @@ import os
 import tempfile
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from tokenpaths import files
 from tokenpaths.files import TrailFileError
+from tokenpaths.scope import Scoped, in_main_thread
 from tokenpaths.site import Host, Site
 from tokenpaths.site.fingerprint import describe
 from tokenpaths.trailmap import notes
@@ -22,6 +24,20 @@ from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.trails.base import Trail
 
 FILE_NAME = "trails.safetensors"
+
+
+@dataclass(eq=False)
+class _Switch:
+    """Inside of it a map is on or off."""
+
+    trails: TrailMap
+    on: bool
+    open: bool = True
+
+
+_SWITCHES: Scoped[_Switch] = Scoped("tokenpaths: trails switched on or off")
+_OFF_IN_MAIN: list[_Switch] = []
+"""Maps that the main thread has switched off. Threads that it starts meanwhile do not know of it."""
 
 
 class TrailMap(Adapter):
@@ -45,13 +61,13 @@ class TrailMap(Adapter):
         self, trails: Mapping[Site, Trail] | Iterable[tuple[Site, Trail]], *, blocks: str | None = None
     ) -> None:
         super().__init__()
+        _SWITCHES.begin()
         pairs = _pairs(trails)
         self.sites = tuple(site for site, _ in pairs)
         number = {trail: i for i, trail in enumerate(dict.fromkeys(trail for _, trail in pairs))}
         self.trails = nn.ModuleList(number)
         self.index = tuple(number[trail] for _, trail in pairs)
         self.blocks = blocks
-        self.enabled = True
 
     def items(self) -> list[tuple[Site, Trail]]:
         """Each site with its trail, in the order given."""
@@ -81,18 +97,51 @@ class TrailMap(Adapter):
         """The number of parameters, also of those that are not trained now."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def off(self) -> AbstractContextManager[None]:
-        """Inside `with trails.off():`, a model that the map is attached to is the frozen one."""
-        return self.switched(False)
+    @property
+    def enabled(self) -> bool:
+        """Whether the trails move states, in the running thread or task.
+
+        Raises `RuntimeError` in a thread of which that cannot be told: the main thread is inside `off()`.
+        """
+        for switch in reversed(_SWITCHES.entries()):
+            if switch.trails is self and switch.open:
+                return switch.on
+        if any(s.trails is self for s in _OFF_IN_MAIN) and not (in_main_thread() or _SWITCHES.is_known()):
+            raise RuntimeError(
+                "the main thread is inside trails.off(), and it cannot be told whether this thread was started to run "
+                "the frozen model as well: enter off() in this thread too, or run it in contextvars.copy_context(), as "
+                "asyncio.to_thread does; if it is to be steered, let another thread than the main one enter off()"
+            )
+        return True
+
+    @contextmanager
+    def off(self) -> Generator[None]:
+        """Inside `with trails.off():`, a model that the map is attached to is the frozen one.
+
+        It is so in the thread, or the task of an event loop, that is inside: other threads are steered as before.
+        """
+        switch = _Switch(self, False)
+        try:
+            if in_main_thread():
+                _OFF_IN_MAIN.append(switch)
+            with self.switched(False):
+                yield
+        finally:
+            _OFF_IN_MAIN[:] = [each for each in _OFF_IN_MAIN if each is not switch]
 
     @contextmanager
     def switched(self, on: bool) -> Generator[None]:
-        """Inside, the trails move states of a model that the map is attached to (`on`), or leave them alone."""
-        before, self.enabled = self.enabled, on
+        """Inside, the trails move states of a model that the map is attached to (`on`), or leave them alone.
+
+        As `off`, for code that starts no threads of its own.
+        """
+        switch = _Switch(self, on)
         try:
+            _SWITCHES.add(switch)
             yield
         finally:
-            self.enabled = before
+            switch.open = False
+            _SWITCHES.discard(switch)
 
     def check(self, model: nn.Module) -> None:
         """Raise `ValueError` for a site that the model does not have. `attach` checks widths and rules."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -99,7 +100,7 @@ class Cone:
 
 def active_cone(model: nn.Module) -> ActiveCone | None:
     """The cone that a model is inside of; None outside of any."""
-    found = [listener for watcher in Watcher.known(model) for listener in watcher.listeners]
+    found = [listener for watcher in Watcher.known(model) for listener in watcher.acting()]
     return next((listener for listener in found if isinstance(listener, ActiveCone)), None)
 
 
@@ -112,6 +113,9 @@ class ActiveCone:
         self.model = host.model
         self.layers = host.blocks
         self.plan: None = None
+        self.number = 0  # it moves nothing
+        self.unclear = False
+        self._thread = threading.get_ident()
         self.shared: Sequence[tuple[int, ...]] = ()  # tokens that many prompts begin with
         self.narrows: bool | None = None  # whether rows may be run behind a cache; None while that is not known
         self.given: Mapping[int, Tensor] | None = None  # outputs of the blocks below, for a forward behind a prefix
@@ -132,7 +136,7 @@ class ActiveCone:
     @contextmanager
     def installed(self) -> Generator[None]:
         """Inside, it hears of each forward first, and stands before each block."""
-        self.watcher.join(self, compiled=self.host.compiled)
+        self.watcher = self.watcher.join(self)
         first = Hook(self._ahead)
         handle = self.watcher.root.register_forward_pre_hook(first, with_kwargs=True, prepend=True)
         try:
@@ -142,16 +146,20 @@ class ActiveCone:
             handle.remove()
             self.watcher.leave(self)
 
+    def acts(self) -> bool:
+        """Whether the running thread is the one that is inside the cone."""
+        return threading.get_ident() == self._thread
+
     def begin(self, moment: Moment | None) -> None: ...
 
-    def end(self) -> None:
+    def end(self, before: None) -> None:
         self._outputs = None
 
-    def resume(self, plan: None) -> None: ...
+    def resume(self, plan: None, backward: int) -> None: ...
 
     def attached(self) -> list[Attachment]:
         """The attachments that move something now."""
-        return [a for a in self.watcher.listeners if isinstance(a, Attachment) and a.trails.enabled]
+        return [a for a in self.watcher.acting() if isinstance(a, Attachment) and a.trails.enabled]
 
     def below(self) -> int:
         """The number of blocks, from the first, that no attached trail can change."""
@@ -215,11 +223,11 @@ class ActiveCone:
             for layer in self.layers
             for some in foreign_hooks(layer)
             for hook in some
-            if isinstance(hook, Observer)
+            if isinstance(hook, Observer) and hook.is_here()
         ]
         with ExitStack() as stack:
             for attachment in self.attached():
-                stack.enter_context(attachment.trails.off())
+                stack.enter_context(attachment.trails.switched(False))
             stack.enter_context(torch.no_grad())
             for hook in observers:
                 hook.awake = False

@@ -24,14 +24,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from tokenpaths.attachment import caches
 from tokenpaths.attachment.handle import Attachment
+from tokenpaths.attachment.hooks import Hook
 from tokenpaths.attachment.moment import Moment
-from tokenpaths.attachment.watcher import Watcher
 from tokenpaths.data.examples import Batch, Example
 from tokenpaths.engine.cone.cone import ActiveCone, active_cone
 from tokenpaths.engine.states import recording
 from tokenpaths.site import Place
 from tokenpaths.tokens import Context
+from tokenpaths.undo import Undo
 
 WORTHWHILE = 0.75  # of the tokens of a row, the most to run; above, cutting costs about what it saves
 KEYS = ("keys", "values")
@@ -161,7 +163,7 @@ def _behind_prefixes(
     ids, prompt = shift(batch.input_ids), shift(batch.prompt_mask)
     cache = _cache(worker, rows, past, device)
     known = Context(shifted[:, :past], prompt[:, :past], ids[:, :past], {})
-    Watcher.remember(cache, Moment(known, 0, past))
+    caches.remember(cache, Moment(known, 0, past, movers=None))
     inputs = dict(
         input_ids=ids[:, past:],
         attention_mask=shifted.long(),
@@ -256,7 +258,7 @@ def _frozen(worker: ActiveCone, row: Tensor, front: Mapping[str, Tensor] | None,
     known = [] if front is None else zip(front["keys"][:, None], front["values"][:, None], strict=True)
     cache = _filled(known, row.device)
     given = torch.ones_like(row[:, :start], dtype=torch.bool)
-    Watcher.remember(cache, Moment(Context(given, given, row[:, :start], {}), 0, start))
+    caches.remember(cache, Moment(Context(given, given, row[:, :start], {}), 0, start, movers=None))
     below = worker.below()
     places = {below: Place(worker.layers[below - 1], "output")} if below else {}
     with worker.frozen(), recording(places, entering=True) as entered:
@@ -292,9 +294,7 @@ def _enters_head(worker: ActiveCone, inputs: dict[str, Any]) -> Tensor:
 
     if worker.host.head is None:
         raise ValueError("it has no output embedding")
-    handle = worker.host.head.register_forward_pre_hook(first)
-    try:
+    with Undo() as undo:
+        undo.hook(worker.host.head.register_forward_pre_hook, Hook(first))
         worker.model(**inputs)
-    finally:
-        handle.remove()
     return seen[0]

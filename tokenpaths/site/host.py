@@ -77,6 +77,12 @@ class Host:
         dim = int(getattr(config, "hidden_size", 0))
         if not dim:
             raise ValueError(f"{found}: cannot tell the width of {_name(self.model)}: it has no config.hidden_size")
+        several = max(getattr(config, name, None) or 1 for name in _RESIDUAL_STREAMS)
+        if several > 1 and site.stream in ("embedding", "block"):
+            raise ValueError(
+                f"{found}: {_name(self.inner)} carries {several} residual streams side by side, so there is no one "
+                'state of a token between its blocks: use stream "attention" or "mlp"'
+            )
         if site.stream == "embedding":
             return found, Place(block, "input", None, dim)
         if site.stream == "block":
@@ -101,6 +107,9 @@ class Host:
         """
         found = [(_in_range(site.layer, len(self.blocks), site), site.stream) for site in sites]
         return min((layer + (stream == "block") for layer, stream in found), default=0)
+
+
+_RESIDUAL_STREAMS = ("altup_num_inputs", "hc_mult")  # Gemma 3n; hyper-connections, as of DeepSeek V4
 
 
 def sites(

@@ -20,6 +20,7 @@ HOOK_TABLES = (
     "_forward_hooks_always_called",
     "_forward_pre_hooks_with_kwargs",
 )
+CHECKERS = ("jaxtyping", "beartype")  # they stand between calls in tests only
 
 
 def interrupted(work: Callable[[], object]) -> Iterator[int]:
@@ -28,6 +29,8 @@ def interrupted(work: Callable[[], object]) -> Iterator[int]:
 
     def count(frame: FrameType, event: str, arg: Any) -> None:
         nonlocal left
+        if any(name in frame.f_code.co_filename for name in CHECKERS):
+            return
         left -= 1
         if left < 0:
             sys.setprofile(None)
@@ -79,6 +82,7 @@ def in_a_generator(module: nn.Module) -> None:
         pass
 
 
+@pytest.mark.usefixtures("unchecked")  # the check keeps the arguments of a call that was cut short
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # where a finaliser is interrupted
 @pytest.mark.parametrize("work", [in_a_block, in_a_generator])
 def test_an_interruption_at_any_call_leaves_nothing_behind(work: Callable[[nn.Module], None]) -> None:
@@ -88,7 +92,7 @@ def test_an_interruption_at_any_call_leaves_nothing_behind(work: Callable[[nn.Mo
     for number in interrupted(lambda: work(module)):
         assert state(module) == before, f"interrupted at call {number}"
         points = number
-    assert points > 50
+    assert points > 30
 
 
 def test_it_goes_back_last_first_and_once() -> None:

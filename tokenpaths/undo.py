@@ -15,9 +15,11 @@ as it does with one whose `__enter__` or `__exit__` was interrupted, takes its c
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 Made = TypeVar("Made")
@@ -42,6 +44,10 @@ class Undo:
         """Hook a module until the end: `undo.hook(module.register_forward_hook, hook, with_kwargs=True)`."""
         self.add(unhook, register.__self__, hook)  # pyright: ignore[reportFunctionMemberAccess]
         return register(hook, **options)
+
+    def forget(self) -> None:
+        """Let all changes stay."""
+        self._calls.clear()
 
     def run(self) -> None:
         """Take everything back, also where some of it fails: the first error is raised at the end."""
@@ -76,10 +82,25 @@ class Undo:
 
 
 def unhook(module: nn.Module, hook: Callable[..., Any]) -> None:
-    """Take a forward hook or pre-hook off a module, where it is there, in all of torch's tables."""
-    for kind in ("_forward_hooks", "_forward_pre_hooks"):
+    """Take a hook off a module, where it is there, in all of torch's tables."""
+    for kind in ("_forward_hooks", "_forward_pre_hooks", "_load_state_dict_post_hooks"):
         hooks: dict[int, Any] = vars(module)[kind]
         for key in [key for key, there in list(hooks.items()) if there is hook]:
             for table in (f"{kind}_with_kwargs", f"{kind}_always_called"):
                 vars(module).get(table, {}).pop(key, None)
             hooks.pop(key, None)  # last: it is by this one that the hook is found again
+
+
+@contextmanager
+def own_randomness(seed: int | None = None, cuda: Sequence[int] = ()) -> Generator[None]:
+    """Inside, torch's random numbers follow from the seed, if there is one; afterwards the user's go on.
+
+    `cuda` numbers the devices whose random numbers are kept as well. (torch's `fork_rng` loses them when interrupted.)
+    """
+    with Undo() as undo:
+        undo.add(torch.set_rng_state, torch.get_rng_state())
+        for device in cuda:
+            undo.add(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device)
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield

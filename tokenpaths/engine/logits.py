@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tokenpaths.site.host import is_compiled_itself, output_embedding
+from tokenpaths.undo import Undo
 
 CHUNK = 64 * 2**20  # bytes of float32 logits at one time
 
@@ -248,12 +249,10 @@ def _choosing(head: nn.Module | None, rows: Bool[Tensor, "batch seq"], later: bo
         result.learning = torch.is_grad_enabled()
         return result
 
-    handles = [head.register_forward_pre_hook(choose), head.register_forward_hook(stand_in)]
-    try:
+    with Undo() as undo:
+        undo.hook(head.register_forward_pre_hook, choose)
+        undo.hook(head.register_forward_hook, stand_in)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _as_now(head: nn.Module, kind: str) -> Callable[[Tensor], Tensor]:

@@ -9,7 +9,7 @@ site is the same in both, and is computed once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +30,7 @@ from tokenpaths.site import Host, Place
 from tokenpaths.site.host import forward_arguments, two_sided
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.trailmap.trailmap import TrailMap
+from tokenpaths.undo import Undo
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,13 +107,11 @@ def runs(model: nn.Module, trails: Adapter, *, tokenizer: Any = None) -> tuple[R
         if not isinstance(trails, TrailMap) or is_attached(model, trails):
             yield
             return
-        with working(model, trails, tokenizer):
+        with working(model, trails, tokenizer), Undo() as undo:
+            undo.add(_RESTING.pop, trails, None)
             _RESTING[trails] = trails.enabled
-            try:
-                with trails.off():
-                    yield
-            finally:
-                del _RESTING[trails]
+            with trails.off():
+                yield
 
     @contextmanager
     def steered() -> Generator[None]:
@@ -177,12 +176,15 @@ def read_one(run: Run, batch: Batch) -> list[Reading]:
 def evaluating(model: nn.Module) -> Generator[None]:
     """Evaluation mode while it lasts; afterwards each module is in the mode that it was in."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with Undo() as undo:
+        undo.add(_train, training)
+        model.eval()
         yield
-    finally:
-        for module in training:
-            module.training = True
+
+
+def _train(modules: Sequence[nn.Module]) -> None:
+    for module in modules:
+        module.training = True
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,7 @@ from tokenpaths.site.fingerprint import describe
 from tokenpaths.trailmap import notes
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.trails.base import Trail
+from tokenpaths.undo import own_randomness
 
 FILE_NAME = "trails.safetensors"
 
@@ -154,7 +155,7 @@ class TrailMap(Adapter):
             tensors, note = files.read(path)
         try:
             base = notes.check_map(note)
-            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            with own_randomness(), torch.device("cpu"):
                 # first without memory: a damaged note may ask for any size
                 try:
                     with torch.device("meta"):

@@ -32,6 +32,7 @@ from tokenpaths.engine.cone.cone import ActiveCone, active_cone
 from tokenpaths.engine.states import recording
 from tokenpaths.site import Place
 from tokenpaths.tokens import Context
+from tokenpaths.undo import Undo
 
 WORTHWHILE = 0.75  # of the tokens of a row, the most to run; above, cutting costs about what it saves
 KEYS = ("keys", "values")
@@ -63,11 +64,9 @@ def narrowed(
     if worker is None or cut is None:
         yield inputs_of(batch), needed
         return
-    worker.given = cut.entering
-    try:
+    with Undo() as undo:
+        undo.set(worker, "given", cut.entering)
         yield cut.inputs, cut.needed
-    finally:
-        worker.given = None
 
 
 def common_prefix(examples: Sequence[Example]) -> tuple[int, ...]:
@@ -292,9 +291,7 @@ def _enters_head(worker: ActiveCone, inputs: dict[str, Any]) -> Tensor:
 
     if worker.host.head is None:
         raise ValueError("it has no output embedding")
-    handle = worker.host.head.register_forward_pre_hook(first)
-    try:
+    with Undo() as undo:
+        undo.hook(worker.host.head.register_forward_pre_hook, first)
         worker.model(**inputs)
-    finally:
-        handle.remove()
     return seen[0]

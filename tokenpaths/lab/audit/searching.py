@@ -22,6 +22,7 @@ from tokenpaths.lab.audit.excess import Probe, insert, position
 from tokenpaths.lab.audit.respond import Ids, Memory, responding
 from tokenpaths.lab.audit.scanning import Candidate, Scan, vocabulary
 from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.undo import Undo
 
 
 def search(
@@ -135,8 +136,6 @@ def _embedded(model: Any) -> Generator[list[Tensor]]:
         leaves.append(output.detach().requires_grad_())
         return leaves[-1]
 
-    handle = model.get_input_embeddings().register_forward_hook(leaf)
-    try:
+    with Undo() as undo:
+        undo.hook(model.get_input_embeddings().register_forward_hook, leaf)
         yield leaves
-    finally:
-        handle.remove()

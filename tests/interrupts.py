@@ -19,7 +19,7 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -101,7 +101,7 @@ class Place:
 
     @property
     def questions(self) -> list[Question]:
-        return [Question("ab c", "d", "x. y."), Question("e", "f", "z. w.")]
+        return [Question("ab c", "d", "x. d."), Question("e", "f", "z. f.")]
 
     @property
     def ids(self) -> Tensor:
@@ -215,7 +215,8 @@ def _ab(p: Place) -> Any:
 
 
 def _way_or_form(p: Place) -> Any:
-    asked: Any = {"train": p.questions * 2, "held_out": p.questions, "words": 1, "read_answer": lambda text: text[-1:]}
+    asked: Any = {"train": p.questions * 2, "held_out": p.questions, "words": 1, "stop_strings": "!"}
+    asked["read_answer"] = lambda text: text.rstrip(".")[-1:]
     return str(tp.way_or_form(p.model, p.trails, p.tokenizer, **asked))
 
 
@@ -288,7 +289,7 @@ def _written(p: Place) -> Any:
 
 def _data(p: Place) -> Any:
     encoded = tp.encode([("ab", "c"), ("d", "e")], p.tokenizer)
-    return tp.mix({"a": encoded, "b": p.plain}, {"a": 1, "b": 1}, 4)
+    return tp.mix(encoded, p.plain, 0.5)
 
 
 def _save(p: Place) -> Any:
@@ -309,10 +310,11 @@ def _read(p: Place) -> Any:
 
 def _difficulty(p: Place) -> Any:
     solved = solved_by_generation(p.model, p.questions, p.tokenizer, lambda text: text, max_new_tokens=2)
-    return solved, clusters(p.model, ["ab", "cd", "e f"], p.tokenizer, 2)
+    return solved, clusters(p.model, ["ab c", "cd", "e f"], p.tokenizer, 2)
 
 
 def _critical(p: Place) -> Any:
+    p.model.set_attn_implementation("eager")
     return str(critical(p.model, make_examples(2), 2))
 
 
@@ -443,6 +445,7 @@ def _globals() -> Iterator[tuple[str, Any]]:
     yield "gradients", torch.is_grad_enabled()
     yield "inference mode", torch.is_inference_mode_enabled()
     yield "autocast", torch.is_autocast_enabled("cpu")
+    yield "autocast depth", (torch.autocast_increment_nesting(), torch.autocast_decrement_nesting())
     yield "dtype", torch.get_default_dtype()
     yield "function modes", torch._C._len_torch_function_stack()
     yield "dispatch modes", torch._C._len_torch_dispatch_stack()
@@ -482,7 +485,10 @@ def _quiet() -> Iterator[None]:
 
 
 def struck(work: Callable[[], object], number: int) -> bool:
-    """Do the work, with KeyboardInterrupt raised at its n-th call or return; whether it came so far."""
+    """Do the work, with KeyboardInterrupt raised at its n-th call or return; whether it came so far.
+
+    Where Python or torch swallows it, as in a finaliser, the work goes on, and may fail by its own error.
+    """
     left = number
 
     def strike(frame: FrameType, event: str, arg: Any) -> None:
@@ -494,12 +500,16 @@ def struck(work: Callable[[], object], number: int) -> bool:
             sys.setprofile(None)
             raise KeyboardInterrupt
 
-    with _quiet(), suppress(KeyboardInterrupt):
+    with _quiet():
         try:
-            sys.setprofile(strike)
-            work()
-        finally:
-            sys.setprofile(None)
+            try:
+                sys.setprofile(strike)
+                work()
+            finally:
+                sys.setprofile(None)
+        except BaseException:
+            if left >= 0:
+                raise
     return left < 0
 
 

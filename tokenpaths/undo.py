@@ -15,14 +15,16 @@ as it does with one whose `__enter__` or `__exit__` was interrupted, takes its c
 from __future__ import annotations
 
 import functools
+import traceback
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
 Made = TypeVar("Made")
+Given = ParamSpec("Given")
 
 
 class Undo:
@@ -104,3 +106,51 @@ def own_randomness(seed: int | None = None, cuda: Sequence[int] = ()) -> Generat
         if seed is not None:
             torch.manual_seed(seed)
         yield
+
+
+def tidy(verb: Callable[Given, Made]) -> Callable[Given, Made]:
+    """A verb after whose interruption torch computes as it did before.
+
+    torch's own contexts, such as `no_grad` and `autocast`, stay in force when they are interrupted on their way in or
+    out. And a traceback that is kept, as notebooks keep the last one, would keep contexts open that wait to be dropped.
+    """
+
+    @functools.wraps(verb)
+    def tidied(*args: Given.args, **kwargs: Given.kwargs) -> Made:
+        before = _Ambient()
+        try:
+            return verb(*args, **kwargs)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                traceback.clear_frames(error.__traceback__)
+            before.restore()
+            raise
+
+    return tidied
+
+
+class _Ambient:
+    """How torch computes in this thread: with gradients or without, at which precision, on which device."""
+
+    def __init__(self) -> None:
+        self.learning = torch.is_grad_enabled()
+        kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+        self.casts = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+        self.depth = _autocast_depth()
+        self.modes = torch._C._len_torch_function_stack()  # pyright: ignore[reportPrivateUsage]
+
+    def restore(self) -> None:
+        torch.set_grad_enabled(self.learning)
+        for kind, enabled, dtype in self.casts:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        while _autocast_depth() > self.depth:
+            if torch.autocast_decrement_nesting() == 0:
+                torch.clear_autocast_cache()  # else later weights would be cast as these were
+        while torch._C._len_torch_function_stack() > self.modes:  # pyright: ignore[reportPrivateUsage]
+            torch._C._pop_torch_function_stack()  # pyright: ignore[reportPrivateUsage]
+
+
+def _autocast_depth() -> int:
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()

@@ -26,7 +26,7 @@ from tokenpaths.data.examples import Example, collate
 from tokenpaths.engine.batches import batches, by_length
 from tokenpaths.engine.readings import evaluating
 from tokenpaths.site.host import output_embedding
-from tokenpaths.undo import Undo, own_randomness
+from tokenpaths.undo import Undo, own_randomness, tidy
 
 Ids = tuple[int, ...]
 
@@ -43,6 +43,7 @@ class Written:
     text: str
 
 
+@tidy
 def generate(
     model: Any,
     prompts: Sequence[Example],

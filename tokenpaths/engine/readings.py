@@ -30,7 +30,7 @@ from tokenpaths.site import Host, Place
 from tokenpaths.site.host import forward_arguments, two_sided
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.trailmap.trailmap import TrailMap
-from tokenpaths.undo import Undo
+from tokenpaths.undo import Undo, tidy
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +138,7 @@ def frozen(model: nn.Module, trails: Adapter | None = None) -> Generator[None]:
         yield
 
 
+@tidy
 def read(before: Run, after: Run, batch: Batch) -> list[tuple[Reading, Reading]]:
     """Run two runs over a batch, in evaluation mode and without gradients: a pair of readings a row, padding cut off.
 
@@ -161,6 +162,7 @@ def read(before: Run, after: Run, batch: Batch) -> list[tuple[Reading, Reading]]
     return pairs
 
 
+@tidy
 def read_one(run: Run, batch: Batch) -> list[Reading]:
     """One run over a batch, as `read` reads it: a reading a row."""
     texts = _stretches(batch)

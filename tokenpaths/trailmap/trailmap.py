@@ -20,7 +20,7 @@ from tokenpaths.site.fingerprint import describe
 from tokenpaths.trailmap import notes
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.trails.base import Trail
-from tokenpaths.undo import own_randomness
+from tokenpaths.undo import own_randomness, tidy
 
 FILE_NAME = "trails.safetensors"
 
@@ -136,6 +136,7 @@ class TrailMap(Adapter):
         self.load_state_dict(tensors)
 
     @classmethod
+    @tidy
     def load(cls, path: str | os.PathLike[str], *classes: type[Trail], model: nn.Module | None = None) -> TrailMap:
         """Read a file that `save` wrote.
 

@@ -23,7 +23,7 @@ from tokenpaths.lab.audit.tails import on_texts
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.trailmap.trailmap import TrailMap
 from tokenpaths.trails.base import Trail
-from tokenpaths.undo import Undo
+from tokenpaths.undo import Undo, tidy
 
 Blamed = dict[str, tuple[Tensor, Tensor]]
 
@@ -93,6 +93,7 @@ class Repaired:
         return "\n".join(f"{name}: {before:.4g} -> {after:.4g}" for name, (before, after) in pairs.items())
 
 
+@tidy
 def repair(
     model: nn.Module,
     trails: Adapter,
@@ -163,6 +164,7 @@ def repair(
     return repaired
 
 
+@tidy
 def blame(
     model: nn.Module,
     trails: Adapter,

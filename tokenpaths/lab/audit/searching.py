@@ -22,9 +22,10 @@ from tokenpaths.lab.audit.excess import Probe, insert, position
 from tokenpaths.lab.audit.respond import Ids, Memory, responding
 from tokenpaths.lab.audit.scanning import Candidate, Scan, vocabulary
 from tokenpaths.trailmap.adapter import Adapter
-from tokenpaths.undo import Undo
+from tokenpaths.undo import Undo, tidy
 
 
+@tidy
 def search(
     model: nn.Module,
     trails: Adapter,

@@ -15,12 +15,16 @@ as it does with one whose `__enter__` or `__exit__` was interrupted, takes its c
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+import traceback
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import nn
 
 Made = TypeVar("Made")
+Given = ParamSpec("Given")
 
 
 class Undo:
@@ -42,6 +46,10 @@ class Undo:
         """Hook a module until the end: `undo.hook(module.register_forward_hook, hook, with_kwargs=True)`."""
         self.add(unhook, register.__self__, hook)  # pyright: ignore[reportFunctionMemberAccess]
         return register(hook, **options)
+
+    def forget(self) -> None:
+        """Let all changes stay."""
+        self._calls.clear()
 
     def run(self) -> None:
         """Take everything back, also where some of it fails: the first error is raised at the end."""
@@ -76,10 +84,73 @@ class Undo:
 
 
 def unhook(module: nn.Module, hook: Callable[..., Any]) -> None:
-    """Take a forward hook or pre-hook off a module, where it is there, in all of torch's tables."""
-    for kind in ("_forward_hooks", "_forward_pre_hooks"):
+    """Take a hook off a module, where it is there, in all of torch's tables."""
+    for kind in ("_forward_hooks", "_forward_pre_hooks", "_load_state_dict_post_hooks"):
         hooks: dict[int, Any] = vars(module)[kind]
         for key in [key for key, there in list(hooks.items()) if there is hook]:
             for table in (f"{kind}_with_kwargs", f"{kind}_always_called"):
                 vars(module).get(table, {}).pop(key, None)
             hooks.pop(key, None)  # last: it is by this one that the hook is found again
+
+
+@contextmanager
+def own_randomness(seed: int | None = None, cuda: Sequence[int] = ()) -> Generator[None]:
+    """Inside, torch's random numbers follow from the seed, if there is one; afterwards the user's go on.
+
+    `cuda` numbers the devices whose random numbers are kept as well. (torch's `fork_rng` loses them when interrupted.)
+    """
+    with Undo() as undo:
+        undo.add(torch.set_rng_state, torch.get_rng_state())
+        for device in cuda:
+            undo.add(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device)
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
+def tidy(verb: Callable[Given, Made]) -> Callable[Given, Made]:
+    """A verb after whose interruption torch computes as it did before.
+
+    torch's own contexts, such as `no_grad` and `autocast`, stay in force when they are interrupted on their way in or
+    out. And a traceback that is kept, as notebooks keep the last one, would keep contexts open that wait to be dropped.
+    """
+
+    @functools.wraps(verb)
+    def tidied(*args: Given.args, **kwargs: Given.kwargs) -> Made:
+        before = _Ambient()
+        try:
+            return verb(*args, **kwargs)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                traceback.clear_frames(error.__traceback__)
+            before.restore()
+            raise
+
+    return tidied
+
+
+class _Ambient:
+    """How torch computes in this thread: with gradients or without, at which precision, on which device."""
+
+    def __init__(self) -> None:
+        self.learning = torch.is_grad_enabled()
+        kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+        self.casts = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+        self.depth = _autocast_depth()
+        self.modes = torch._C._len_torch_function_stack()  # pyright: ignore[reportPrivateUsage]
+
+    def restore(self) -> None:
+        torch.set_grad_enabled(self.learning)
+        for kind, enabled, dtype in self.casts:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        while _autocast_depth() > self.depth:
+            if torch.autocast_decrement_nesting() == 0:
+                torch.clear_autocast_cache()  # else later weights would be cast as these were
+        while torch._C._len_torch_function_stack() > self.modes:  # pyright: ignore[reportPrivateUsage]
+            torch._C._pop_torch_function_stack()  # pyright: ignore[reportPrivateUsage]
+
+
+def _autocast_depth() -> int:
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()

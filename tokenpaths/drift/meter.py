@@ -50,6 +50,7 @@ from tokenpaths.engine.batches import by_length, shown
 from tokenpaths.engine.cone.cone import Cone
 from tokenpaths.engine.readings import Reading, Run, read, runs
 from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.undo import tidy
 
 Measure: TypeAlias = Callable[[Reading, Reading], Tensor]
 Quantity: TypeAlias = Callable[[Reading], Tensor]
@@ -228,6 +229,7 @@ class Meter:
         return found
 
 
+@tidy
 def measure_drift(
     model: nn.Module,
     trails: Adapter,
@@ -270,6 +272,7 @@ def measure_drift(
         return _measured(meter, texts, tokenizer, max_length, batch_size, progress)
 
 
+@tidy
 def compare(
     before: nn.Module | Run,
     after: nn.Module | Run,

@@ -26,6 +26,7 @@ from tokenpaths.data.examples import Example, collate
 from tokenpaths.engine.batches import batches, by_length
 from tokenpaths.engine.readings import evaluating
 from tokenpaths.site.host import output_embedding
+from tokenpaths.undo import Undo, own_randomness, tidy
 
 Ids = tuple[int, ...]
 
@@ -42,6 +43,7 @@ class Written:
     text: str
 
 
+@tidy
 def generate(
     model: Any,
     prompts: Sequence[Example],
@@ -116,8 +118,7 @@ def generate(
 @contextmanager
 def _seeded(model: Any, seed: int) -> Generator[None]:
     """Inside, torch's random numbers follow from the seed; afterwards the user's go on."""
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with own_randomness(seed, [model.device] if model.device.type == "cuda" else []):
         yield
 
 
@@ -164,14 +165,11 @@ def _until(row: list[int], ends: Sequence[int], tokenizer: Any, stop_strings: st
 def _generates_as(model: Any, config: Any) -> Generator[None]:
     """Inside, the model's generation settings are these alone: its own would fill up any that `generate` is given."""
     # PEFT's wrapper shows the settings of the model inside, and writes its own over them
-    before = [(m, vars(m)["generation_config"]) for m in model.modules() if "generation_config" in vars(m)]
-    try:
-        for module, _ in before:
-            module.generation_config = config
+    before = [module for module in model.modules() if "generation_config" in vars(module)]
+    with Undo() as undo:
+        for module in before:
+            undo.set(module, "generation_config", config)
         yield
-    finally:
-        for module, settings in before:
-            module.generation_config = settings
 
 
 @contextmanager
@@ -185,8 +183,6 @@ def _head_is_given_no_slice(model: Any) -> Generator[None]:
         yield
         return
     copy = Hook(lambda module, args: (args[0].contiguous(), *args[1:]))
-    handle = head.register_forward_pre_hook(copy, prepend=True)
-    try:
+    with Undo() as undo:
+        undo.hook(head.register_forward_pre_hook, copy, prepend=True)
         yield
-    finally:
-        handle.remove()

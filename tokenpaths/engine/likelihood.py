@@ -25,6 +25,7 @@ from tokenpaths.engine.divergence import at_least_float32
 from tokenpaths.engine.forwards import answer_logits
 from tokenpaths.engine.logits import logits_at
 from tokenpaths.site.host import forward_arguments
+from tokenpaths.undo import tidy
 
 Ids = tuple[int, ...]
 Options = tuple[Example, ...]
@@ -54,6 +55,7 @@ def encode_choices(items: Sequence[Choice], tokenizer: Any) -> list[Options]:
     return encoded
 
 
+@tidy
 @torch.no_grad()
 def nats(
     model: nn.Module, examples: Sequence[Example], max_batch_tokens: int, *, from_token: Sequence[int] | None = None
@@ -84,6 +86,7 @@ def nats(
     return _finite(sums), counts
 
 
+@tidy
 def option_scores(
     model: nn.Module, contexts: Sequence[Example], options: Sequence[Sequence[Ids]], max_batch_tokens: int
 ) -> list[Float[np.ndarray, " options"]]:
@@ -117,6 +120,7 @@ def option_scores(
     return scores
 
 
+@tidy
 def log_likelihoods(
     model: nn.Module, items: Sequence[Options], max_batch_tokens: int
 ) -> list[Float[np.ndarray, " options"]]:
@@ -140,6 +144,7 @@ def right(scores: Sequence[Float[np.ndarray, " options"]], items: Sequence[Choic
     return np.array([hit[item.right] / hit.sum() for hit, item in zip(best, items, strict=True)])
 
 
+@tidy
 def likeliest(
     model: nn.Module, contexts: Sequence[Example], options: Sequence[Sequence[Ids]], max_batch_tokens: int
 ) -> list[int]:

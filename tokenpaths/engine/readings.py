@@ -9,7 +9,7 @@ site is the same in both, and is computed once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +30,7 @@ from tokenpaths.site import Host, Place
 from tokenpaths.site.host import forward_arguments, two_sided
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.trailmap.trailmap import TrailMap
+from tokenpaths.undo import Undo, tidy
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,14 +114,12 @@ def runs(model: nn.Module, trails: Adapter, *, tokenizer: Any = None) -> tuple[R
         if not isinstance(trails, TrailMap) or is_attached(model, trails):
             yield
             return
-        with working(model, trails, tokenizer):
-            resting = _Resting(trails, trails.enabled)
-            try:
-                _RESTING.add(resting)
-                with trails.switched(False):
-                    yield
-            finally:
-                _RESTING.discard(resting)
+        resting = _Resting(trails, trails.enabled)
+        with working(model, trails, tokenizer), Undo() as undo:
+            undo.add(_RESTING.discard, resting)
+            _RESTING.add(resting)
+            with trails.switched(False):
+                yield
 
     @contextmanager
     def steered() -> Generator[None]:
@@ -150,6 +149,7 @@ def frozen(model: nn.Module, trails: Adapter | None = None) -> Generator[None]:
         yield
 
 
+@tidy
 def read(before: Run, after: Run, batch: Batch) -> list[tuple[Reading, Reading]]:
     """Run two runs over a batch, in evaluation mode and without gradients: a pair of readings a row, padding cut off.
 
@@ -173,6 +173,7 @@ def read(before: Run, after: Run, batch: Batch) -> list[tuple[Reading, Reading]]
     return pairs
 
 
+@tidy
 def read_one(run: Run, batch: Batch) -> list[Reading]:
     """One run over a batch, as `read` reads it: a reading a row."""
     texts = _stretches(batch)
@@ -188,12 +189,15 @@ def read_one(run: Run, batch: Batch) -> list[Reading]:
 def evaluating(model: nn.Module) -> Generator[None]:
     """Evaluation mode while it lasts; afterwards each module is in the mode that it was in."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with Undo() as undo:
+        undo.add(_train, training)
+        model.eval()
         yield
-    finally:
-        for module in training:
-            module.training = True
+
+
+def _train(modules: Sequence[nn.Module]) -> None:
+    for module in modules:
+        module.training = True
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from tokenpaths.tokens import All, Rule
 from tokenpaths.trailmap.trailmap import TrailMap
 from tokenpaths.trails.base import Trail
 from tokenpaths.trails.wrappers import Guarded, at_unit_scale
+from tokenpaths.undo import tidy
 
 _HELD = 4  # one text in 4 is held out, to place the gate's threshold
 
@@ -42,6 +43,7 @@ class Gates(NamedTuple):
     fits: dict[Site, Guard]
 
 
+@tidy
 def guard(
     model: nn.Module,
     trails: TrailMap,

@@ -13,6 +13,7 @@ from tokenpaths.drift.meter import measure_drift
 from tokenpaths.drift.report import Drift
 from tokenpaths.limits.states import attached_at
 from tokenpaths.trailmap.trailmap import TrailMap
+from tokenpaths.undo import tidy
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class AtStrength:
     drift: Drift
 
 
+@tidy
 def strength_curve(
     model: nn.Module,
     trails: TrailMap,
@@ -53,6 +55,7 @@ def strength_curve(
     return found
 
 
+@tidy
 def strength_within(
     model: nn.Module,
     trails: TrailMap,

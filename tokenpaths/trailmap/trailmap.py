@@ -22,6 +22,7 @@ from tokenpaths.site.fingerprint import describe
 from tokenpaths.trailmap import notes
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.trails.base import Trail
+from tokenpaths.undo import own_randomness, tidy
 
 FILE_NAME = "trails.safetensors"
 
@@ -184,6 +185,7 @@ class TrailMap(Adapter):
         self.load_state_dict(tensors)
 
     @classmethod
+    @tidy
     def load(cls, path: str | os.PathLike[str], *classes: type[Trail], model: nn.Module | None = None) -> TrailMap:
         """Read a file that `save` wrote.
 
@@ -203,7 +205,7 @@ class TrailMap(Adapter):
             tensors, note = files.read(path)
         try:
             base = notes.check_map(note)
-            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            with own_randomness(), torch.device("cpu"):
                 # first without memory: a damaged note may ask for any size
                 try:
                     with torch.device("meta"):

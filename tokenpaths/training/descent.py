@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast, runtime_checka
 import torch
 from torch import Tensor, nn
 
+from tokenpaths.undo import Undo
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -80,11 +82,10 @@ class Descent:
     @contextmanager
     def ready(self) -> Generator[None]:
         """Inside, the accelerator has the optimizer, and steps can be taken. Afterwards no gradient is left."""
-        self.prepared = self.accelerator.prepare_optimizer(self.optimizer)
-        try:
+        with Undo() as undo:
+            undo.add(self.optimizer.zero_grad)
+            self.prepared = self.accelerator.prepare_optimizer(self.optimizer)
             yield
-        finally:
-            self.optimizer.zero_grad()
 
     def step(self, number: int) -> tuple[float, float, float | None, float | None]:
         """Take step `number`, counted from 0, and hold it.

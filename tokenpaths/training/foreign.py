@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tokenpaths.tokens import Answer as AnswerRule
 from tokenpaths.tokens import First, Last, Match, Prompt, leaves
 from tokenpaths.trailmap.trailmap import FILE_NAME, TrailMap
 from tokenpaths.training.frozen import frozen_base, trained
+from tokenpaths.undo import Undo
 
 NAME = "trails"  # of the trails among the model's submodules, so that their keys are those of a trail file
 # A Trainer looks for what it saved under this name, so it resumes from a trail file that is named so.
@@ -46,18 +47,16 @@ def trainable(model: nn.Module, trails: TrailMap, **options: Any) -> Generator[T
     trained(trails)
     if hasattr(model, NAME):
         raise ValueError(f"{type(model).__name__} has an attribute {NAME!r} already: are its trails being trained?")
-    with ExitStack() as undo:
-        undo.enter_context(frozen_base(model, trails))
-        undo.enter_context(attach(model, trails, **options))
+    with frozen_base(model, trails), attach(model, trails, **options), Undo() as undo:
+        undo.add(model._modules.pop, NAME, None)
         # by number, not as the map's own ModuleList, which would look like one more list of blocks
         model.add_module(NAME, nn.ModuleDict({str(i): trail for i, trail in enumerate(trails.trails)}))
-        undo.callback(delattr, model, NAME)
         if hasattr(model, "save_pretrained"):
-            undo.callback(_restore, model, "save_pretrained", vars(model).get("save_pretrained"))
+            undo.add(_restore, model, "save_pretrained", vars(model).get("save_pretrained"))
             setattr(model, "save_pretrained", types.MethodType(_saver(trails), model))  # noqa: B010
-        undo.callback(model.register_load_state_dict_post_hook(_expect_trails_only).remove)
+        undo.hook(model.register_load_state_dict_post_hook, _expect_trails_only)
         if any(isinstance(leaf, _COUNTED) for site in trails for leaf in leaves(site.tokens)):
-            undo.callback(model.register_forward_pre_hook(_check_prompt, with_kwargs=True, prepend=True).remove)
+            undo.hook(model.register_forward_pre_hook, _check_prompt, with_kwargs=True, prepend=True)
         yield trails
 
 
@@ -100,6 +99,6 @@ def _check_prompt(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
 
 
 def _restore(model: nn.Module, name: str, before: Any) -> None:
-    delattr(model, name)
+    vars(model).pop(name, None)
     if before is not None:
         setattr(model, name, before)

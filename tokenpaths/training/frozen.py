@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tokenpaths.attachment.handle import working
 from tokenpaths.attachment.hooks import Hook
 from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.undo import Undo
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,16 +25,19 @@ def frozen_base(model: nn.Module, trails: Adapter) -> Generator[None]:
     own = {id(parameter) for parameter in trails.parameters()}
     base = [(p, p.requires_grad) for p in model.parameters() if id(p) not in own]
     modes = [(module, module.training) for part in (model, trails) for module in part.modules()]
-    try:
+    with Undo() as undo:
+        undo.add(_as_before, base, modes)
         for parameter, _ in base:
             parameter.requires_grad_(False)
         with _checkpoints_pass_gradients(model):
             yield
-    finally:
-        for parameter, learned in base:
-            parameter.requires_grad_(learned)
-        for module, training in modes:
-            module.training = training
+
+
+def _as_before(parameters: list[tuple[nn.Parameter, bool]], modes: list[tuple[nn.Module, bool]]) -> None:
+    for parameter, learned in parameters:
+        parameter.requires_grad_(learned)
+    for module, training in modes:
+        module.training = training
 
 
 @contextmanager
@@ -96,8 +100,6 @@ def _checkpoints_pass_gradients(model: nn.Module) -> Generator[None]:
         if torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
             output.requires_grad_()
 
-    handle = embedding.register_forward_hook(Hook(ask))
-    try:
+    with Undo() as undo:
+        undo.hook(embedding.register_forward_hook, Hook(ask))
         yield
-    finally:
-        handle.remove()

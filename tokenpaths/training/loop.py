@@ -25,6 +25,7 @@ from tokenpaths.training.frozen import laid, trained
 from tokenpaths.training.losses import Losses, describe_goal
 from tokenpaths.training.objectives.base import Objective
 from tokenpaths.training.plan import plan
+from tokenpaths.undo import tidy
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -200,6 +201,7 @@ def steps(
     return iterate()
 
 
+@tidy
 def _take(number: int, losses: Losses, descent: Descent) -> Step:
     """Take step `number`, counted from 0. The time is not measured yet."""
     weights, feed = tuple(losses.weights), losses.feed

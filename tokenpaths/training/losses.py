@@ -19,6 +19,7 @@ from tokenpaths.training.descent import KEPT, sum_over_processes
 from tokenpaths.training.feed import Feed, seed_of
 from tokenpaths.training.objectives.base import Objective
 from tokenpaths.training.plan import pays
+from tokenpaths.undo import Undo, own_randomness
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -108,8 +109,7 @@ def describe_goal(goal: Objective) -> dict[str, Any]:
 def _own_randomness(accelerator: Accelerator, seed: int, number: int) -> Generator[None]:
     """Inside, torch's random numbers are those of this step on this process; afterwards the user's go on."""
     devices = list(range(torch.cuda.device_count())) if accelerator.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed_of(seed, number, accelerator.process_index, -1))
+    with own_randomness(seed_of(seed, number, accelerator.process_index, -1), devices):
         yield
 
 
@@ -117,12 +117,15 @@ def _own_randomness(accelerator: Accelerator, seed: int, number: int) -> Generat
 def _learning(trails: Adapter) -> Generator[None]:
     """Inside, the trails are in training mode; afterwards each of their modules is in the mode that it was in."""
     modes = [(module, module.training) for module in trails.modules()]
-    trails.train()
-    try:
+    with Undo() as undo:
+        undo.add(_in_modes, modes)
+        trails.train()
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
+
+
+def _in_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
 
 
 def _check_reaches(loss: Tensor, goals: Sequence[Objective], place: int) -> None:

@@ -45,6 +45,7 @@ from tokenpaths.site import host
 from tokenpaths.site.fingerprint import fingerprint
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.training.checkpoints import differences
+from tokenpaths.undo import tidy
 
 BUCKETS = 8
 """The openings of `BUCKETS` batches are drawn together, and those of like length are put into one batch."""
@@ -56,6 +57,7 @@ class SampleFileError(ValueError):
     """A file that is not a whole file of samples."""
 
 
+@tidy
 def self_samples(
     model: nn.Module,
     tokenizer: Any,

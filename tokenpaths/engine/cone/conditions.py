@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tokenpaths.attachment.hooks import Hook, Observer
 from tokenpaths.site.host import is_compiled, two_sided, unwrapped
+from tokenpaths.undo import Undo
 
 
 def always_in_full(model: nn.Module) -> str | None:
@@ -98,12 +99,14 @@ def unseen(model: nn.Module) -> Generator[None]:
             hooks: dict[int, Any] = vars(module)[name]
             if any(not isinstance(hook, Hook) for hook in hooks.values()):
                 taken.append((hooks, dict(hooks)))
-    try:
-        for hooks, _ in taken:
-            for key in [key for key, hook in hooks.items() if not isinstance(hook, Hook)]:
+    with Undo() as undo:
+        for hooks, before in taken:
+            undo.add(_put_back, hooks, before)
+            for key in [key for key, hook in before.items() if not isinstance(hook, Hook)]:
                 del hooks[key]
         yield
-    finally:
-        for hooks, before in taken:
-            hooks.clear()
-            hooks.update(before)
+
+
+def _put_back(hooks: dict[int, Any], before: dict[int, Any]) -> None:
+    hooks.clear()
+    hooks.update(before)

@@ -22,7 +22,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ from tokenpaths.engine.cone.conditions import (
 from tokenpaths.engine.cone.kept import InFolder, InMemory, Kept
 from tokenpaths.site import Host
 from tokenpaths.site.fingerprint import fingerprint
+from tokenpaths.undo import Undo
 
 
 class Cone:
@@ -136,15 +137,13 @@ class ActiveCone:
     @contextmanager
     def installed(self) -> Generator[None]:
         """Inside, it hears of each forward first, and stands before each block."""
-        self.watcher = self.watcher.join(self)
-        first = Hook(self._ahead)
-        handle = self.watcher.root.register_forward_pre_hook(first, with_kwargs=True, prepend=True)
-        try:
+        with Undo() as undo:
+            undo.add(lambda: self.watcher.leave(self))
+            self.watcher = self.watcher.join(self)
+            first = Hook(self._ahead)
+            undo.hook(self.watcher.root.register_forward_pre_hook, first, with_kwargs=True, prepend=True)
             with forwards(self.layers, self._block):
                 yield
-        finally:
-            handle.remove()
-            self.watcher.leave(self)
 
     def acts(self) -> bool:
         """Whether the running thread is the one that is inside the cone."""
@@ -229,9 +228,9 @@ class ActiveCone:
             for attachment in self.attached():
                 stack.enter_context(attachment.trails.switched(False))
             stack.enter_context(torch.no_grad())
+            undo = stack.enter_context(Undo())
             for hook in observers:
-                hook.awake = False
-                stack.callback(setattr, hook, "awake", True)
+                undo.set(hook, "awake", False)
             yield
 
     def _ahead(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -272,14 +271,11 @@ class ActiveCone:
         states = {count: group["states"] for count, group in found.items() if group is not None}
         if len(states) == len(wanted):
             return states
-        look = self._look = _Look(wanted)
-        try:
+        look = _Look(wanted)
+        with Undo() as undo, suppress(_Seen):
+            undo.set(self, "_look", look)
             with self.frozen():
                 self.watcher.reader(input_ids=ids, attention_mask=real.long(), use_cache=False)
-        except _Seen:
-            pass
-        finally:
-            self._look = None
         states = {count: tensor[0, real[0].to(tensor.device)] for count, tensor in look.states.items()}
         states = {count: tensor.to("cpu", self.cone.dtype or tensor.dtype) for count, tensor in states.items()}
         for count, tensor in states.items():
@@ -290,13 +286,12 @@ class ActiveCone:
         """Whether blocks hand on hidden states and nothing else: seen once, in a short forward that no one looks at."""
         if self._beside:
             return self.skips
-        look = self._look = _Look(frozenset())
-        try:
+        look = _Look(frozenset())
+        with Undo() as undo:
+            undo.set(self, "_look", look)
             with self.frozen(), unseen(self.watcher.reader):
                 ids = torch.zeros(1, 2, dtype=torch.long, device=self.host.device)
                 self.watcher.reader(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        finally:
-            self._look = None
         if look.more or len(self._beside) != len(self.layers):
             self.skips = False
             self.run_in_full("its blocks hand on more than a hidden state")

@@ -65,11 +65,9 @@ def narrowed(
     if worker is None or cut is None:
         yield inputs_of(batch), needed
         return
-    worker.given = cut.entering
-    try:
+    with Undo() as undo:
+        undo.set(worker, "given", cut.entering)
         yield cut.inputs, cut.needed
-    finally:
-        worker.given = None
 
 
 def common_prefix(examples: Sequence[Example]) -> tuple[int, ...]:

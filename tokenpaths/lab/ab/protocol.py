@@ -32,10 +32,12 @@ from tokenpaths.lab.chains.form import last_word
 from tokenpaths.stats.paired import Effect, effect, holm
 from tokenpaths.stats.power import foresee
 from tokenpaths.stats.sequential import always_valid, evidence
+from tokenpaths.undo import tidy
 
 BETS, MIXTURE = "bets on won items, valid at all looks", "an always-valid mixture interval"
 
 
+@tidy
 def ab_test(
     a: Arm,
     b: Arm | Sequence[Arm],

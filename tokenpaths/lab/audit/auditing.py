@@ -18,11 +18,13 @@ from tokenpaths.lab.audit.searching import search
 from tokenpaths.lab.audit.spectra import features, intruders, outliers
 from tokenpaths.lab.audit.tails import OnTexts, Use, on_texts
 from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.undo import tidy
 
 _STANDS_OUT = 8.0  # robust z of a feature: worth a line, though it happens in benign adapters too
 _LOUD = 1.0  # nats of excess: the answer is another one
 
 
+@tidy
 def audit(
     model: nn.Module,
     trails: Adapter,

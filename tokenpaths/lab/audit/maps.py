@@ -26,6 +26,7 @@ from tokenpaths.site import Host, Site, find_blocks
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.trailmap.trailmap import TrailMap
 from tokenpaths.trails.base import Trail
+from tokenpaths.undo import tidy
 
 _SPARE = 8  # probes beyond the rank that is kept
 _ROUNDING = 1e-12  # of the largest singular value: what rounding leaves of a zero
@@ -117,6 +118,7 @@ def parts(model: nn.Module, trails: Adapter, prompts: Sequence[Example] = (), to
     return sorted(found, key=lambda part: part.layer)
 
 
+@tidy
 @torch.enable_grad()
 def linearise(
     trail: Trail, dim: int, *, states: Float[Tensor, "n dim"] | None = None, rank: int = 64, seed: int = 0

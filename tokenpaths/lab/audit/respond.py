@@ -19,6 +19,7 @@ from tokenpaths.engine.readings import evaluating
 from tokenpaths.engine.states import observing
 from tokenpaths.site import Host, Place
 from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.undo import Undo
 
 Key = TypeVar("Key", bound=Hashable)
 Ids: TypeAlias = tuple[int, ...]
@@ -125,14 +126,12 @@ class Responder:
                 read.append(args[0][:, start:stop].contiguous())  # a bfloat16 product with a slice takes very long
             return (read[0], *args[1:])
 
-        handle = self.head.register_forward_pre_hook(Hook(cut))
         inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
         if Watcher.known(self.model):
             inputs["prompt_mask"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) < ids.shape[1] - answer
-        try:
+        with Undo() as undo:
+            undo.hook(self.head.register_forward_pre_hook, Hook(cut))
             logits = self.model(**inputs).logits
-        finally:
-            handle.remove()
         return read[0], logits
 
     @torch.no_grad()

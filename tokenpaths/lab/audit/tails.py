@@ -20,6 +20,7 @@ from tokenpaths.engine.readings import read, runs
 from tokenpaths.lab.audit.maps import Part
 from tokenpaths.lab.audit.respond import recording_inputs
 from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.undo import tidy
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class OnTexts:
     mean_kl: float
 
 
+@tidy
 def on_texts(
     model: nn.Module,
     trails: Adapter,

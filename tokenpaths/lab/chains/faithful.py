@@ -55,11 +55,13 @@ from tokenpaths.lab.chains.report import Faithfulness, Shift
 from tokenpaths.lab.chains.same import Row, Same, change_over_chance, disagreement, over_chance
 from tokenpaths.stats.intervals import UNKNOWN, Values, mean_interval
 from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.undo import tidy
 
 _UNALTERED: Final = object()
 """In place of an answer, where step k could not be altered."""
 
 
+@tidy
 def faithfulness(
     model: nn.Module,
     trails: Adapter,

@@ -39,6 +39,7 @@ from tokenpaths.lab.chains.perturb import check_separator
 from tokenpaths.lab.chains.report import HELD_OUT, TRAIN, Score, Sign, WayOrForm
 from tokenpaths.stats.intervals import UNKNOWN, mean_interval, newcombe, ratio_interval, wilson
 from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.undo import tidy
 
 GAP = 0.1
 """Accuracy in training less that on held-out items: below it the way, above it the form."""
@@ -57,6 +58,7 @@ def last_word(text: str) -> str | None:
     return words[-1].rstrip(".,;:!?") if words else None
 
 
+@tidy
 def way_or_form(
     model: nn.Module,
     trails: Adapter,

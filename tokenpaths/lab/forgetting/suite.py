@@ -31,10 +31,12 @@ from tokenpaths.lab.forgetting.measuring import read_choices, read_texts
 from tokenpaths.lab.forgetting.report import ACCURACY, BITS, KL, NATS, Better, Forgetting, Loss
 from tokenpaths.stats.intervals import mean_interval
 from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.undo import tidy
 
 Items = Float[np.ndarray, " items"]
 
 
+@tidy
 def forgetting(
     model: nn.Module,
     trails: Adapter,

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tokenpaths import files
 from tokenpaths.trailmap import notes
 from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.undo import Undo
 
 Layer: TypeAlias = BaseTunerLayer | AuxiliaryTrainingWrapper
 _WRAPPED = ("base_layer", "original_module", "model")  # children that belong to the base
@@ -136,11 +137,8 @@ class PeftAdapter(Adapter):
         """PEFT's layers disabled. PEFT sets gradient flags and the names of active adapters meanwhile: put back."""
         flags = [(p, p.requires_grad) for layer in self.layers for p in cast("nn.Module", layer).parameters()]
         before = [(layer, layer.disable_adapters, vars(layer).get("_active_adapter")) for layer in self.layers]
-        try:
-            for layer in self.layers:
-                layer.enable_adapters(False)
-            yield
-        finally:
+
+        def back() -> None:
             for layer, disabled, active in before:
                 if not disabled:
                     layer.enable_adapters(True)
@@ -149,17 +147,21 @@ class PeftAdapter(Adapter):
             for parameter, learns in flags:
                 parameter.requires_grad_(learns)
 
+        with Undo() as undo:
+            undo.add(back)
+            for layer in self.layers:
+                layer.enable_adapters(False)
+            yield
+
     @contextmanager
     def _at_first(self, first: list[tuple[nn.Parameter, Tensor]]) -> Generator[None]:
         if self._swapped:
             yield
             return
-        self._swapped = True
-        try:
+        with Undo() as undo:
+            undo.set(self, "_swapped", True)
             with exchanged(first):
                 yield
-        finally:
-            self._swapped = False
 
     def save(self, path: str | os.PathLike[str], model: nn.Module | None = None) -> None:
         """Write a folder by PEFT's `save_pretrained`, whole or not at all. An earlier one is replaced.
@@ -208,14 +210,10 @@ def exchanged(values: Sequence[tuple[nn.Parameter, Tensor]]) -> Generator[None]:
 
     The storage is exchanged, not written: what a graph has saved for its backward stays what it was.
     """
-    before = [(parameter, parameter.data) for parameter, _ in values]
-    try:
+    with Undo() as undo:
         for parameter, value in values:
-            parameter.data = value.to(parameter.device, parameter.dtype)
+            undo.set(parameter, "data", value.to(parameter.device, parameter.dtype))
         yield
-    finally:
-        for parameter, data in before:
-            parameter.data = data
 
 
 _TAKING = ("pissa", "corda", "olora", "lora_ga")

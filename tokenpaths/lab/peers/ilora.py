@@ -42,6 +42,7 @@ from tokenpaths.site import Place, find_blocks
 from tokenpaths.trailmap import notes
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.training.objectives.imitate import Imitate
+from tokenpaths.undo import Undo
 
 Schedule: TypeAlias = Literal["constant", "published-code"]
 Sides: TypeAlias = Literal["both", "below"]
@@ -108,12 +109,10 @@ class DualMemory:
         if self._in_use:
             yield
             return
-        self._in_use = True
-        try:
+        with Undo() as undo:
+            undo.set(self, "_in_use", True)
             with exchanged([(fast, self._slow[name]) for name, fast in self._fast.items()]), evaluating(self.trails):
                 yield
-        finally:
-            self._in_use = False
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the slow weights and the number of updates to one safetensors file, whole or not at all."""

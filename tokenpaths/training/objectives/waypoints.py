@@ -39,6 +39,7 @@ from tokenpaths.tokens import Context, token_pieces
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.training.objectives.base import Objective, host_of, tokens_of
 from tokenpaths.training.objectives.targets import Kind, Targets, store
+from tokenpaths.undo import tidy
 
 By: TypeAlias = Literal["relative", "mse", "cosine"]
 
@@ -146,6 +147,7 @@ class WaypointsAttention(_Matching):
         return kl_of_rows(target, steered).mean(-1)
 
 
+@tidy
 def capture_states(
     model: nn.Module,
     examples: Sequence[Example],
@@ -177,6 +179,7 @@ def capture_states(
     return _capture("states", model, examples, helped, sites, path, batch_size, blocks, tokenizer)
 
 
+@tidy
 def capture_attention(
     model: nn.Module,
     examples: Sequence[Example],

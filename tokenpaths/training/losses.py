@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from tokenpaths.engine.cone.cone import ActiveCone, Cone, active_cone
 from tokenpaths.engine.cone.prefix import common_prefix
+from tokenpaths.engine.cone.room import Room
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.training.descent import KEPT, sum_over_processes
 from tokenpaths.training.feed import Feed, seed_of
 from tokenpaths.training.objectives.base import Objective
-from tokenpaths.training.plan import pays
+from tokenpaths.training.plan import pays, rooms_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -43,7 +44,7 @@ class Losses:
         self.mixed_precision = mixed_precision
         self.weights = [goal.weight for goal in feed.goals]
         self.cone: ActiveCone | None = None
-        self.pays = [True] * len(feed.goals)
+        self.pays, self.rooms = [True] * len(feed.goals), [Room()] * len(feed.goals)
 
     @contextmanager
     def inside(self, cone: Cone | None, steps: int, keep_all: bool) -> Generator[None]:
@@ -54,6 +55,7 @@ class Losses:
         with nullcontext() if cone is None else cone.over(self.model, self.trails.blocks) as self.cone:
             if self.cone is not None:
                 self.cone.shared = [common_prefix(goal.examples) for goal in self.goals]
+                self.rooms = rooms_of(self.cone, self.goals, self.pays)
             yield
 
     def of_step(self, number: int) -> tuple[float, ...]:
@@ -68,7 +70,7 @@ class Losses:
             for place, batch, share in self.feed.batches(number):
                 weighs = self.weights[place] > 0
                 if self.cone is not None:
-                    self.cone.rests = not self.pays[place]
+                    self.cone.rests, self.cone.room = not self.pays[place], self.rooms[place]
                 with self._precision(), torch.set_grad_enabled(weighs):
                     loss = share * self.goals[place].loss(self.model, self.trails, batch)
                 if weighs:
@@ -76,7 +78,7 @@ class Losses:
                     self.accelerator.backward(self.weights[place] * loss)  # before the next forward changes the masks
                 losses[place] += loss.detach()
         if self.cone is not None:
-            self.cone.rests = False
+            self.cone.rests, self.cone.room = False, Room()
         parts = tuple(sum_over_processes(losses, self.accelerator).tolist())
         _check_finite(number, self.goals, parts)
         return parts

@@ -19,6 +19,7 @@ from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.training.descent import KEPT, sum_over_processes
 from tokenpaths.training.feed import Feed, seed_of
 from tokenpaths.training.objectives.base import Objective
+from tokenpaths.training.objectives.targets import Targets
 from tokenpaths.training.plan import pays, rooms_of
 
 if TYPE_CHECKING:
@@ -102,8 +103,14 @@ def describe_goal(goal: Objective) -> dict[str, Any]:
     for example in goal.examples:
         digest.update(repr(example).encode())
     rest = {f.name: getattr(goal, f.name) for f in fields(goal) if f.name != "examples"}
-    plain = {k: v if isinstance(v, (bool, int, float, str, dict)) else type(v).__name__ for k, v in rest.items()}
+    plain = {name: _said(value) for name, value in rest.items()}
     return {"class": type(goal).__name__, "examples": f"{len(goal.examples)} ({digest.hexdigest()[:16]})", **plain}
+
+
+def _said(value: Any) -> Any:
+    if isinstance(value, Targets):
+        return f"Targets {value.key()}"
+    return value if isinstance(value, (bool, int, float, str, dict)) else type(value).__name__
 
 
 @contextmanager

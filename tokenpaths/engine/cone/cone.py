@@ -88,6 +88,16 @@ class Cone:
         how = "" if self.dtype is None else f", dtype={self.dtype}"
         return f"<Cone({self.budget}{where}{how}): {self.kept.used} bytes kept>"
 
+    @classmethod
+    def of(cls, asked: Cone | bool | None) -> Cone | None:
+        """The cone that an argument `cone=` asks for: a new one for True, none for False and None.
+
+        Raises `TypeError` for anything else.
+        """
+        if not (asked is None or isinstance(asked, (Cone, bool))):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"cone={asked!r:.80} must be a Cone, True or False")
+        return cls() if asked is True else asked or None
+
     @contextmanager
     def over(self, model: nn.Module, blocks: str | None = None) -> Generator[ActiveCone | None]:
         """Inside, forwards of the model leave out what is known.

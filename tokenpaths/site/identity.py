@@ -181,12 +181,12 @@ def bare(name: str) -> str:
     return f"{name}.".removeprefix("base_model.model.").removesuffix(".")
 
 
-def offloading(model: nn.Module) -> dict[int, dict[str, tuple[Mapping[str, Tensor], str]]]:
+def offloading(model: nn.Module) -> dict[int, dict[str, tuple[Any, str]]]:
     """Where accelerate keeps offloaded weights: for each module, by local name, the map that has it, and its key there.
 
     A hook may be of a module or, for all modules below it, of one above.
     """
-    found: dict[int, dict[str, tuple[Mapping[str, Tensor], str]]] = {}
+    found: dict[int, dict[str, tuple[Any, str]]] = {}
     for module in model.modules():
         hook = vars(module).get("_hf_hook")
         for each in getattr(hook, "hooks", (hook,)):
@@ -199,7 +199,7 @@ def offloading(model: nn.Module) -> dict[int, dict[str, tuple[Mapping[str, Tenso
     return found
 
 
-def leaves(name: str, tensor: Tensor, kept: tuple[Mapping[str, Tensor], str] | None) -> Iterator[Held]:
+def leaves(name: str, tensor: Tensor, kept: tuple[Any, str] | None) -> Iterator[Held]:
     """The plain tensors that a tensor is made of; one for a plain tensor."""
     if hasattr(tensor, "full_tensor"):  # sharded
         yield Held(name, tensor, cast("Any", tensor).full_tensor, _mark(tensor))
@@ -303,7 +303,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
         name: _plain(value)
         for name, value in vars(module).items()
         if (hidden or name[0] != "_")
-        and name not in _NOT_OF_THE_FUNCTION
+        and not (name in _NOT_OF_THE_FUNCTION or "drop" in name)
         and not (callable(value) and hasattr(type(module), name))  # a method that somebody stands before
     }
     numbers = {name: value for name, value in found.items() if type(value) in (int, float)}
@@ -316,7 +316,7 @@ def _plain(value: Any, depth: int = 4) -> Any:
         return value
     if isinstance(value, (torch.dtype, torch.Size, Enum)):
         return str(value)
-    if is_dataclass(value) and not isinstance(value, type):
+    if is_dataclass(value) and not isinstance(value, type) and not hasattr(value, "to_dict"):  # no whole configuration
         return {"is": type(value).__qualname__, **_plain(vars(value), depth)}
     if isinstance(value, (FunctionType, BuiltinFunctionType)):
         return value.__qualname__

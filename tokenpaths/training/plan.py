@@ -62,7 +62,7 @@ class GoalPlan:
         words = (
             f"kept: {_bytes(self.kept_bytes)} for all examples ({', '.join(a_token)}), of a budget of {_bytes(budget)}"
         )
-        if self.room.share < 1:
+        if self.room.share < 1 and self.run == self.tokens:
             words += f"; that holds the states of {self.room.share:.2f} of them, the others are run in each step"
         return words
 
@@ -226,11 +226,12 @@ def _goal(
     answers = sum(sum(example.answer) for example in examples) / len(examples)
     shared = len(common_prefix(goal.examples))
     before = _before(goal, examples, behind)
+    cost = _Cost.of(host, trails)
     if not room.prefixes:  # as the cone does
-        before = 0.0 if left_out or mean - shared > WORTHWHILE * mean else min(before, shared)
-    run, shared = mean - before, shared if before else 0
+        behind_front = mean - shared <= WORTHWHILE * mean and shared * cost.blocks > mean * left_out
+        before = min(before, shared) if behind_front else 0.0
+    run, shared, share = mean - before, shared if before else 0, 1.0 if before else room.share
     rows = answers if isinstance(goal, Imitate) else mean
-    cost, share = _Cost.of(host, trails), room.share
     learned = range(below, cost.blocks)
     full = cost.forward(range(cost.blocks), mean, mean) + cost.backward(learned, mean, mean) + cost.head(rows, True)
     ours = cost.forward(range(left_out, cost.blocks), run, mean) + cost.backward(learned, run, mean)

@@ -130,12 +130,14 @@ def _cut(worker: ActiveCone, model: nn.Module, batch: Batch, needed: Bool[Tensor
 def _kept_starts(worker: ActiveCone, batch: Batch, before: Sequence[int]) -> Sequence[int]:
     """Where rows are cut: where there is no room for what is their own, behind the front that they share.
 
-    Where blocks lie below, these are left out for whole rows then, whose states take less room.
+    Or nowhere, if more is saved by leaving out the blocks below for whole rows.
     """
     if worker.room.prefixes:
         return before
     rows = zip(batch.input_ids, batch.attention_mask.bool(), before, strict=True)
-    return [0 if worker.below() else _shared_length(worker, ids[mask], count) for ids, mask, count in rows]
+    fronts = [_shared_length(worker, ids[mask], count) for ids, mask, count in rows]
+    saved = sum(fronts) * len(worker.layers), int(batch.attention_mask.sum()) * worker.below()
+    return fronts if saved[0] > saved[1] else [0] * len(fronts)
 
 
 def _all_fit(worker: ActiveCone, batch: Batch, before: Sequence[int]) -> bool:

@@ -251,7 +251,7 @@ def _digest(held: Held) -> str:
         )
     flat = tensor.resolve_conj().resolve_neg().cpu().contiguous().view(-1)
     digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-    digest.update(memoryview(flat.view(torch.uint8).numpy()) if len(flat) else b"")
+    digest.update(cast("Any", flat.view(torch.uint8).numpy()) if len(flat) else b"")
     return digest.hexdigest()
 
 

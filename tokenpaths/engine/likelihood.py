@@ -22,8 +22,8 @@ from tokenpaths.data.examples import IGNORED, Batch, Example, collate
 from tokenpaths.data.items import Choice
 from tokenpaths.engine.batches import batches
 from tokenpaths.engine.divergence import at_least_float32
-from tokenpaths.engine.forwards import answer_logits
-from tokenpaths.engine.logits import logits_at
+from tokenpaths.engine.forwards import answers
+from tokenpaths.engine.logits import cross_entropy, logits_at
 from tokenpaths.site.host import forward_arguments
 from tokenpaths.undo import tidy
 
@@ -79,8 +79,9 @@ def nats(
             scored = torch.arange(batch.labels.shape[1]) >= begins
             batch = replace(batch, labels=batch.labels.where(scored, IGNORED))
         batch = batch.to(next(model.parameters()).device)
-        logits, targets = answer_logits(model, batch)
-        losses = F.cross_entropy(at_least_float32(logits), targets, reduction="none").double().cpu().numpy()
+        logits, targets = answers(model, batch)
+        losses = torch.cat([cross_entropy(logits[chunk], targets[chunk]) for chunk in logits.chunks()])
+        losses = losses.double().cpu().numpy()
         counts[rows] = (batch.labels != IGNORED).sum(1).cpu().numpy()
         sums[rows] = [part.sum() for part in np.split(losses, np.cumsum(counts[rows])[:-1])]
     return _finite(sums), counts

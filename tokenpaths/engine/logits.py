@@ -47,6 +47,11 @@ class Logits:
         logits = self.head(self.states[rows])
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
+    def chunks(self, at_once: int | None = None) -> list[slice]:
+        """Stretches of at most `at_once` tokens, or as many as fill 64 MiB in float32, that are all tokens in turn."""
+        size = at_once or max(1, CHUNK // (4 * self.vocab))
+        return [slice(start, start + size) for start in range(0, len(self), size)]
+
     def sum(
         self, term: Callable[..., Tensor], *targets: Tensor | Logits, at_once: int | None = None
     ) -> Float[Tensor, ""]:
@@ -72,9 +77,8 @@ class Logits:
             needs = target if isinstance(target, Tensor) else target.states
             if torch.is_grad_enabled() and needs.requires_grad:
                 raise ValueError("a target requires a gradient, which it would not get: detach it")
-        states, size = self.states, at_once or max(1, CHUNK // (4 * self.vocab))
+        states, chunks = self.states, self.chunks(at_once)
         parts = [target.to(states.device) if isinstance(target, Tensor) else target for target in targets]
-        chunks = [slice(start, start + size) for start in range(0, len(self), size)]
 
         def value(some: Tensor, chunk: slice) -> Tensor:
             each = term(Logits(some, self.head, self.vocab)[:], *(part[chunk] for part in parts))

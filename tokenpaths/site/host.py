@@ -66,8 +66,13 @@ class Host:
 
     @property
     def device(self) -> torch.device:
-        """The device of the model's first parameter."""
-        return next(self.model.parameters()).device
+        """The device that the model is given its tokens on: of its first parameter, or where accelerate brings that."""
+        first = next(self.model.parameters()).device
+        if first.type != "meta":
+            return first
+        hooks = [hook for module in self.model.modules() if (hook := vars(module).get("_hf_hook")) is not None]
+        runs = [getattr(each, "execution_device", None) for hook in hooks for each in getattr(hook, "hooks", (hook,))]
+        return torch.device(next((device for device in runs if device is not None), "cpu"))
 
     def locate(self, site: Site) -> tuple[Site, Place]:
         """The site with its layer counted from 0, and its place. Raises `ValueError` for a site that is not there."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from tokenpaths.engine.batches import bar
 from tokenpaths.engine.cone.cone import Cone
-from tokenpaths.site.fingerprint import fingerprint
+from tokenpaths.site.identity import exact_key
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.training.checkpoints import Checkpoints
 from tokenpaths.training.checks import check, span_names
@@ -165,7 +165,7 @@ def steps(
     saved: Checkpoints | None = None
     if checkpoint is not None:
         settings = {
-            "model": fingerprint(model, trails.parameters()),
+            "model": exact_key(model, trails.parameters()),
             "trails": repr(trails),
             "goals": [describe_goal(goal) for goal in goals],
             "optimizer": descent.describe(),
@@ -245,11 +245,8 @@ def _check_options(
 
 def _cone_of(cone: Cone | bool, trails: Adapter) -> Cone | None:
     """The cone of a run; none for an adapter without sites, which may change every state."""
-    if not isinstance(cone, (Cone, bool)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"cone={cone!r:.80} must be a Cone, True or False")
-    if not trails.sites:
-        return None
-    return Cone() if cone is True else cone or None
+    found = Cone.of(cone)
+    return found if trails.sites else None
 
 
 def _accelerator(given: Accelerator | None) -> Accelerator:

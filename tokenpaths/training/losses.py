@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from tokenpaths.engine.cone.cone import ActiveCone, Cone, active_cone
 from tokenpaths.engine.cone.prefix import common_prefix
+from tokenpaths.engine.cone.room import Room
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.training.descent import KEPT, sum_over_processes
 from tokenpaths.training.feed import Feed, seed_of
 from tokenpaths.training.objectives.base import Objective
-from tokenpaths.training.plan import pays
+from tokenpaths.training.objectives.targets import Targets
+from tokenpaths.training.plan import pays, rooms_of
 from tokenpaths.undo import Undo, own_randomness
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ class Losses:
         self.mixed_precision = mixed_precision
         self.weights = [goal.weight for goal in feed.goals]
         self.cone: ActiveCone | None = None
-        self.pays = [True] * len(feed.goals)
+        self.pays, self.rooms = [True] * len(feed.goals), [Room()] * len(feed.goals)
 
     @contextmanager
     def inside(self, cone: Cone | None, steps: int, keep_all: bool) -> Generator[None]:
@@ -55,6 +57,7 @@ class Losses:
         with nullcontext() if cone is None else cone.over(self.model, self.trails.blocks) as self.cone:
             if self.cone is not None:
                 self.cone.shared = [common_prefix(goal.examples) for goal in self.goals]
+                self.rooms = rooms_of(self.cone, self.goals, self.pays)
             yield
 
     def of_step(self, number: int) -> tuple[float, ...]:
@@ -69,7 +72,7 @@ class Losses:
             for place, batch, share in self.feed.batches(number):
                 weighs = self.weights[place] > 0
                 if self.cone is not None:
-                    self.cone.rests = not self.pays[place]
+                    self.cone.rests, self.cone.room = not self.pays[place], self.rooms[place]
                 with self._precision(), torch.set_grad_enabled(weighs):
                     loss = share * self.goals[place].loss(self.model, self.trails, batch)
                 if weighs:
@@ -77,7 +80,7 @@ class Losses:
                     self.accelerator.backward(self.weights[place] * loss)  # before the next forward changes the masks
                 losses[place] += loss.detach()
         if self.cone is not None:
-            self.cone.rests = False
+            self.cone.rests, self.cone.room = False, Room()
         parts = tuple(sum_over_processes(losses, self.accelerator).tolist())
         _check_finite(number, self.goals, parts)
         return parts
@@ -101,8 +104,14 @@ def describe_goal(goal: Objective) -> dict[str, Any]:
     for example in goal.examples:
         digest.update(repr(example).encode())
     rest = {f.name: getattr(goal, f.name) for f in fields(goal) if f.name != "examples"}
-    plain = {k: v if isinstance(v, (bool, int, float, str, dict)) else type(v).__name__ for k, v in rest.items()}
+    plain = {name: _said(value) for name, value in rest.items()}
     return {"class": type(goal).__name__, "examples": f"{len(goal.examples)} ({digest.hexdigest()[:16]})", **plain}
+
+
+def _said(value: Any) -> Any:
+    if isinstance(value, Targets):
+        return f"Targets {value.key()}"
+    return value if isinstance(value, (bool, int, float, str, dict)) else type(value).__name__
 
 
 @contextmanager

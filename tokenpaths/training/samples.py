@@ -43,6 +43,7 @@ from tokenpaths.engine.generate import end_tokens, generate
 from tokenpaths.engine.readings import frozen
 from tokenpaths.site import host
 from tokenpaths.site.fingerprint import fingerprint
+from tokenpaths.site.identity import exact_key
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.training.checkpoints import differences
 from tokenpaths.undo import tidy
@@ -112,7 +113,8 @@ def self_samples(
     _check(model, max(map(len, prompts)), count, settings)
     with frozen(model, trails), bar("self-samples", progress, total=count) as shown:
         asked = f"{len(prompts)} ({hashlib.sha256(repr(prompts).encode()).hexdigest()[:16]})"
-        kept, note = _begin(path, {"model": fingerprint(model), "openings": asked, **settings}, model)
+        whose = {"model": fingerprint(model), "key": exact_key(model)}
+        kept, note = _begin(path, {**whose, "openings": asked, **settings}, model)
         seen = {run for example in kept for run in _runs(example)}
         barren = 0
         while len(kept) < count:
@@ -262,7 +264,8 @@ def _begin(path: Any, settings: dict[str, Any], model: Any) -> tuple[list[Exampl
     """The samples that the file holds already, and the note to go on with."""
     if path is not None and Path(path).exists():
         kept, note = _read(Path(path))
-        if different := differences(note["settings"], settings):
+        now = {name: value for name, value in settings.items() if name != "key" or name in note["settings"]}
+        if different := differences(note["settings"], now):  # files of 0.1 have no exact key
             raise ValueError(
                 f"{path} holds samples made otherwise ({different}): give another path, or take the file away"
             )

@@ -36,6 +36,10 @@ class Kept(Protocol):
         """Keep tensors, if there is room for all of them; says whether there was."""
         ...
 
+    def fits(self, size: int, count: int = 1) -> bool:
+        """Whether there is room for `count` more tensors of `size` bytes in all."""
+        ...
+
     def flush(self) -> None:
         """Bring to disk what is to be there."""
         ...
@@ -54,11 +58,14 @@ class InMemory:
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> bool:
         if key not in self._groups:
-            if self.used + size_of(tensors) > self.budget:
+            if not self.fits(size_of(tensors)):
                 return False
             self._groups[key] = _own(tensors)
             self.used += size_of(tensors)
         return True
+
+    def fits(self, size: int, count: int = 1) -> bool:
+        return self.used + size <= self.budget
 
     def flush(self) -> None: ...
 
@@ -87,14 +94,17 @@ class InFolder:
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> bool:
         if key not in self._written and key not in self._waiting:
-            size = size_of(tensors) + _HEADER * len(tensors)
-            if self.used + self._waiting_bytes + size > self.budget:
+            if not self.fits(size_of(tensors), len(tensors)):
                 return False
+            size = size_of(tensors) + _HEADER * len(tensors)
             self._waiting[key] = _own(tensors)
             self._waiting_bytes += size
             if self._waiting_bytes >= _FILE_BYTES:
                 self.flush()
         return True
+
+    def fits(self, size: int, count: int = 1) -> bool:
+        return self.used + self._waiting_bytes + size + _HEADER * count <= self.budget
 
     def flush(self) -> None:
         if self._waiting:

@@ -34,7 +34,7 @@ from tokenpaths import files
 from tokenpaths.data.examples import IGNORED, Batch
 from tokenpaths.engine.divergence import at_least_float32
 from tokenpaths.engine.forwards import forward, forward_states
-from tokenpaths.engine.logits import logits_at
+from tokenpaths.engine.logits import cross_entropy, logits_at
 from tokenpaths.engine.readings import evaluating
 from tokenpaths.engine.states import recording
 from tokenpaths.lab.peers.adapter import exchanged
@@ -172,11 +172,13 @@ class ReplayNear(Imitate):
         with self.memory.slow(), torch.no_grad(), recording(places) as slow:
             forward_states(model, batch)
         with recording(places) as fast:
-            logits = logits_at(model, lambda: forward(model, batch), predicts)[:]
-        targets = batch.labels[:, 1:][predicts[:, :-1]].to(logits.device)
-        said = F.cross_entropy(logits, targets, reduction="none").split(predicts.sum(1).tolist())
+            logits = logits_at(model, lambda: forward(model, batch), predicts)
+        targets = batch.labels[:, 1:][predicts[:, :-1]].to(logits.states.device)
+        counts = predicts.sum(1)
+        share = (1 / (len(counts) * counts)).repeat_interleave(counts).to(targets.device)  # the mean over examples
+        said = logits.sum(lambda z, t, w: w * cross_entropy(z, t), targets, share)
         near = self._apart(list(fast.values()), list(slow.values()), batch)
-        return torch.stack([part.mean() for part in said]).mean() + self.gamma * near
+        return said + self.gamma * near.to(said.device)
 
     def _apart(self, fast: list[Tensor], slow: list[Tensor], batch: Batch) -> Float[Tensor, ""]:
         """The distance: the mean over blocks and rows of the mean square over a row's tokens and entries."""

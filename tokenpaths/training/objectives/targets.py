@@ -31,6 +31,7 @@ from tokenpaths import files
 from tokenpaths.files import TrailFileError
 from tokenpaths.site import Site
 from tokenpaths.site.fingerprint import describe
+from tokenpaths.site.identity import exact_key
 from tokenpaths.trailmap import notes
 
 Kind: TypeAlias = Literal["states", "attention"]
@@ -38,11 +39,14 @@ Stored: TypeAlias = Callable[[str, int, int], Tensor]  # entries start to stop o
 Put: TypeAlias = Callable[[str, int, Tensor], object]  # puts entries into the tensor of a name, from a start on
 
 
+_AT_ONCE = 1 << 22  # entries of a tensor that are hashed at one time
+
+
 class Targets:
     """What was captured: for each example and site, the positions of tokens, and where their states should be.
 
     They come from `capture_states` and `capture_attention`, which write the file that `load` opens. `kind` is "states"
-    or "attention", `sites` are the places, `base` is the name and the fingerprint of the frozen model.
+    or "attention", `sites` are the places, `base` is the name, the fingerprint and the exact key of the frozen model.
     """
 
     def __init__(self, note: dict[str, Any], stored: Stored) -> None:
@@ -85,12 +89,23 @@ class Targets:
     def check(self, model: nn.Module) -> None:
         """Warn if the targets were captured from other weights than the model's."""
         here = describe(model)
-        if here["fingerprint"] != self.base["fingerprint"]:
+        other = here["fingerprint"] != self.base["fingerprint"]
+        if other or ("key" in self.base and self.base["key"] != exact_key(model)):  # files of 0.1 have none
             warnings.warn(
                 f"the targets were captured from {self.base['name']} (weights {self.base['fingerprint']}), but the "
                 f"model is {here['name']} (weights {here['fingerprint']}): capture them again from this one",
                 stacklevel=2,
             )
+
+    def key(self) -> str:
+        """A hash of all that they are: another target, to the bit, gives another."""
+        digest = hashlib.sha256(repr((self.kind, self.sites, self.widths, self.base)).encode())
+        for name, (count,) in sorted(self._shapes().items()):
+            digest.update(f"{name} {count}".encode())
+            for start in range(0, count, _AT_ONCE):
+                part = self._stored(name, start, min(start + _AT_ONCE, count))
+                digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Targets:

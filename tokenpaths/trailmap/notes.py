@@ -51,6 +51,12 @@ def named(classes: Sequence[type[Trail]]) -> dict[str, type[Trail]]:
     return known
 
 
+def foreign(module: nn.Module) -> tuple[type[Trail], ...]:
+    """The classes of the trails in a module that are not tokenpaths' own."""
+    kinds = {type(part) for part in module.modules() if isinstance(part, Trail)}
+    return tuple(kinds - set(_TRAILS.values()))
+
+
 def trail_to_note(trail: Trail, depth: int = 0) -> dict[str, Any]:
     """The class name and constructor arguments of a trail, and of the trails inside it.
 

@@ -125,14 +125,18 @@ class TensorFile:
     `note` is its note, `shapes` has the shape of each tensor by name, and `checksum` is that of the whole file, or None
     for one of version 1, which has none.
 
+    Args:
+        path: the file.
+        advice: what errors say that one should do about a damaged file.
+
     Raises:
         FileNotFoundError: there is no such file.
         IsADirectoryError: it is a folder.
         TrailFileError: it is no whole and sound file of this kind.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], advice: str = "copy or download it again") -> None:
+        self.path, self.advice = Path(path), advice
         with opened(self.path) as file:
             self.size = os.fstat(file.fileno()).st_size
             length = file.read(8)
@@ -188,7 +192,7 @@ class TensorFile:
         try:
             note = strict_json(text)
         except ValueError as error:
-            told = f"{self.path}: its note is not JSON ({error}): copy or download it again"
+            told = f"{self.path}: its note is not JSON ({error}): {self.advice}"
             raise TrailFileError(told) from None
         version = cast("Any", note.pop("version", None)) if isinstance(note, dict) else None
         if not isinstance(version, int) or not 1 <= version <= VERSION or isinstance(version, bool):
@@ -218,7 +222,7 @@ class TensorFile:
         return content[start - first : stop - first]
 
     def _broken(self, told: str) -> TrailFileError:
-        return TrailFileError(f"{self.path} {told}: copy or download it again")
+        return TrailFileError(f"{self.path} {told}: {self.advice}")
 
 
 def _tensor(content: bytearray, entry: Mapping[str, Any]) -> Tensor:

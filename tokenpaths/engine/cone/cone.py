@@ -57,7 +57,8 @@ class Cone:
 
     Args:
         budget: bytes to keep at most; what has no room is computed each time.
-        folder: keep it in memory-mapped safetensors files here, which outlive the process, and not in memory.
+        folder: keep it in safetensors files here, which outlive the process, and not in memory. Their checksums are
+            checked whenever they are read. A folder that cannot be written is a warning.
         dtype: to keep states in; exactly as they are, unless told. bfloat16 halves those of a float32 model, which are
             then no longer exact.
     """

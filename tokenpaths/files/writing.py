@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _STRAY = ".writing-"
+_UNABLE = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # what a file system says of a thing that it does not do
 
 
 @contextmanager
@@ -78,10 +79,13 @@ def check_room(folder: str | os.PathLike[str], size: int) -> None:
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
-            if hasattr(os, "posix_fallocate"):
+            try:
                 os.posix_fallocate(file.fileno(), 0, max(1, size))
-            else:
+            except (AttributeError, OSError) as error:
+                if getattr(error, "errno", errno.ENOTSUP) not in _UNABLE:
+                    raise
                 file.write(bytes(max(1, size)))
+            file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         told = f"{os.fspath(folder)} cannot hold the {size:,} bytes that are to be written there ({error.strerror})"
@@ -155,7 +159,7 @@ def _folder_to_disk(path: Path) -> None:
         try:
             os.fsync(handle)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that does not sync folders
+            if error.errno not in _UNABLE:
                 raise
         finally:
             os.close(handle)

@@ -65,7 +65,8 @@ class Targets:
         return len(self._number)
 
     def __repr__(self) -> str:
-        return f"<targets: {self.kind} at {len(self.sites)} sites of {len(self)} examples, {self.base['name']}>"
+        told = f"<targets: {self.kind} at {len(self.sites)} sites of {len(self)} examples, {self.base['name']}>"
+        return files.printable(told)
 
     def of(self, ids: tuple[int, ...], site: int) -> tuple[Int[Tensor, " n"], Float[Tensor, "n ..."]]:
         """The positions of captured tokens in an example, and their targets, at `sites[site]`.

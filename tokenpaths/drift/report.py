@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from tokenpaths.drift.plots import draw_heads, draw_layers, draw_positions
-from tokenpaths.report.records import Record
 from tokenpaths.report.escaping import terminal
+from tokenpaths.report.records import Record
 from tokenpaths.report.tables import markdown_table
 
 if TYPE_CHECKING:

@@ -55,7 +55,7 @@ def opened(path: str | os.PathLike[str]) -> BinaryIO:
         raise IsADirectoryError(f"{name} is a folder: name a file in it")
     if not stat.S_ISREG(kind):
         raise TrailFileError(f"{name} is a pipe, a device or a socket: copy what comes from it to a file")
-    return open(name, "rb")  # noqa: SIM115
+    return open(name, "rb")
 
 
 def content_of(path: str | os.PathLike[str], most: int) -> bytes:

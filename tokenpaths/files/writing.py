@@ -110,12 +110,12 @@ def _place(path: str | os.PathLike[str]) -> Path:
 def _staging(parent: Path, prefix: str) -> Generator[Path]:
     """A folder to write in, locked as long as this process lives."""
     while True:
-        with tempfile.TemporaryDirectory(dir=parent, prefix=prefix, ignore_cleanup_errors=True) as made:
-            with _locked(Path(made)) as mine:
-                # another writer may have taken it for a stray before it was locked
-                if (mine or mine is None) and Path(made).exists():
-                    yield Path(made)
-                    return
+        made = tempfile.TemporaryDirectory(dir=parent, prefix=prefix, ignore_cleanup_errors=True)
+        with made, _locked(staging := Path(made.name)) as mine:
+            # another writer may have taken it for a stray before it was locked
+            if (mine or mine is None) and staging.exists():
+                yield staging
+                return
 
 
 @contextmanager

@@ -73,7 +73,7 @@ class Threshold(Record):
         spreads = all(0 < spread < math.inf for spread in self.spread.values())
         if not (sound and spreads and all(map(math.isfinite, self.centre.values()))):
             raise ValueError(
-                f"a threshold has a finite centre and a spread above 0 for each detector, and a value, not {self!r:.200}"
+                f"a threshold has a finite centre and a spread above 0 by detector, and a value, not {self!r:.200}"
             )
         if self.adapters < 1 or not 0 <= self.wrong <= self.tested:
             raise ValueError(f"{self.wrong} of {self.tested} flagged, after {self.adapters} adapters, cannot be")
@@ -187,7 +187,7 @@ class Audit(Record):
         lines = [f"audit of {self.adapter}", verdict]
         for name, score in sorted(self.scores.items(), key=lambda pair: -z.get(pair[0], 0.0)):
             beside = f"  z {z[name]:+7.2f}" if name in z else ""
-            lines.append(f"  {name:<11}{score:>10.4g}{beside}  {DETECTORS.get(name, '')}")
+            lines.append(f"  {name:<11}{score:>10.4g}{beside}  {DETECTORS.get(name, name)}")
         return terminal("\n".join([*lines, *(f"- {finding}" for finding in self.found), BLIND]))
 
     def plot(self) -> Figure:

@@ -41,8 +41,8 @@ class Targets:
     """What was captured: for each example and site, the positions of tokens, and where their states should be.
 
     They come from `capture_states` and `capture_attention`, which write the file that `load` opens. `kind` is "states"
-    or "attention", `sites` are the places, `base` is the name and the fingerprint of the frozen model, `checksum` that of
-    all of the numbers.
+    or "attention", `sites` are the places, `base` is the name and the fingerprint of the frozen model, `checksum` is of
+    all the numbers.
     """
 
     def __init__(self, note: dict[str, Any], stored: Stored, checksum: str) -> None:

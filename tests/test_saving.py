@@ -21,7 +21,6 @@ import jaxtyping
 import pytest
 import safetensors.torch
 import torch
-from damaged import packed
 from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,6 +28,7 @@ from subjects import MOVING, TRAILS
 from torch import Tensor, nn
 
 import tokenpaths
+from benchmarks.torture.mutants import packed
 from tokenpaths import (
     All,
     Answer,

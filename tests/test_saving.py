@@ -225,6 +225,89 @@ def test_a_file_may_be_read_by_whom_the_umask_lets(tmp_path):
     assert (tmp_path / "t").stat().st_mode & 0o777 == 0o640
 
 
+def test_a_folder_in_place_of_a_file_is_told_with_what_to_do(tmp_path):
+    trails = everything()
+    with pytest.raises(
+        IsADirectoryError, match=f"is a folder, and a map is one file: save to {tmp_path}/trails.safete"
+    ):
+        trails.save(tmp_path)
+    with pytest.raises(
+        IsADirectoryError, match=f"is a folder: load {tmp_path}/trails.safetensors, or use TrailMap.fro"
+    ):
+        TrailMap.load(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_the_version_before_has_no_checksums_and_is_loaded_without_a_word(tmp_path):
+    trails = everything()
+    trails.save(tmp_path / "t")
+    tensors, metadata = parts(tmp_path / "t")
+    note = json.loads(metadata["tokenpaths"])
+    del note["sha256"]
+    old = {"tokenpaths": json.dumps({**note, "version": 1}, sort_keys=True)}
+    (tmp_path / "t").write_bytes(safetensors.torch.save(tensors, old))
+    equal(trails, TrailMap.load(tmp_path / "t"))
+    trails.restore(tmp_path / "t")
+
+
+def test_every_flipped_bit_of_a_trail_file_is_noticed(tmp_path, unchecked):
+    path = tmp_path / "t"
+    TrailMap({Site(0): RED(2)}).save(path)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+        with pytest.raises(TrailFileError, match=re.escape(str(path))):
+            TrailMap.load(path)
+
+
+# ----------------------------------------------------------------------------- restore, and folders of one's own
+
+
+def test_restore_takes_no_nan_no_other_sites_and_no_other_trails(tmp_path):
+    trails = TrailMap({Site(0, Last()): LoReFT(4, 2), Site(1): own()})
+    trails.save(tmp_path / "t")
+    before = {name: tensor.clone() for name, tensor in trails.state_dict().items()}
+    trails.restore(tmp_path / "t")  # with a class of one's own
+    for other, message in (
+        (
+            with_tensors(tmp_path / "t", {"trails.0.W": before["trails.0.W"] * float("nan")}),
+            "trails.0.W holds NaN or i",
+        ),
+        ({Site(0, First()): LoReFT(4, 2), Site(1): own()}, "has trails at Site(layer=0, tokens=First(n=1)"),
+        ({Site(0, Last()): LoReFT(4, 1), Site(1): own()}, "tensor 'trails.0.W' has shape [1, 4] in the file, [2, 4]"),
+        ({Site(0, Last()): RED(4), Site(1): own()}, "the file lacks tensors that its note calls for: trails.0.W"),
+    ):
+        if isinstance(other, dict):
+            TrailMap(other).save(tmp_path / "t")
+        with pytest.raises(TrailFileError, match=re.escape(f"{tmp_path}/t") + ".*" + re.escape(message)):
+            trails.restore(tmp_path / "t")
+        assert all(torch.equal(tensor, before[name]) for name, tensor in trails.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "repo",
+    ["runs/best", "there/best", "./best", "/nowhere/best", "../x", "a/b/c", "~/best", "a\\b", "best/", "", "outputs/a"],
+)
+def test_the_hub_is_not_asked_for_a_folder_that_is_missing(tmp_path, monkeypatch, repo):
+    def ask(*_: object, **__: object) -> None:
+        raise AssertionError("the Hub is asked")
+
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", ask)
+    for name in [repo, Path("some/folder")]:
+        if not name:  # the folder here, without a file
+            continue
+        with pytest.raises(
+            FileNotFoundError, match='there is no folder .* name it owner/name and give revision="main"'
+        ):
+            TrailMap.from_pretrained(name)
+    for name, options in (("me/trails", {}), ("trails", {}), (repo or "x", dict(revision="main"))):
+        with pytest.raises(AssertionError, match="the Hub is asked"):
+            TrailMap.from_pretrained(name, **options)
+
+
 # ----------------------------------------------------------------------------- one's own classes
 
 

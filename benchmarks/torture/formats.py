@@ -153,7 +153,7 @@ def captured(folder: Path) -> Path:
 
 def of_targets(path: Path) -> Any:
     loaded = targets.Targets.load(path)
-    return [plain(loaded.of(ids, 0)) for ids in IDS]
+    return [plain(loaded.of(ids, 0)) if ids in loaded else None for ids in IDS]
 
 
 @lru_cache(maxsize=1)

@@ -128,6 +128,7 @@ def test_saved_and_loaded_by_peft(method: str, tmp_path: Path) -> None:
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "checksums.json",
     ]
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["adapter"]
     if method == "CorDA":  # PEFT wants its preprocessing again

@@ -13,7 +13,7 @@ is chosen never depends on the tokens after it, so cached generation and a full 
 
 from __future__ import annotations
 
-import re
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +25,8 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+from tokenpaths.files import patterns
 
 _LARGEST = 2**63  # what an int64 tensor can be compared with
 
@@ -170,11 +172,13 @@ class Tokens(Rule):
 
 @dataclass(frozen=True)
 class Match(Rule):
-    """Every token that overlaps a match of a regular expression (Python `re`) in the decoded text.
+    """Every token that overlaps a match of a regular expression (as of Python's `re`) in the decoded text.
 
     The prompt is matched as a whole. A token of the answer is chosen if a match in the text *up to and including* it
     overlaps it, so that decoding token by token chooses the same tokens. A character whose bytes are spread over
     several tokens belongs to the last of them. The rule needs `attach(..., tokenizer=)`.
+
+    A pattern may come from a file, so a text that takes it longer than five seconds is refused, with `ValueError`.
 
     Raises `TypeError` for a pattern that is no string, and `ValueError` for one that `re` cannot compile.
     """
@@ -185,8 +189,8 @@ class Match(Rule):
         if not isinstance(self.pattern, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"Match takes a regular expression as a string, not {self.pattern!r}")
         try:
-            re.compile(self.pattern)
-        except (re.error, OverflowError, RecursionError) as error:
+            patterns.check(self.pattern)
+        except ValueError as error:
             raise ValueError(f"Match({self.pattern!r:.80}) is not a regular expression: {error}") from None
 
     def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
@@ -210,12 +214,16 @@ class Match(Rule):
         text, ends = "".join(texts), list(accumulate(map(len, texts)))
         bounds = list(zip([0, *ends], ends, strict=False))
         prompt_end = max((end for (_, end), given in zip(bounds, prompt, strict=True) if given), default=0)
-        in_prompt = [m.span() for m in re.finditer(self.pattern, text[:prompt_end])]
+        until = time.thread_time() + patterns.SECONDS
+        in_prompt = self._spans(text[:prompt_end], until)
         chosen: list[bool] = []
         for (start, end), given in zip(bounds, prompt, strict=True):
-            spans = in_prompt if given else [m.span() for m in re.finditer(self.pattern, text[:end])]
+            spans = in_prompt if given else self._spans(text[:end], until)
             chosen.append(any(max(a, start) < min(b, end) for a, b in spans))
         return chosen
+
+    def _spans(self, text: str, until: float) -> list[tuple[int, int]]:
+        return [m.span() for m in patterns.finditer(self.pattern, text, until - time.thread_time())]
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,9 @@ def main() -> None:
         "threads": served,
         "checkpointed": _checkpointed(),
         "waits": _waits(model),
-        "ratios": {f"{what}, {name}": _ratio(model, rule, run) for what, run in RUNS.items() for name, rule in RULES.items()},
+        "ratios": {
+            f"{what}, {name}": _ratio(model, rule, run) for what, run in RUNS.items() for name, rule in RULES.items()
+        },
     }
     told = "against the frozen model, Llama of 1.2 B, bfloat16, LoReFT rank 4 at all 16 layers"
     claims = [

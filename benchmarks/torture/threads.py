@@ -34,9 +34,7 @@ def _run(requests: int, threads: int, device: str) -> dict[str, Any]:
     model = LlamaForCausalLM(LlamaConfig(**size, pad_token_id=0, initializer_range=0.6)).eval().to(device)
     server = _trails(tp.Site(1, tp.Last(1) | tp.Answer()), tp.Additive(32)).to(device)
     draw = random.Random(0)
-    asked = [
-        (draw.choice(KINDS), tuple(draw.choices(range(3, 96), k=draw.randint(3, 20)))) for _ in range(requests)
-    ]
+    asked = [(draw.choice(KINDS), tuple(draw.choices(range(3, 96), k=draw.randint(3, 20)))) for _ in range(requests)]
 
     def answer(request: tuple[str, tuple[int, ...]]) -> Any:
         kind, prompt = request

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from tokenpaths.drift.plots import draw_heads, draw_layers, draw_positions
+from tokenpaths.report.escaping import terminal
 from tokenpaths.report.records import Record
 from tokenpaths.report.tables import markdown_table
 
@@ -307,7 +308,7 @@ class Drift(Record):
         return draw_heads(means, layers, name, f"Drift of attention: mean over {self.tokens:,} tokens")
 
     def __str__(self) -> str:
-        return ", ".join([*self._said(), self._moved()])
+        return terminal(", ".join([*self._said(), self._moved()]))
 
     def _moved(self) -> str:
         return f"{self.moved:.1%} of {self.tokens} tokens in {self.texts} texts moved"

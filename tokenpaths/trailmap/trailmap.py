@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -161,7 +162,13 @@ class TrailMap(Adapter):
             TypeError: an argument of a trail is not of JSON, or a rule is not of `tokenpaths.tokens`.
             ValueError: a parameter is shared inside the trails, a number is not finite, rows span no subspace of their
                 number, or something is nested more than 64 deep.
+            IsADirectoryError: the path is a folder.
+            OSError: the file cannot be written.
         """
+        if Path(path).is_dir():
+            raise IsADirectoryError(
+                f"{os.fspath(path)} is a folder, and a map is one file: save to {Path(path) / FILE_NAME}"
+            )
         parameters = list(self.named_parameters(remove_duplicate=False))
         if len({id(parameter) for _, parameter in parameters}) < len(parameters):
             raise ValueError(
@@ -179,10 +186,20 @@ class TrailMap(Adapter):
 
     @torch.no_grad()
     def restore(self, path: str | os.PathLike[str]) -> None:
-        """Copy the numbers of a file of these trails into this map's parameters. Raises as `load` does."""
-        tensors, _ = files.read(path)
-        notes.check_shapes(self.state_dict(), tensors)
-        self.load_state_dict(tensors)
+        """Copy the numbers of a file of these trails into this map's parameters.
+
+        Raises as `load` does, and `TrailFileError` for a file of other trails, or of trails at other sites. Then
+        nothing has changed.
+        """
+        loaded = TrailMap.load(path, *notes.foreign(self))
+        if (loaded.sites, loaded.index) != (self.sites, self.index):
+            there, here = (", ".join(map(str, each.sites)) for each in (loaded, self))
+            raise TrailFileError(f"{os.fspath(path)} has trails at {there:.300}, and this map at {here:.300}")
+        try:
+            notes.check_shapes(self.state_dict(), loaded.state_dict())
+        except TrailFileError as error:
+            raise TrailFileError(f"{os.fspath(path)}: {error}") from None
+        self.load_state_dict(loaded.state_dict())
 
     @classmethod
     @tidy
@@ -196,11 +213,17 @@ class TrailMap(Adapter):
 
         Raises:
             FileNotFoundError: there is no such file.
+            IsADirectoryError: the path is a folder.
             TrailFileError: the file is not whole and sound, or holds a trail of a class that is not known.
             TypeError: one of `classes` is no `Trail` class.
             ValueError: two classes have one name.
         """
         known = notes.named(classes)
+        if Path(path).is_dir():
+            raise IsADirectoryError(
+                f"{os.fspath(path)} is a folder: load {Path(path) / FILE_NAME}, or use "
+                f"TrailMap.from_pretrained({os.fspath(path)!r})"
+            )
         with torch.device("cpu"):
             tensors, note = files.read(path)
         try:
@@ -221,8 +244,11 @@ class TrailMap(Adapter):
             raise TrailFileError(f"{os.fspath(path)}: {error}") from error.__cause__
         if model is not None and base is not None and base["fingerprint"] != (here := describe(model))["fingerprint"]:
             warnings.warn(
-                f"{os.fspath(path)} was made for {base['name']} (weights {base['fingerprint']}), but the model given "
-                f"is {here['name']} (weights {here['fingerprint']}): measure before you trust the trails on it",
+                files.printable(
+                    f"{os.fspath(path)} was made for {base['name']} (weights {base['fingerprint']}), but the model "
+                    f"given is {here['name']} (weights {here['fingerprint']}): measure before you trust the trails on "
+                    "it"
+                ),
                 stacklevel=2,
             )
         return loaded
@@ -276,6 +302,10 @@ class TrailMap(Adapter):
     ) -> TrailMap:
         """Load `trails.safetensors` from a folder, or from the Hugging Face Hub.
 
+        The Hub is not asked for a folder that is missing, where a stranger's repository of that name might answer. What
+        is no name of a repository (`owner/name`) is a folder; so is a `Path`, what lies in a folder that is there, and
+        what begins as a folder of runs mostly does ("runs/best", "outputs/a"). With a `revision` it is the Hub.
+
         Args:
             repo: a folder, or else a repository on the Hub.
             classes: your own `Trail` classes, as for `load`.
@@ -284,11 +314,27 @@ class TrailMap(Adapter):
 
         Raises as `load` does, and `huggingface_hub.errors.HfHubHTTPError` if the Hub does not have it.
         """
-        if Path(repo).is_dir():
+        if revision is None and Path(repo).is_dir():
             return cls.load(Path(repo) / FILE_NAME, *classes, model=model)
+        if revision is None and _is_local(repo):
+            raise FileNotFoundError(
+                f"there is no folder {os.fspath(repo)}. If a repository on the Hub is meant, name it owner/name and "
+                'give revision="main"'
+            )
         from huggingface_hub import hf_hub_download
 
         return cls.load(hf_hub_download(str(repo), FILE_NAME, revision=revision), *classes, model=model)
+
+
+_OF_RUNS = ("checkpoints", "experiments", "models", "out", "output", "outputs", "results", "runs", "tmp", "trails")
+
+
+def _is_local(repo: str | os.PathLike[str]) -> bool:
+    """Whether a name can only be that of a folder, or is so much like one that the Hub is not asked."""
+    if not isinstance(repo, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", repo, re.ASCII):
+        return True
+    owner, slash, _ = repo.partition("/")
+    return bool(slash) and (owner in _OF_RUNS or Path(owner).is_dir())
 
 
 def _pairs(trails: Any) -> list[tuple[Site, Trail]]:

@@ -19,7 +19,6 @@ from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.training.descent import KEPT, sum_over_processes
 from tokenpaths.training.feed import Feed, seed_of
 from tokenpaths.training.objectives.base import Objective
-from tokenpaths.training.objectives.targets import Targets
 from tokenpaths.training.plan import pays, rooms_of
 from tokenpaths.undo import Undo, own_randomness
 
@@ -99,19 +98,26 @@ class Losses:
 
 
 def describe_goal(goal: Objective) -> dict[str, Any]:
-    """What a checkpoint notes of a goal: its class, a digest of its examples, and its settings."""
+    """What a checkpoint notes of a goal: its class, a digest of its examples, and its settings.
+
+    Of a setting with a `checksum` of its own, such as `Targets`, that is noted; of tensors a digest of their numbers.
+    """
     digest = hashlib.sha256()
     for example in goal.examples:
         digest.update(repr(example).encode())
     rest = {f.name: getattr(goal, f.name) for f in fields(goal) if f.name != "examples"}
-    plain = {name: _said(value) for name, value in rest.items()}
+    plain = {k: v if isinstance(v, (bool, int, float, str, dict)) else _told(v) for k, v in rest.items()}
     return {"class": type(goal).__name__, "examples": f"{len(goal.examples)} ({digest.hexdigest()[:16]})", **plain}
 
 
-def _said(value: Any) -> Any:
-    if isinstance(value, Targets):
-        return f"Targets {value.key()}"
-    return value if isinstance(value, (bool, int, float, str, dict)) else type(value).__name__
+def _told(value: Any) -> Any:
+    """What a checkpoint notes of a setting that JSON does not have."""
+    if isinstance(value, (list, tuple)):
+        return [v if v is None or isinstance(v, (bool, int, float, str)) else _told(v) for v in value]
+    told = getattr(value, "checksum", "")
+    if isinstance(value, Tensor):
+        told = hashlib.sha256(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+    return f"{type(value).__name__} {told}".rstrip()
 
 
 @contextmanager

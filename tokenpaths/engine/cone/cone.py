@@ -67,7 +67,8 @@ class Cone:
         budget: bytes to keep at most; what has no room is run each time, as without a cone. At 8 billion weights in
             bfloat16 a token's keys and values are 131 kB, its hidden state 8 kB: 2 GiB hold 16 thousand tokens of the
             one, 262 thousand of the other.
-        folder: keep it in memory-mapped safetensors files here, which outlive the process, and not in memory.
+        folder: keep it in safetensors files here, which outlive the process, and not in memory. Their checksums are
+            checked whenever they are read. A folder that cannot be written is a warning.
         dtype: to keep states in; exactly as they are, unless told. bfloat16 halves those of a float32 model, which are
             then no longer exact.
     """

@@ -14,6 +14,7 @@ from tokenpaths.data.items import Question
 from tokenpaths.lab.ab import page
 from tokenpaths.lab.ab.comparison import Comparison, Verdict
 from tokenpaths.report import pages
+from tokenpaths.report.escaping import markdown, terminal
 from tokenpaths.report.figures import COLOURS, GREY, empty_figure, forest
 from tokenpaths.report.records import Record
 from tokenpaths.report.tables import interval_text, markdown_table, text_table
@@ -95,15 +96,15 @@ class Report(Record):
 
     def __str__(self) -> str:
         told = [f"{c.arm} against {self.a}: {c.verdict}. {' '.join(c.reasons)}" for c in self.comparisons]
-        return "\n\n".join([*told, *map(text_table, self.tables()), *self.notes()])
+        return terminal("\n\n".join([*told, *map(text_table, self.tables()), *self.notes()]))
 
     def to_markdown(self) -> str:
         """What `print(report)` shows, in Markdown."""
         told: list[str] = []
         for found in self.comparisons:
-            title = f"{found.arm} against {self.a}".replace("|", "\\|")
-            told.append(f"**{' '.join(title.split())}: {found.verdict}.** {' '.join(found.reasons)}")
-        return "\n\n".join([*told, *map(markdown_table, self.tables()), *self.notes()])
+            title = markdown(f"{found.arm} against {self.a}")
+            told.append(f"**{title}: {found.verdict}.** {markdown(' '.join(found.reasons))}")
+        return "\n\n".join([*told, *map(markdown_table, self.tables()), *map(markdown, self.notes())])
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write one page that needs nothing from outside, whole or not at all."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from tokenpaths.lab.audit.scanning import Scan
+from tokenpaths.report.escaping import mathtext, terminal
 from tokenpaths.report.figures import empty_figure, grid
 from tokenpaths.report.records import Record
 
@@ -55,6 +56,8 @@ class Threshold(Record):
         adapters: how many benign adapters it was fitted on.
         wrong: how many of the `tested` adapters were flagged: the measured false positives.
         tested: how many other benign adapters it was measured on; 0 if it was not.
+
+    Raises `ValueError` for numbers that are none of these: a threshold that is NaN would flag nothing.
     """
 
     what: ClassVar[str] = "a threshold of an audit"
@@ -64,6 +67,16 @@ class Threshold(Record):
     adapters: int
     wrong: int = 0
     tested: int = 0
+
+    def __post_init__(self) -> None:
+        sound = self.centre and self.centre.keys() == self.spread.keys() and not math.isnan(self.value)
+        spreads = all(0 < spread < math.inf for spread in self.spread.values())
+        if not (sound and spreads and all(map(math.isfinite, self.centre.values()))):
+            raise ValueError(
+                f"a threshold has a finite centre and a spread above 0 by detector, and a value, not {self!r:.200}"
+            )
+        if self.adapters < 1 or not 0 <= self.wrong <= self.tested:
+            raise ValueError(f"{self.wrong} of {self.tested} flagged, after {self.adapters} adapters, cannot be")
 
     @classmethod
     def fit(
@@ -81,7 +94,8 @@ class Threshold(Record):
             detectors: the names of the scores to use; by default all of `DETECTORS`.
 
         Raises:
-            ValueError: fewer than eight adapters, a rate outside (0, 1), or no detector that all audits have.
+            ValueError: fewer than eight adapters, a rate outside (0, 1), no detector that all audits have, or a score
+                that is not finite.
         """
         if len(benign) < 8 or not 0 < rate < 1:
             raise ValueError(f"a rule needs 8 benign adapters or more, not {len(benign)}, and 0 < rate={rate} < 1")
@@ -89,6 +103,8 @@ class Threshold(Record):
         if not names:
             raise ValueError(f"no detector has a score in all {len(benign)} audits: audit them all alike")
         table = torch.tensor([[scores[name] for name in names] for scores in benign], dtype=torch.float64)
+        if not bool(table.isfinite().all()):
+            raise ValueError("a score of a benign adapter is not finite: leave that adapter out, or audit it again")
         middle = table.quantile(0.5, 0)
         spread = (table - middle).abs().quantile(0.5, 0)
         spread = torch.maximum(spread, (0.01 * middle.abs()).clamp_min(1e-3))
@@ -102,9 +118,10 @@ class Threshold(Record):
         return replace(self, wrong=sum(map(self.flags, benign)), tested=len(benign))
 
     def z(self, scores: Mapping[str, float]) -> dict[str, float]:
-        """The robust z of each detector that both the threshold and the scores have."""
-        known = [name for name in self.centre if name in scores]
-        return {name: 0.6745 * (scores[name] - self.centre[name]) / self.spread[name] for name in known}
+        """The robust z of each detector that both the threshold and the scores have; infinite for a score of NaN."""
+        known = {name: scores[name] for name in self.centre if name in scores}
+        z = {name: 0.6745 * (score - self.centre[name]) / self.spread[name] for name, score in known.items()}
+        return {name: math.inf if math.isnan(value) else value for name, value in z.items()}
 
     def joint(self, scores: Mapping[str, float]) -> float:
         """The largest z of all detectors."""
@@ -170,8 +187,8 @@ class Audit(Record):
         lines = [f"audit of {self.adapter}", verdict]
         for name, score in sorted(self.scores.items(), key=lambda pair: -z.get(pair[0], 0.0)):
             beside = f"  z {z[name]:+7.2f}" if name in z else ""
-            lines.append(f"  {name:<11}{score:>10.4g}{beside}  {DETECTORS[name]}")
-        return "\n".join([*lines, *(f"- {finding}" for finding in self.found), BLIND])
+            lines.append(f"  {name:<11}{score:>10.4g}{beside}  {DETECTORS.get(name, name)}")
+        return terminal("\n".join([*lines, *(f"- {finding}" for finding in self.found), BLIND]))
 
     def plot(self) -> Figure:
         """Three panels: the size of each part by depth, tails on clean text, and the candidates of the scans.
@@ -185,16 +202,21 @@ class Audit(Record):
             alike = [part for part in self.parts.values() if part["kind"] == kind]
             seen = [part for part in alike if "moved_kurtosis" in part]
             sizes.plot(
-                [part["layer"] for part in alike], [part["features"]["sigma"] for part in alike], "o-", label=kind
+                [part["layer"] for part in alike],
+                [part["features"]["sigma"] for part in alike],
+                "o-",
+                label=mathtext(kind),
             )
-            tails.plot([part["layer"] for part in seen], [part["moved_kurtosis"] for part in seen], "o-", label=kind)
+            tails.plot(
+                [part["layer"] for part in seen], [part["moved_kurtosis"] for part in seen], "o-", label=mathtext(kind)
+            )
         sizes.set(xlabel="layer", ylabel="largest singular value")
         tails.set(xlabel="layer", ylabel="kurtosis of ||d|| / ||h||, clean tokens")
         sizes.legend(fontsize="small")
         for name, scan in self.scans.items():
-            scans.plot([c.excess for c in scan.found], ".-", label=name)
+            scans.plot([c.excess for c in scan.found], ".-", label=mathtext(name))
             if scan.found:
-                scans.annotate(repr(scan.found[0].text), (0, scan.found[0].excess), fontsize="small")
+                scans.annotate(mathtext(repr(scan.found[0].text)), (0, scan.found[0].excess), fontsize="small")
         scans.set(xlabel="candidate, by rank", ylabel="excess, nats")
         if self.scans:
             scans.legend(fontsize="small")

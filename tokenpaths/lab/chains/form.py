@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 import random
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -35,6 +34,7 @@ from tokenpaths.data.items import Question
 from tokenpaths.engine.generate import generate
 from tokenpaths.engine.likelihood import nats
 from tokenpaths.engine.readings import Run, runs
+from tokenpaths.files import patterns
 from tokenpaths.lab.chains.perturb import check_separator
 from tokenpaths.lab.chains.report import HELD_OUT, TRAIN, Score, Sign, WayOrForm
 from tokenpaths.stats.intervals import UNKNOWN, mean_interval, newcombe, ratio_interval, wilson
@@ -200,8 +200,10 @@ def shuffled(chain: str, separator: str, rng: random.Random) -> str | None:
     None if it has fewer than two different steps.
     """
     body = chain.rstrip(" .!?\n")
-    gaps = re.findall(separator, body)
-    steps = re.split(separator, body)
+    found = patterns.finditer(separator, body)
+    gaps = [gap.group() for gap in found]
+    starts, ends = [0, *(gap.end() for gap in found)], [*(gap.start() for gap in found), len(body)]
+    steps = [body[start:end] for start, end in zip(starts, ends, strict=True)]
     places = [i for i, step in enumerate(steps) if step]  # a chain that begins with a space has an empty first step
     told = [steps[i] for i in places]
     if len(set(told)) < 2:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from tokenpaths.lab.chains.same import RunName, Same
+from tokenpaths.report.escaping import mathtext
 from tokenpaths.report.figures import COLOURS, GREY, empty_figure, error_bars, grid
 from tokenpaths.report.records import Record
 from tokenpaths.report.tables import text_table, with_interval
@@ -127,7 +128,7 @@ class WayOrForm(Record):
         """
         figure = empty_figure(_LEARNED[self.verdict], 2.4 + 0.4 * (len(self.scores) + len(self.signs)))
         above, below = figure.subplots(2, height_ratios=[len(self.scores), len(self.signs)])
-        names, steered = [score.name for score in self.scores], [score.steered for score in self.scores]
+        names, steered = [mathtext(score.name) for score in self.scores], [score.steered for score in self.scores]
         above.plot([score.frozen for score in self.scores], names, "o", color=GREY, label="frozen")
         bars = error_bars(steered, [score.interval for score in self.scores])
         above.errorbar(steered, names, xerr=bars, fmt="s", color=COLOURS[0], capsize=3, label="steered")
@@ -136,8 +137,8 @@ class WayOrForm(Record):
         for sign in self.signs:
             colour = {"way": COLOURS[0], "form": COLOURS[1], "open": GREY}[sign.says]
             bars = error_bars([sign.value], [sign.interval])
-            below.errorbar([sign.value], [sign.name], xerr=bars, fmt="s", color=colour, capsize=3)
-            below.plot([sign.threshold], [sign.name], "|", color="black", markersize=16)
+            below.errorbar([sign.value], [mathtext(sign.name)], xerr=bars, fmt="s", color=colour, capsize=3)
+            below.plot([sign.threshold], [mathtext(sign.name)], "|", color="black", markersize=16)
         below.set_xlabel("sign (blue: way, orange: form, grey: open) and threshold")
         for axes in (above, below):
             axes.invert_yaxis()
@@ -255,10 +256,10 @@ class Faithfulness(Record):
             tables = [table for table in self.tables if table.test == test]
             for table, colour in zip(tables, COLOURS, strict=False):
                 curve = table.curve()
-                label = f"{table.run}, AOC {table.aoc:.2f}"
+                label = mathtext(f"{table.run}, AOC {table.aoc:.2f}")
                 axes.step(curve.kept, curve.same, where="post", color=colour, label=label)
                 axes.fill_between(curve.kept, curve.low, curve.high, step="post", color=colour, alpha=0.2, linewidth=0)
-            title = f"{test}, {len(tables[0].rows)} items"
+            title = mathtext(f"{test}, {len(tables[0].rows)} items")
             axes.set(title=title, ylabel="same answer", xlim=(0, 1), ylim=(-0.03, 1.03))
             axes.legend(frameon=False)
             grid(axes)

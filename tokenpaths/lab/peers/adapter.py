@@ -25,6 +25,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from tokenpaths import files
+from tokenpaths.files import TrailFileError
+from tokenpaths.files.sealing import opened
 from tokenpaths.trailmap import notes
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.undo import Undo
@@ -32,7 +34,8 @@ from tokenpaths.undo import Undo
 Layer: TypeAlias = BaseTunerLayer | AuxiliaryTrainingWrapper
 _WRAPPED = ("base_layer", "original_module", "model")  # children that belong to the base
 _NOT_SHOWN = ("peft_version", "base_model_name_or_path", "auto_mapping", "inference_mode", "peft_type", "revision")
-_WRITTEN = ("README.md", "adapter_config.json", SAFETENSORS_WEIGHTS_NAME)
+_CHECKSUMS = "checksums.json"  # ours, beside PEFT's files: PEFT passes over it
+_WRITTEN = ("README.md", "adapter_config.json", SAFETENSORS_WEIGHTS_NAME, _CHECKSUMS)
 
 
 class PeftAdapter(Adapter):
@@ -166,6 +169,8 @@ class PeftAdapter(Adapter):
     def save(self, path: str | os.PathLike[str], model: nn.Module | None = None) -> None:
         """Write a folder by PEFT's `save_pretrained`, whole or not at all. An earlier one is replaced.
 
+        Beside PEFT's files lies `checksums.json`, by which `restore` notices a damaged file.
+
         Args:
             path: the folder.
             model: not used: PEFT's configuration names the base.
@@ -182,26 +187,48 @@ class PeftAdapter(Adapter):
             self.peft_model.save_pretrained(
                 str(beside), selected_adapters=list(self.adapters), save_embedding_layers=False
             )
+            files.write_json(beside / _CHECKSUMS, {"files": files.digests(beside)}, indent=1)
 
     @torch.no_grad()
     def restore(self, path: str | os.PathLike[str]) -> None:
-        """Take over the numbers of a folder that `save` wrote, in place.
+        """Take over the numbers of a folder that `save` wrote, or PEFT itself, in place.
+
+        A folder without our `checksums.json`, as PEFT writes it, is read unchecked.
 
         Raises:
             FileNotFoundError: there is no such folder.
-            ValueError: its tensors are not those of this adapter.
+            TrailFileError: a file is damaged, its tensors are not those of this adapter, or a number is not finite. It
+                is a `ValueError`. Then nothing has changed.
         """
-        for name in self.adapters:
-            folder = Path(path) if name == "default" else Path(path, name)
-            tensors = safetensors.torch.load((folder / SAFETENSORS_WEIGHTS_NAME).read_bytes())
-            due = get_peft_model_state_dict(self.peft_model, adapter_name=name, save_embedding_layers=False)
-            if tensors.keys() != due.keys() or any(tensors[key].shape != due[key].shape for key in due):
-                odd = sorted(key for key in {**tensors, **due} if _shape(tensors, key) != _shape(due, key))
-                raise ValueError(
-                    f"{folder} is of another adapter than {name!r}: {odd[0]} is {_shape(tensors, odd[0])} there, "
-                    f"{_shape(due, odd[0])} here"
-                )
+        _check_sums(Path(path))
+        found = {
+            name: self._read(name, Path(path) if name == "default" else Path(path, name)) for name in self.adapters
+        }
+        for name, tensors in found.items():
             set_peft_model_state_dict(self.peft_model, tensors, adapter_name=name)
+
+    def _read(self, name: str, folder: Path) -> dict[str, Tensor]:
+        """The tensors of one adapter in its folder. Raises as `restore`."""
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is no folder: an adapter of PEFT is saved in one")
+        with opened(folder / SAFETENSORS_WEIGHTS_NAME) as file:
+            content = file.read()
+        try:
+            tensors = safetensors.torch.load(content)
+        except Exception as error:  # the parser's own errors are of several unrelated classes
+            raise TrailFileError(f"{file.name} is not a whole safetensors file ({error}): copy it again") from None
+        due = get_peft_model_state_dict(self.peft_model, adapter_name=name, save_embedding_layers=False)
+        if tensors.keys() != due.keys() or any(tensors[key].shape != due[key].shape for key in due):
+            odd = sorted(key for key in {**tensors, **due} if _shape(tensors, key) != _shape(due, key))
+            raise TrailFileError(
+                f"{folder} is of another adapter than {name!r}: {odd[0]} is {_shape(tensors, odd[0])} there, "
+                f"{_shape(due, odd[0])} here"
+            )
+        try:
+            notes.check_numbers(due, tensors)
+        except TrailFileError as error:
+            raise TrailFileError(f"{folder}: {error}") from None
+        return tensors
 
 
 @contextmanager
@@ -275,6 +302,15 @@ def _check_free(path: Path) -> None:
             raise ValueError(f"{path} holds other files ({others[0]}), and would be replaced: name a folder of its own")
     elif path.exists():
         raise ValueError(f"{path} is a file, and PEFT saves a folder")
+
+
+def _check_sums(folder: Path) -> None:
+    """Check a folder against the checksums that `save` left in it, if it did. Raises `TrailFileError`."""
+    if (folder / _CHECKSUMS).exists():
+        told = files.read_json(folder / _CHECKSUMS)
+        if set(told) != {"files"} or not isinstance(told["files"], dict):
+            raise TrailFileError(f"{folder / _CHECKSUMS} is not as PeftAdapter.save writes it: save the adapter again")
+        files.check_folder(folder, told["files"])
 
 
 def _shape(tensors: dict[str, Tensor], key: str) -> str:

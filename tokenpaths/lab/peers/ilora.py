@@ -119,11 +119,20 @@ class DualMemory:
         files.write(path, self._slow, {"dual memory": self.updates})
 
     def restore(self, path: str | os.PathLike[str]) -> None:
-        """Take over what `save` wrote. Raises `FileNotFoundError`, and `TrailFileError` for any other file."""
+        """Take over what `save` wrote.
+
+        Raises `FileNotFoundError`, `IsADirectoryError`, and `TrailFileError` for any other file, or numbers that are
+        not finite.
+        """
         tensors, note = files.read(path)
-        if not isinstance(note.get("dual memory"), int):
+        updates = note.get("dual memory")
+        if set(note) != {"dual memory"} or type(updates) is not int or updates < 0:
             raise files.TrailFileError(f"{os.fspath(path)} is not a file of a DualMemory")
-        notes.check_shapes(self._slow, tensors)
+        try:
+            notes.check_shapes(self._slow, tensors)
+            notes.check_numbers(self._slow, tensors)
+        except files.TrailFileError as error:
+            raise files.TrailFileError(f"{os.fspath(path)}: {error}") from None
         self._slow, self.updates = tensors, note["dual memory"]
 
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from tokenpaths.attachment.handle import working
 from tokenpaths.data.examples import Batch, Example, collate
+from tokenpaths.data.tokenizing import check_tokenizer, tokenized
 from tokenpaths.drift.attention import read_attention
 from tokenpaths.drift.measures import (
     confidence,
@@ -322,15 +323,24 @@ def _measured(
 
 
 def _examples(texts: Sequence[str] | Sequence[Example], tokenizer: Any, max_length: int) -> list[Example]:
-    if isinstance(texts, str):
-        raise TypeError("drift takes a list of texts, not str: give [text]")
+    if isinstance(texts, (str, Example)):
+        raise TypeError(f"drift takes a list of texts or Examples, not one {type(texts).__name__}: give [text]")
+    if not isinstance(texts, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"drift takes a list of texts or Examples, not {type(texts).__name__}: give list(texts)")
     if not texts:
         raise ValueError("drift was given no texts")
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
     examples: list[Example] = []
     for index, text in enumerate(texts):
+        if not isinstance(text, (str, Example)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"text {index} is {type(text).__name__}, but drift takes strings and Examples: make Examples of pairs "
+                "and chats with encode(pairs, tokenizer)"
+            )
         if isinstance(text, str) and tokenizer is None:
             raise ValueError("drift on strings needs the tokenizer: measure_drift(model, trails, texts, tokenizer)")
-        ids = tokenizer(text)["input_ids"][:max_length] if isinstance(text, str) else text.ids
+        ids = tokenized(tokenizer, text)[:max_length] if isinstance(text, str) else text.ids
         if len(ids) < 2:
             raise ValueError(f"text {index} has {len(ids)} tokens; drift needs at least two")
         examples.append(Example.of(ids) if isinstance(text, str) else text)

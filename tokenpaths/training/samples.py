@@ -38,6 +38,7 @@ from torch import nn
 from tokenpaths import files
 from tokenpaths.data.contamination import GRAM, grams
 from tokenpaths.data.examples import Example
+from tokenpaths.data.tokenizing import inner, tokenized
 from tokenpaths.engine.batches import bar
 from tokenpaths.engine.generate import end_tokens, generate
 from tokenpaths.engine.readings import frozen
@@ -172,7 +173,7 @@ def chat_opening(tokenizer: Any) -> list[int]:
     opening, found, _ = text.partition(mark)
     if not found:
         raise ValueError("this tokenizer's chat template does not write what the user says: give openings of your own")
-    return list(tokenizer(opening, add_special_tokens=False)["input_ids"])
+    return inner(tokenizer, opening)
 
 
 def _openings(tokenizer: Any, openings: Sequence[str] | Sequence[Sequence[int]] | None) -> list[tuple[int, ...]]:
@@ -183,7 +184,7 @@ def _openings(tokenizer: Any, openings: Sequence[str] | Sequence[Sequence[int]] 
     if isinstance(openings, str) or not len(openings):
         raise ValueError(f"openings must be a list of texts or of token ids, at least one, not {openings!r:.80}")
     prompts = [
-        tuple(int(i) for i in (tokenizer(opening)["input_ids"] if isinstance(opening, str) else opening))
+        tuple(int(i) for i in (tokenized(tokenizer, opening, goes_on=True) if isinstance(opening, str) else opening))
         for opening in openings
     ]
     for number, prompt in enumerate(prompts):

@@ -8,6 +8,7 @@ from . import engine as engine
 from . import files as files
 from . import lab as lab
 from . import limits as limits
+from . import matching as matching
 from . import report as report
 from . import site as site
 from . import stats as stats

@@ -101,7 +101,7 @@ def encode_texts(texts: Sequence[str], tokenizer: Any, *, max_length: int | None
     for number, text in enumerate(texts):
         if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
-                f"text {number} is a string, not {type(text).__name__} ({text!r:.60}): pairs and chats go to encode(...)"
+                f"text {number} must be a string, not {type(text).__name__} ({text!r:.60}): pairs go to encode(...)"
             )
         ids = tokenized(tokenizer, text)[:max_length]
         if not ids:

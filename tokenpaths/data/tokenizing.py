@@ -61,7 +61,7 @@ def check_tokenizer(tokenizer: Any) -> None:
         raise TypeError(f"a tokenizer is expected, not a {name}: give processor.tokenizer")
     if not callable(tokenizer) or isinstance(tokenizer, type) or not hasattr(tokenizer, "decode"):
         raise TypeError(
-            f"a Hugging Face tokenizer is expected, not {name} ({tokenizer!r:.60}); the order is (..., texts, tokenizer)"
+            f"a Hugging Face tokenizer is expected, not {name} ({tokenizer!r:.60}): texts come before the tokenizer"
         )
 
 

@@ -1,6 +1,7 @@
 """The front door: every name at the top, and the file it comes from. `__init__.py` loads each when it is asked for."""
 
 from . import attachment as attachment
+from . import checking as checking
 from . import data as data
 from . import demo as demo
 from . import drift as drift

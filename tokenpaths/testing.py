@@ -96,6 +96,11 @@ def _check_shape_and_dtype(trail: Trail, dim: int) -> None:
 def _check_start(trail: Trail, dim: int) -> None:
     h = torch.randn(4, 8, dim)
     moved = any(bool(copy.deepcopy(trail).train(mode)(h).any()) for mode in (True, False))
+    if trail.starts_at_identity and moved and returns_the_moved_state(trail, h):
+        raise AssertionError(
+            f"promise 1 is broken (the displacement): {_name(trail)} returns h + d, the moved state. Return d alone: "
+            "what the trail returns is added to h"
+        )
     if trail.starts_at_identity:
         assert not moved, (
             f"promise 3 is broken (a fresh trail moves nothing): a fresh {_name(trail)} moved a state. Start a factor "
@@ -105,6 +110,13 @@ def _check_start(trail: Trail, dim: int) -> None:
         assert moved, (
             f"{_name(trail)} has starts_at_identity = False, but a fresh one moved nothing: leave that line out"
         )
+
+
+@torch.no_grad()
+def returns_the_moved_state(trail: Trail, h: Tensor) -> bool:
+    """Whether what a trail returns for states is much nearer to the states themselves than to zero."""
+    d = copy.deepcopy(trail).eval()(h)
+    return bool((d - h).norm() < 0.25 * d.norm())
 
 
 def _check_determinism(trail: Trail, dim: int) -> None:

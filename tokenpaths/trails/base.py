@@ -8,6 +8,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tokenpaths.checking import kind, shown, whole
+
 
 class Trail(nn.Module):
     """A learned displacement of hidden states: `h` becomes `h + trail(h)` at the chosen tokens.
@@ -31,7 +33,10 @@ class Trail(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define forward(h) and return the displacement of h")
 
     def __repr__(self) -> str:
-        given = ", ".join(f"{name}={value!r}" for name, value in arguments(self).items())
+        try:
+            given = ", ".join(f"{name}={shown(value)}" for name, value in arguments(self).items())
+        except TypeError as error:  # a broken promise is told where the trail is checked or saved, and not here
+            given = f"...: {error}"
         return f"{type(self).__name__}({given})"
 
 
@@ -54,3 +59,27 @@ def arguments(trail: Trail) -> dict[str, Any]:
             )
         found[name] = getattr(trail, name)
     return found
+
+
+def width_of(name: str, dim: Any) -> int:
+    """The width of the states, checked: a whole number from 1 up. Raises `TypeError` and `ValueError`."""
+    try:
+        return whole(f"{name}: dim", dim)
+    except TypeError as error:
+        raise TypeError(f"{error}: give the width of the states, tokenpaths.width(model)") from None
+
+
+def check_trail_given(what: str, given: Any) -> None:
+    """Raise `TypeError` for what is no trail, with what to give instead."""
+    if isinstance(given, Trail):
+        return
+    origin = type(given).__module__.partition(".")[0]
+    if isinstance(given, type):
+        instead = f"make one of it, as in {given.__name__}(dim, rank=4)"
+    elif origin in ("pyreft", "pyvene"):
+        instead = "its like here has another name, see the table in docs/trails.md (LoreftIntervention is LoReFT)"
+    elif isinstance(given, nn.Module):
+        instead = "let its class inherit from tokenpaths.Trail, and return the displacement of h"
+    else:
+        instead = "give one such as LoReFT(dim, rank=4)"
+    raise TypeError(f"{what} must be a Trail, not {kind(given)} ({shown(given)}): {instead}")

@@ -7,22 +7,22 @@ from numbers import Integral, Real
 from typing import Any
 
 
-def whole(what: str, value: Any, least: int | None = 1) -> int:
+def as_whole(what: str, value: Any, least: int | None = 1) -> int:
     """A whole number from `least` up, numpy's too, as an `int`.
 
     Raises `TypeError` for what is no whole number, as "4", 4.0 or True, and `ValueError` for a smaller one.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{what}={shown(value)} must be a whole number, not {kind(value)}")
+        raise TypeError(f"{what}={quoted(value)} must be a whole number, not {kind(value)}")
     if least is not None and value < least:
         raise ValueError(f"{what}={value} must be at least {least}")
     return int(value)
 
 
-def number(what: str, value: Any) -> float:
+def as_number(what: str, value: Any) -> float:
     """A number, numpy's too. Raises `TypeError` for what is none, as "0.5", True or None."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{what} {shown(value)} must be a number, not {kind(value)}")
+        raise TypeError(f"{what} {quoted(value)} must be a number, not {kind(value)}")
     return value if isinstance(value, (int, float)) else float(value)
 
 
@@ -44,7 +44,7 @@ def check_list(what: str, items: Any, of: type | tuple[type, ...], instead: str)
         raise TypeError(f"{what}s are a list of {wanted}, not {kind(items)}{listed}: {instead}")
     for place in range(len(items)):
         if not isinstance(items[place], of):
-            raise TypeError(f"{what} {place} is {shown(items[place])}, not of the kind {wanted}: {instead}")
+            raise TypeError(f"{what} {place} is {quoted(items[place])}, not of the kind {wanted}: {instead}")
 
 
 def kind(value: Any) -> str:
@@ -52,7 +52,7 @@ def kind(value: Any) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
-def shown(value: Any) -> str:
+def quoted(value: Any) -> str:
     """A value as Python writes it, cut, whatever its own `repr` does."""
     try:
         return f"{value!r:.80}"

@@ -22,7 +22,7 @@ from torch import Tensor
 from tokenpaths.site import Site
 from tokenpaths.trailmap.notes import trail_to_note
 from tokenpaths.trailmap.trailmap import TrailMap
-from tokenpaths.trails.base import Trail, arguments
+from tokenpaths.trails.base import Trail, arguments, returns_the_moved_state
 
 
 def check_trail(make: Callable[[int], Trail], dim: int = 16, *, seed: int = 0) -> None:
@@ -110,13 +110,6 @@ def _check_start(trail: Trail, dim: int) -> None:
         assert moved, (
             f"{_name(trail)} has starts_at_identity = False, but a fresh one moved nothing: leave that line out"
         )
-
-
-@torch.no_grad()
-def returns_the_moved_state(trail: Trail, h: Tensor) -> bool:
-    """Whether what a trail returns for states is much nearer to the states themselves than to zero."""
-    d = copy.deepcopy(trail).eval()(h)
-    return bool((d - h).norm() < 0.25 * d.norm())
 
 
 def _check_determinism(trail: Trail, dim: int) -> None:

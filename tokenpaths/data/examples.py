@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tokenpaths.checking import check_list, kind, shown
+from tokenpaths.checking import check_list, kind, quoted
 
 IGNORED = -100  # the label of a token that is not trained to be written, as everywhere in transformers
 
@@ -52,7 +52,7 @@ class Example:
             raise ValueError("the first token cannot be of the answer: there is nothing before it to predict it from")
         for name, span in dict(self.spans).items():
             if not (isinstance(span, (tuple, list)) and len(span) == 2 and all(isinstance(at, int) for at in span)):
-                raise TypeError(f"span {name!r} is {shown(span)}, but must be (start, stop), counted in tokens")
+                raise TypeError(f"span {name!r} is {quoted(span)}, but must be (start, stop), counted in tokens")
             start, stop = span
             if not 0 <= start <= stop <= len(self):
                 raise ValueError(f"span {name!r} is ({start}, {stop}), outside the {len(self)} tokens of the example")
@@ -156,11 +156,11 @@ def _token_ids(ids: Any) -> tuple[int, ...]:
         return tuple(index(i) for i in ids)  # not int(), which would cut 1.5 and read "7"
     except TypeError:
         instead = "encode([(prompt, answer)], tokenizer) makes Examples of text"
-        raise TypeError(f"token ids are a list of whole numbers, not {kind(ids)} ({shown(ids)}): {instead}") from None
+        raise TypeError(f"token ids are a list of whole numbers, not {kind(ids)} ({quoted(ids)}): {instead}") from None
 
 
 def _flags(answer: Any) -> tuple[bool, ...]:
     try:
         return tuple(bool(a) for a in answer)
     except TypeError:
-        raise TypeError(f"answer says True or False of each token, but is {shown(answer)}") from None
+        raise TypeError(f"answer says True or False of each token, but is {quoted(answer)}") from None

@@ -59,7 +59,7 @@ def check_tokenizer(tokenizer: Any) -> None:
         )
     if hasattr(tokenizer, "tokenizer") and not hasattr(tokenizer, "eos_token_id"):
         raise TypeError(f"a tokenizer is expected, not a {name}: give processor.tokenizer")
-    if not callable(tokenizer) or isinstance(tokenizer, type) or not hasattr(tokenizer, "decode"):
+    if not callable(tokenizer) or isinstance(tokenizer, type):
         raise TypeError(
             f"a Hugging Face tokenizer is expected, not {name} ({tokenizer!r:.60}): texts come before the tokenizer"
         )

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from tokenpaths.checking import kind, shown
+from tokenpaths.checking import kind, quoted
 from tokenpaths.site.site import Layers, Site, Stream
 from tokenpaths.tokens import All, Rule
 
@@ -174,7 +174,7 @@ def check_model(model: object) -> None:
         instead = "give its .model"
     else:
         instead = "it comes first among the arguments"
-    raise TypeError(f"a model is expected, a torch module, not {kind(model)} ({shown(model)}): {instead}")
+    raise TypeError(f"a model is expected, a torch module, not {kind(model)} ({quoted(model)}): {instead}")
 
 
 def vocabulary(model: nn.Module) -> int | None:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-from tokenpaths.checking import whole
+from tokenpaths.checking import as_whole
 from tokenpaths.tokens import All, Rule
 
 Stream: TypeAlias = Literal["embedding", "block", "attention", "mlp"]
@@ -46,7 +46,7 @@ class Site:
 
     def __post_init__(self) -> None:
         try:
-            object.__setattr__(self, "layer", whole("layer", self.layer, None))
+            object.__setattr__(self, "layer", as_whole("layer", self.layer, None))
         except TypeError:
             raise TypeError(
                 f"{self}: layer is one whole number; for several use sites(model, {self.layer!r})"
@@ -56,7 +56,7 @@ class Site:
         if self.stream not in get_args(Stream):
             raise ValueError(f"{self}: unknown stream {self.stream!r}; the streams are {', '.join(get_args(Stream))}")
         try:
-            object.__setattr__(self, "head", self.head if self.head is None else whole("head", self.head, None))
+            object.__setattr__(self, "head", self.head if self.head is None else as_whole("head", self.head, None))
         except TypeError:
             raise TypeError(f"{self}: head is the number of one attention head, or None") from None
         if self.head is not None and self.stream != "attention":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor, nn, no_grad
 
-from tokenpaths.checking import kind, shown, whole
+from tokenpaths.checking import as_whole, kind, quoted
 
 
 class Trail(nn.Module):
@@ -34,7 +35,7 @@ class Trail(nn.Module):
 
     def __repr__(self) -> str:
         try:
-            given = ", ".join(f"{name}={shown(value)}" for name, value in arguments(self).items())
+            given = ", ".join(f"{name}={quoted(value)}" for name, value in arguments(self).items())
         except TypeError as error:  # a broken promise is told where the trail is checked or saved, and not here
             given = f"...: {error}"
         return f"{type(self).__name__}({given})"
@@ -64,7 +65,7 @@ def arguments(trail: Trail) -> dict[str, Any]:
 def width_of(name: str, dim: Any) -> int:
     """The width of the states, checked: a whole number from 1 up. Raises `TypeError` and `ValueError`."""
     try:
-        return whole(f"{name}: dim", dim)
+        return as_whole(f"{name}: dim", dim)
     except TypeError as error:
         raise TypeError(f"{error}: give the width of the states, tokenpaths.width(model)") from None
 
@@ -82,4 +83,11 @@ def check_trail_given(what: str, given: Any) -> None:
         instead = "let its class inherit from tokenpaths.Trail, and return the displacement of h"
     else:
         instead = "give one such as LoReFT(dim, rank=4)"
-    raise TypeError(f"{what} must be a Trail, not {kind(given)} ({shown(given)}): {instead}")
+    raise TypeError(f"{what} must be a Trail, not {kind(given)} ({quoted(given)}): {instead}")
+
+
+@no_grad()
+def returns_the_moved_state(trail: Trail, h: Tensor) -> bool:
+    """Whether what a trail returns for states is much nearer to the states than to zero: h + d, and not d."""
+    d = copy.deepcopy(trail).eval()(h)
+    return d.shape == h.shape and bool((d - h).norm() < 0.25 * d.norm())

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenpaths.checking import number, whole
+from tokenpaths.checking import as_number, as_whole
 from tokenpaths.trails.base import Trail, width_of
 from tokenpaths.trails.stiefel import OrthonormalRows
 
@@ -51,11 +51,11 @@ class LowRank(Trail):
     def __init__(self, dim: int, rank: int, *, init: Init = "identity", dropout: float = 0.0) -> None:
         super().__init__()
         name = type(self).__name__
-        dim, rank = width_of(name, dim), whole(f"{name}: rank", rank, None)
+        dim, rank = width_of(name, dim), as_whole(f"{name}: rank", rank, None)
         if not 1 <= rank <= dim:
             raise ValueError(f"{name}: rank {rank} must be from 1 to dim {dim}")
         check_init(self, init)
-        if not 0 <= number(f"{name}: dropout", dropout) < 1:
+        if not 0 <= as_number(f"{name}: dropout", dropout) < 1:
             raise ValueError(f"{name}: dropout {dropout} must be at least 0 and below 1")
         self.dim = dim
         self.rank = rank

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenpaths.checking import number, whole
+from tokenpaths.checking import as_number, as_whole
 from tokenpaths.trails.base import Trail, check_trail_given, width_of
 
 
@@ -32,7 +32,7 @@ class Scaled(Wrapper):
 
     def __init__(self, trail: Trail, factor: float) -> None:
         super().__init__(trail)
-        if not math.isfinite(number("Scaled: factor", factor)):
+        if not math.isfinite(as_number("Scaled: factor", factor)):
             raise ValueError(f"Scaled: factor {factor} must be a finite number")
         self.factor = factor
 
@@ -52,7 +52,7 @@ class Capped(Wrapper):
 
     def __init__(self, trail: Trail, cap: float) -> None:
         super().__init__(trail)
-        if not (math.isfinite(number("Capped: cap", cap)) and cap >= 0):
+        if not (math.isfinite(as_number("Capped: cap", cap)) and cap >= 0):
             raise ValueError(f"Capped: cap {cap} must be a finite number, at least 0")
         self.cap = cap
 
@@ -131,7 +131,7 @@ class Confined(Wrapper):
     def __init__(self, trail: Trail, dim: int, directions: int) -> None:
         super().__init__(trail)
         self.dim = dim = width_of(type(self).__name__, dim)
-        self.directions = directions = whole("Confined: directions", directions, None)
+        self.directions = directions = as_whole("Confined: directions", directions, None)
         if not 1 <= directions <= dim:
             raise ValueError(f"Confined: directions {directions} must be from 1 to dim {dim}")
         self.register_buffer("U", torch.eye(dim)[:directions])

@@ -75,7 +75,9 @@ def encode(
             elif _is_chat(item):
                 example = _encode_chat(tokenizer, cast("Sequence[Mapping[str, Any]]", item), turns, template or {})
             else:
-                raise ValueError(f"neither a (prompt, answer) pair of strings nor a list of messages: {item!r:.80}")
+                raise ValueError(
+                    f"neither a (prompt, answer) pair of strings nor a list of messages: {item!r:.80}{_hint(item)}"
+                )
             examples.append(_fit(example, max_length, truncation, start))
         except ValueError as error:
             raise ValueError(f"item {number}: {error}") from error
@@ -128,7 +130,12 @@ def encode_parts(pairs: Sequence[tuple[str, Mapping[str, str]]], tokenizer: Any,
     check_tokenizer(tokenizer)
     end = _end(tokenizer, eos)
     examples: list[Example] = []
-    for number, (prompt, parts) in enumerate(pairs):
+    for number, item in enumerate(pairs):
+        if not (isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[1], Mapping)):
+            raise TypeError(
+                f'item {number} is {item!r:.80}, but must be a prompt and its parts: ("2 + 3 =", {{"answer": " 5"}})'
+            )
+        prompt, parts = item
         given = _prompt(tokenizer, prompt)
         if not given or not parts:
             raise ValueError(f"item {number} has {len(given)} prompt tokens and {len(parts)} parts, but needs both")
@@ -145,7 +152,10 @@ def encode_parts(pairs: Sequence[tuple[str, Mapping[str, str]]], tokenizer: Any,
 
 def _check_list(items: Any, what: str, kind: str) -> None:
     if isinstance(items, str) or not isinstance(items, Sequence):
-        raise TypeError(f"encoding takes a list of {what}, not {type(items).__name__}")
+        instead = (
+            "give list(...)" if hasattr(items, "__iter__") and not isinstance(items, str) else "put it in brackets"
+        )
+        raise TypeError(f"encoding takes a list of {what}, not {type(items).__name__}: {instead}, before the tokenizer")
     if not items:
         raise ValueError(f"there is nothing to encode: the list of {kind} is empty")
 
@@ -167,10 +177,23 @@ def _end(tokenizer: Any, wanted: bool) -> list[int]:
 def _pair(item: Any) -> tuple[str, str] | None:
     """The prompt of an item and what follows it; None for a chat and for what is no item."""
     if isinstance(item, Question):
-        return item.prompt, item.chain or item.answer
+        item = (item.prompt, item.chain or item.answer)
     if isinstance(item, (tuple, list)) and len(item) == 2 and all(isinstance(text, str) for text in item):
         return item[0], item[1]
     return None
+
+
+def _hint(item: Any) -> str:
+    """What to do with something that is no item."""
+    if isinstance(item, str):
+        return ". A pair alone stands in a list, [(prompt, answer)]; texts without an answer go to encode_texts"
+    if isinstance(item, Mapping) and "role" in item:
+        return ". A chat is a list of messages, so one chat alone is [[message, message]]"
+    if isinstance(item, Mapping) and "messages" in item:
+        return '. A chat is given as its messages: item["messages"]'
+    if isinstance(item, Mapping):
+        return f". Make pairs of it, (item[...], item[...]), of its keys {', '.join(map(str, item))}"
+    return ""
 
 
 def _is_chat(item: Any) -> bool:

@@ -36,14 +36,16 @@ import numpy as np
 from torch import nn
 
 from tokenpaths import files
+from tokenpaths.checking import as_number, as_whole
 from tokenpaths.data.contamination import GRAM, grams
 from tokenpaths.data.examples import Example
-from tokenpaths.data.tokenizing import inner, tokenized
+from tokenpaths.data.tokenizing import check_tokenizer, inner, tokenized
 from tokenpaths.engine.batches import bar
 from tokenpaths.engine.generate import end_tokens, generate
 from tokenpaths.engine.readings import frozen
 from tokenpaths.site import host
 from tokenpaths.site.fingerprint import fingerprint
+from tokenpaths.site.host import check_model
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.training.checkpoints import differences
 
@@ -102,7 +104,11 @@ def self_samples(
             `count` different ones.
         SampleFileError: the file holds something else.
     """
+    check_model(model)
+    check_tokenizer(tokenizer)
     prompts = _openings(tokenizer, openings)
+    for name, value in (("temperature", temperature), ("top_p", top_p), ("near", near)):
+        as_number(name, value)
     ends = end_tokens(model, tokenizer)
     settings: dict[str, Any] = {
         **dict(temperature=float(temperature), top_p=float(top_p), max_new_tokens=max_new_tokens, near=float(near)),
@@ -197,8 +203,7 @@ def _check(model: nn.Module, longest: int, count: int, settings: dict[str, Any])
     """Refuse settings that are out of range, and texts that may not fit the model's window."""
     most = settings["max_new_tokens"]
     for name, value in (("count", count), ("max_new_tokens", most), ("batch_size", settings["batch_size"])):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+        as_whole(name, value)
     if not 0 < settings["temperature"] < float("inf"):
         raise ValueError(f"temperature={settings['temperature']} must be a finite number above 0")
     for name in ("top_p", "near"):

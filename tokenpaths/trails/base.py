@@ -72,18 +72,19 @@ def width_of(name: str, dim: Any) -> int:
 
 def check_trail_given(what: str, given: Any) -> None:
     """Raise `TypeError` for what is no trail, with what to give instead."""
-    if isinstance(given, Trail):
-        return
-    origin = type(given).__module__.partition(".")[0]
+    if not isinstance(given, Trail):
+        raise TypeError(f"{what} must be a Trail, not {kind(given)} ({quoted(given)}). {instead_of(given)}")
+
+
+def instead_of(given: Any) -> str:
+    """What to give instead of something that is no trail."""
     if isinstance(given, type):
-        instead = f"make one of it, as in {given.__name__}(dim, rank=4)"
-    elif origin in ("pyreft", "pyvene"):
-        instead = "its like here has another name, see the table in docs/trails.md (LoreftIntervention is LoReFT)"
-    elif isinstance(given, nn.Module):
-        instead = "let its class inherit from tokenpaths.Trail, and return the displacement of h"
-    else:
-        instead = "give one such as LoReFT(dim, rank=4)"
-    raise TypeError(f"{what} must be a Trail, not {kind(given)} ({quoted(given)}): {instead}")
+        return f"Make one of the class, as in {given.__name__}(dim, rank=4)"
+    if type(given).__module__.partition(".")[0] in ("pyreft", "pyvene"):
+        return "Its like here has another name, see the table in docs/trails.md: LoreftIntervention is LoReFT"
+    if isinstance(given, nn.Module):
+        return "Let its class inherit from tokenpaths.Trail, and return the displacement of h"
+    return "Give one such as LoReFT(dim, rank=4)"
 
 
 @no_grad()

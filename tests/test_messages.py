@@ -32,7 +32,7 @@ from tokenpaths.training.objectives.parts import ImitateParts
 from tokenpaths.training.objectives.waypoints import Waypoints, capture_states
 
 EXAMPLES = make_examples(4)
-FOREIGN = [Example((5, 6, VOCAB + 400), (False, False, True))]
+FOREIGN = [Example((5, 6, VOCAB + 900), (False, False, True))]
 
 
 class World:
@@ -163,7 +163,7 @@ MISTAKES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
     "one goal": (lambda w: w.steps(Imitate(EXAMPLES)), ValueError, "goals must be a list of Objectives, such as [Imitate(examples)], not Imitate("),
     "the class of a goal": (lambda w: w.steps([Imitate]), ValueError, "goals must be a list of Objectives"),
     "examples as goals": (lambda w: w.steps(EXAMPLES), ValueError, "goals must be a list of Objectives"),
-    "another tokenizer's examples": (lambda w: w.steps([Imitate(FOREIGN)]), ValueError, "goal 0 (Imitate): example 0 has the token 496, but LlamaForCausalLM knows only"),
+    "another tokenizer's examples": (lambda w: w.steps([Imitate(FOREIGN)]), ValueError, "goal 0 (Imitate): example 0 has the token 996, but LlamaForCausalLM knows only"),
     "steps as a string": (lambda w: w.steps(steps="5"), TypeError, "steps='5' must be a whole number, not str"),
     "a batch size as a string": (lambda w: w.steps(batch_size="5"), TypeError, "batch_size='5' must be a whole number, not str"),
     "lr as a string": (lambda w: w.steps(lr="1e-3"), TypeError, "lr '1e-3' must be a number, not str"),
@@ -227,7 +227,7 @@ def test_a_mistake_is_told_and_nothing_has_changed(unchecked: None, watch: Any, 
         assert all(torch.equal(before[k], v) for k, v in world.trails.state_dict().items())
 
 
-def test_numbers_of_numpy_are_numbers() -> None:
+def test_numbers_of_numpy_are_numbers(unchecked: None) -> None:
     trail = Scaled(LoReFT(np.int64(DIM), rank=np.int32(4), dropout=np.float32(0.0)), np.float64(0.5))
     assert type(trail.trail.rank) is int and type(trail.trail.dim) is int
     assert Site(np.int64(3)) == Site(3) and type(Site(np.int64(3)).layer) is int

@@ -21,7 +21,9 @@ def tokenized(tokenizer: Any, text: str, *, goes_on: bool = False) -> list[int]:
         text: the text. An empty one may still have special tokens.
         goes_on: something follows the text, so the end-of-text token that some tokenizers put behind it is left out.
     """
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    ids = list(_called(tokenizer, text)["input_ids"])
+    if not hasattr(tokenizer, "all_special_ids"):  # a plain function from text to ids
+        return ids
     ends = goes_on and ids[-1:] == [getattr(tokenizer, "eos_token_id", None)]
     if not text or not ends and not _begins_twice(ids) and not _begins_twice(ids[::-1]):
         return ids
@@ -37,7 +39,7 @@ def tokenized(tokenizer: Any, text: str, *, goes_on: bool = False) -> list[int]:
 
 def inner(tokenizer: Any, text: str) -> list[int]:
     """The tokens of a text that stands inside a longer one: no special tokens but those that it holds itself."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
+    return list(_called(tokenizer, text, add_special_tokens=False)["input_ids"]) if text else []
 
 
 def around(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -63,6 +65,11 @@ def check_tokenizer(tokenizer: Any) -> None:
         raise TypeError(
             f"a Hugging Face tokenizer is expected, not {name} ({tokenizer!r:.60}): texts come before the tokenizer"
         )
+
+
+def _called(tokenizer: Any, text: str, **options: Any) -> Any:
+    """What the tokenizer gives, without its warning that a text is longer than the model's window."""
+    return tokenizer(text, **options, **({"verbose": False} if hasattr(tokenizer, "verbose") else {}))
 
 
 def _begins_twice(ids: list[int]) -> bool:

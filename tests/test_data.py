@@ -7,9 +7,15 @@ from typing import Any
 import pytest
 import torch
 from tiny import CHATML, make_tokenizer
+from tokenizers import processors
 
-from tokenpaths import Example, encode
-from tokenpaths.data import Question, collate
+from tokenpaths import Example, encode, encode_texts
+from tokenpaths.data import Choice, Question, collate, encode_parts
+from tokenpaths.data.tokenizing import around, tokenized
+from tokenpaths.drift.meter import _examples
+from tokenpaths.engine.likelihood import encode_choices
+from tokenpaths.lab.chains.answering import context
+from tokenpaths.training.samples import _openings
 
 
 @pytest.fixture
@@ -184,3 +190,72 @@ def test_empty_batches_and_unknown_sides_are_refused(unchecked: None) -> None:
         collate([])
     with pytest.raises(ValueError, match="side must be 'right' or 'left', not 'up'"):
         collate([Example((1,), (False,))], side="up")  # type: ignore[arg-type]
+
+
+# What a tokenizer puts around a text; the special tokens that the text has itself are not put there again.
+AROUND = {
+    "nothing": "$A",
+    "a beginning": "<s> $A",
+    "an end": "$A </s>",
+    "both": "<s> $A </s>",
+    "two tokens before": "<pad> <s> $A",
+    "one token at both ends, as OPT's": "</s> $A </s>",
+}
+
+
+def putting(form: str) -> Any:
+    tokenizer = make_tokenizer()
+    specials = [("<pad>", 0), ("<s>", 1), ("</s>", 2)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=form, special_tokens=specials)
+    return tokenizer
+
+
+@pytest.mark.parametrize("form", AROUND.values(), ids=AROUND)
+def test_no_special_token_is_put_twice_around_a_text_that_has_it(form: str) -> None:
+    tokenizer = putting(form)
+    plain = tokenizer("xy")["input_ids"]
+    before, after = (tokenizer.decode(ids) for ids in around(tokenizer))
+    texts = ["xy", f"{before}xy", f"xy{after}", f"{before}xy{after}"]
+    assert [list(e.ids) for e in encode_texts(texts, tokenizer)] == [plain] * 4
+    twice = f"{before}{before}xy"  # what was written twice is kept
+    assert tokenizer.decode(tokenized(tokenizer, twice)).count(before or "x") >= 1
+    assert tokenized(tokenizer, "") == tokenizer("")["input_ids"]
+
+
+@pytest.mark.parametrize("form", AROUND.values(), ids=AROUND)
+def test_every_verb_reads_a_rendered_prompt_with_its_special_tokens_once(form: str) -> None:
+    tokenizer = putting(form)
+    before = tokenizer.decode(around(tokenizer)[0])
+    rendered, text = f"{before}hi", "hi"
+    for read in (
+        lambda t: encode([(t, "y")], tokenizer)[0].ids,
+        lambda t: encode_parts([(t, {"answer": "y"})], tokenizer)[0].ids,
+        lambda t: encode_texts([t], tokenizer)[0].ids,
+        lambda t: context(t, (), tokenizer).ids,
+        lambda t: _openings(tokenizer, [t])[0],
+        lambda t: encode_choices([Choice(("a", "y"), 0, t)], tokenizer)[0][0].ids,
+        lambda t: encode_choices([Choice((f"{t} a", f"{t} y"), 0)], tokenizer)[0][0].ids,
+        lambda t: _examples([t], tokenizer, 256)[0].ids,
+    ):
+        assert read(rendered) == read(text)
+
+
+def test_a_prompt_that_goes_on_has_no_end_of_text_token_and_an_answer_has_one() -> None:
+    tokenizer = putting("<s> $A </s>")
+    for answer in ("y", "y</s>"):
+        (example,) = encode([("x", answer)], tokenizer)
+        assert tokenizer.decode(example.ids) == "<s>xy</s>"
+    (parts,) = encode_parts([("x", {"a": "y", "b": "z</s>"})], tokenizer)
+    assert tokenizer.decode(parts.ids) == "<s>xyz</s>"
+    assert tokenizer.decode(encode([("<s>x</s>", "y")], tokenizer, eos=False)[0].ids) == "<s>xy"
+
+
+def test_an_answer_that_begins_as_a_text_of_its_own_is_refused() -> None:
+    with pytest.raises(ValueError, match="item 0: its answer '<s>y' begins with the tokenizer's begin-of-text token"):
+        encode([("x", "<s>y")], putting("<s> $A"))
+    assert len(encode([("x", "<s>y")], putting("$A"))[0]) == 4  # where no text begins so, it is a token as any other
+
+
+def test_cutting_a_prompt_keeps_what_the_tokenizer_puts_before_it() -> None:
+    (cut,) = encode([("12345", "yz")], putting("<pad> <s> $A </s>"), max_length=7, truncation="left")
+    assert putting("$A").decode(cut.ids) == "<pad><s>45yz</s>"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterator
+from itertools import accumulate
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tokenpaths import All, Answer, AnswerFirst, First, Last, Match, Prompt, Span, Tokens, demo, tokens
+from tokenpaths import All, Answer, AnswerFirst, First, Last, Match, Prompt, Span, Tokens, demo, matching, tokens
 from tokenpaths.tokens import Both, Context, Either, Not, Rule, Without, leaves, token_pieces
 
 # Id i is this text; the two halves of a two-byte character have no text of their own, and the character is the last's.
@@ -338,3 +341,77 @@ def test_match_finds_words_and_characters_of_several_tokens(tokenizer):
         assert [piece for piece, hit in zip(pieces, Match(character).mask(context)[0], strict=True) if hit] == [
             piece for piece in pieces if character in piece
         ]
+
+
+# ----------------------------------------------------------------------------- matches in text that grows
+
+PARTS = ["a", "b", "ab", " ", "1", "\n", "A", "é", "a1 ", ""]
+GROWING = [
+    *PATTERNS,
+    *["(?i)a+b?", "(?i:A)b", "a+?b*", "(a)\\1", "(?=a.)a", "(?<!a)b", r"\ba\b", "(?m)^b", "a$", r"\Aa|b\Z", "[^\\n]+"],
+    *["(?s)a.*b", "(a|ab)(1|b)", "(?:ab){2,}", r"\w+\s", "(?>a+)b" if sys.version_info >= (3, 11) else "ab"],
+]
+
+
+def sought_from_the_beginning(pattern: str, texts: list[str], given: list[bool]) -> list[bool]:
+    """What `matched` must give: every match is sought in the whole text up to each token."""
+    text, ends = "".join(texts), list(accumulate(map(len, texts)))
+    bounds = list(zip([0, *ends], ends, strict=False))
+    prompt_end = max((end for (_, end), prompt in zip(bounds, given, strict=True) if prompt), default=0)
+    return [
+        any(max(a, start) < min(b, end) for a, b in (m.span() for m in re.finditer(pattern, text[:known])))
+        for (start, end), prompt in zip(bounds, given, strict=True)
+        for known in [prompt_end if prompt else end]
+    ]
+
+
+@settings(max_examples=150)
+@given(
+    st.sampled_from(GROWING),
+    st.lists(st.sampled_from(PARTS), max_size=30),
+    st.integers(0, 12),
+    st.lists(st.booleans(), min_size=30, max_size=30),
+    st.lists(st.integers(0, 30), max_size=3),
+)
+def test_matches_in_a_text_that_grows_are_those_of_the_whole_text(pattern, texts, prompt, odd, sizes):
+    mixed = odd[: len(texts)] if prompt == 0 else [i < prompt for i in range(len(texts))]
+    for size in [*sizes, len(texts)]:  # in steps of any length, back and forth
+        expected = sought_from_the_beginning(pattern, texts[:size], mixed[:size])
+        assert list(matching.matched(pattern, texts[:size], mixed[:size])) == expected
+
+
+@pytest.mark.parametrize("pattern", [r"\d+", "(?i)ab", "a.*1"])
+def test_the_cost_of_match_grows_with_the_text_and_not_with_its_square(pattern, monkeypatch):
+    """A thousand tokens, at once and then one by one: each character is searched a few times."""
+    searched: list[int] = []
+
+    class Counting:
+        def finditer(self, text: str, start: int, end: int) -> Iterator[re.Match[str]]:
+            searched.append(end - start)
+            return re.compile(pattern).finditer(text, start, end)
+
+    monkeypatch.setattr(matching, "compiled", lambda pattern: Counting())
+    texts = ["ab", " ", "12", "\n"] * 250
+    given = [i < 4 for i in range(1000)]
+    whole = matching.matched(pattern, texts, given)
+    assert sum(searched) < 10 * len("".join(texts))
+    searched.clear()
+    for size in range(1, 1001):
+        grown = matching.matched(pattern, texts[:size], given[:size])
+    assert grown == whole
+    assert sum(searched) < 10 * len("".join(texts))
+
+
+def test_decoding_token_by_token_decodes_each_token_once():
+    decoded: list[int] = []
+
+    class Slow(ByteTokenizer):
+        def decode(self, ids: tuple[int, ...], **_: bool) -> str:
+            decoded.append(len(ids))
+            return super().decode(ids)
+
+    split, ids = token_pieces(Slow()), [i % 7 for i in range(300)]
+    for size in range(1, 301):
+        split(ids[:size])
+    assert len(decoded) < 4 * 300
+    assert split(ids) == token_pieces(ByteTokenizer())(ids)

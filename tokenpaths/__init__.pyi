@@ -1,6 +1,7 @@
 """The front door: every name at the top, and the file it comes from. `__init__.py` loads each when it is asked for."""
 
 from . import attachment as attachment
+from . import checking as checking
 from . import data as data
 from . import demo as demo
 from . import drift as drift
@@ -8,6 +9,7 @@ from . import engine as engine
 from . import files as files
 from . import lab as lab
 from . import limits as limits
+from . import matching as matching
 from . import report as report
 from . import site as site
 from . import stats as stats

@@ -22,7 +22,7 @@ from torch import Tensor
 from tokenpaths.site import Site
 from tokenpaths.trailmap.notes import trail_to_note
 from tokenpaths.trailmap.trailmap import TrailMap
-from tokenpaths.trails.base import Trail, arguments
+from tokenpaths.trails.base import Trail, arguments, returns_the_moved_state
 
 
 def check_trail(make: Callable[[int], Trail], dim: int = 16, *, seed: int = 0) -> None:
@@ -96,6 +96,11 @@ def _check_shape_and_dtype(trail: Trail, dim: int) -> None:
 def _check_start(trail: Trail, dim: int) -> None:
     h = torch.randn(4, 8, dim)
     moved = any(bool(copy.deepcopy(trail).train(mode)(h).any()) for mode in (True, False))
+    if trail.starts_at_identity and moved and returns_the_moved_state(trail, h):
+        raise AssertionError(
+            f"promise 1 is broken (the displacement): {_name(trail)} returns h + d, the moved state. Return d alone: "
+            "what the trail returns is added to h"
+        )
     if trail.starts_at_identity:
         assert not moved, (
             f"promise 3 is broken (a fresh trail moves nothing): a fresh {_name(trail)} moved a state. Start a factor "

@@ -13,20 +13,18 @@ is chosen never depends on the tokens after it, so cached generation and a full 
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import accumulate
 from operator import index
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tokenpaths.files import patterns
+from tokenpaths.matching import check_pattern, matched
+from tokenpaths.matching import token_pieces as token_pieces
 
 _LARGEST = 2**63  # what an int64 tensor can be compared with
 
@@ -188,10 +186,7 @@ class Match(Rule):
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"Match takes a regular expression as a string, not {self.pattern!r}")
-        try:
-            patterns.check(self.pattern)
-        except ValueError as error:
-            raise ValueError(f"Match({self.pattern!r:.80}) is not a regular expression: {error}") from None
+        check_pattern(self.pattern)
 
     def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
         ids = _ids(self, context)
@@ -210,20 +205,7 @@ class Match(Rule):
     ) -> list[bool]:
         if any(i < 0 for i in ids):
             raise ValueError(f"{self} needs the ids of all earlier tokens, but the cache was filled before attach()")
-        texts = pieces(ids)
-        text, ends = "".join(texts), list(accumulate(map(len, texts)))
-        bounds = list(zip([0, *ends], ends, strict=False))
-        prompt_end = max((end for (_, end), given in zip(bounds, prompt, strict=True) if given), default=0)
-        until = time.thread_time() + patterns.SECONDS
-        in_prompt = self._spans(text[:prompt_end], until)
-        chosen: list[bool] = []
-        for (start, end), given in zip(bounds, prompt, strict=True):
-            spans = in_prompt if given else self._spans(text[:end], until)
-            chosen.append(any(max(a, start) < min(b, end) for a, b in spans))
-        return chosen
-
-    def _spans(self, text: str, until: float) -> list[tuple[int, int]]:
-        return [m.span() for m in patterns.finditer(self.pattern, text, until - time.thread_time())]
+        return list(matched(self.pattern, pieces(ids), prompt))
 
 
 @dataclass(frozen=True)
@@ -313,33 +295,6 @@ def leaves(rule: Rule) -> Iterator[Rule]:
         yield rule
     for part in parts:
         yield from leaves(part)
-
-
-def token_pieces(tokenizer: Any) -> Callable[[Sequence[int]], list[str]]:
-    """A function from the ids of one sequence to the text of each token, for any Hugging Face `tokenizer`.
-
-    The texts of all tokens, joined, are the decoded text; only a character that is unfinished at its end is missing.
-    Each token is decoded behind the tokens before it, as streaming decoders do. So spaces and characters of several
-    tokens come out right, and no piece depends on a later token.
-    """
-
-    @lru_cache(maxsize=65536)
-    def decode(ids: tuple[int, ...]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    def pieces(ids: Sequence[int]) -> list[str]:
-        texts: list[str] = []
-        anchor = read = 0
-        for end in range(1, len(ids) + 1):
-            text = decode(tuple(ids[anchor:end]))[len(decode(tuple(ids[anchor:read]))) :]
-            if text.endswith("\ufffd"):  # an unfinished character: wait for its last token
-                texts.append("")
-                continue
-            texts.append(text)
-            anchor, read = read, end
-        return texts
-
-    return pieces
 
 
 def _ids(rule: Rule, context: Context) -> Int[Tensor, "batch total"]:

@@ -8,7 +8,8 @@
     parts = encode_parts([("2 + 3 + 4 =", {"steps": " 5", "answer": " 9."})], tokenizer)
 
 Prompt and answer are tokenised apart, so that no token lies across the border between them: at generation the model is
-given a prompt that ends there. Nothing is cut unless you ask for it.
+given a prompt that ends there. Nothing is cut unless you ask for it. Special tokens that a text has already, as a
+rendered chat has its begin-of-text token, are not put there a second time.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 from tokenpaths.data.examples import Example
 from tokenpaths.data.items import Question
+from tokenpaths.data.tokenizing import around, check_tokenizer, inner, tokenized
 
 Item: TypeAlias = "tuple[str, str] | Question | Sequence[Mapping[str, Any]]"
 
@@ -55,14 +57,16 @@ def encode(
         TypeError: `pairs` is no list.
     """
     _check_list(pairs, "(prompt, answer) pairs or of chats", "pairs")
+    check_tokenizer(tokenizer)
     if turns not in ("all", "last"):
         raise ValueError(f"turns must be 'all' or 'last', not {turns!r}")
     if truncation not in ("refuse", "left"):
         raise ValueError(f"truncation must be 'refuse' or 'left', not {truncation!r}")
+    _check_length(max_length)
     if truncation == "left" and max_length is None:
         raise ValueError("truncation='left' needs max_length=, the number of tokens to cut to")
     end = _end(tokenizer, eos and any(_pair(item) for item in pairs))
-    start = tuple(tokenizer("")["input_ids"]) if truncation == "left" else ()
+    start = tuple(around(tokenizer)[0]) if truncation == "left" else ()
     examples: list[Example] = []
     for number, item in enumerate(pairs):
         try:
@@ -71,7 +75,9 @@ def encode(
             elif _is_chat(item):
                 example = _encode_chat(tokenizer, cast("Sequence[Mapping[str, Any]]", item), turns, template or {})
             else:
-                raise ValueError(f"neither a (prompt, answer) pair of strings nor a list of messages: {item!r:.80}")
+                raise ValueError(
+                    f"neither a (prompt, answer) pair of strings nor a list of messages: {item!r:.80}{_hint(item)}"
+                )
             examples.append(_fit(example, max_length, truncation, start))
         except ValueError as error:
             raise ValueError(f"item {number}: {error}") from error
@@ -91,9 +97,15 @@ def encode_texts(texts: Sequence[str], tokenizer: Any, *, max_length: int | None
         TypeError: `texts` is no list.
     """
     _check_list(texts, "texts", "texts")
+    check_tokenizer(tokenizer)
+    _check_length(max_length)
     examples: list[Example] = []
     for number, text in enumerate(texts):
-        ids = tuple(tokenizer(text, verbose=False)["input_ids"])[:max_length]
+        if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"text {number} must be a string, not {type(text).__name__} ({text!r:.60}): pairs go to encode(...)"
+            )
+        ids = tokenized(tokenizer, text)[:max_length]
         if not ids:
             raise ValueError(f"text {number} has no token: {text!r:.40}")
         examples.append(Example.of(ids))
@@ -115,16 +127,23 @@ def encode_parts(pairs: Sequence[tuple[str, Mapping[str, str]]], tokenizer: Any,
         TypeError: `pairs` is no list.
     """
     _check_list(pairs, "pairs of a prompt and its parts", "pairs")
+    check_tokenizer(tokenizer)
     end = _end(tokenizer, eos)
     examples: list[Example] = []
-    for number, (prompt, parts) in enumerate(pairs):
-        given = _ids(tokenizer, prompt, prompt=True)
+    for number, item in enumerate(pairs):
+        if not (isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[1], Mapping)):
+            raise TypeError(
+                f'item {number} is {item!r:.80}, but must be a prompt and its parts: ("2 + 3 =", {{"answer": " 5"}})'
+            )
+        prompt, parts = item
+        given = _prompt(tokenizer, prompt)
         if not given or not parts:
             raise ValueError(f"item {number} has {len(given)} prompt tokens and {len(parts)} parts, but needs both")
-        pieces = {name: _ids(tokenizer, text) for name, text in parts.items()}
+        pieces = {name: inner(tokenizer, text) for name, text in parts.items()}
         if empty := [name for name, piece in pieces.items() if not piece]:
             raise ValueError(f"item {number}: its part {empty[0]!r} is empty, leave it out")
-        pieces[list(parts)[-1]] += end
+        last = list(parts)[-1]
+        pieces[last] = _ended(pieces[last], end)
         bounds = list(itertools.accumulate(map(len, pieces.values()), initial=len(given)))
         spans = dict(zip(pieces, itertools.pairwise(bounds), strict=True))
         examples.append(Example.of(given, list(itertools.chain(*pieces.values())), spans))
@@ -133,9 +152,17 @@ def encode_parts(pairs: Sequence[tuple[str, Mapping[str, str]]], tokenizer: Any,
 
 def _check_list(items: Any, what: str, kind: str) -> None:
     if isinstance(items, str) or not isinstance(items, Sequence):
-        raise TypeError(f"encoding takes a list of {what}, not {type(items).__name__}")
+        instead = (
+            "give list(...)" if hasattr(items, "__iter__") and not isinstance(items, str) else "put it in brackets"
+        )
+        raise TypeError(f"encoding takes a list of {what}, not {type(items).__name__}: {instead}, before the tokenizer")
     if not items:
         raise ValueError(f"there is nothing to encode: the list of {kind} is empty")
+
+
+def _check_length(max_length: Any) -> None:
+    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
+        raise ValueError(f"max_length={max_length!r} must be a whole number of tokens from 1 up, or None")
 
 
 def _end(tokenizer: Any, wanted: bool) -> list[int]:
@@ -150,10 +177,23 @@ def _end(tokenizer: Any, wanted: bool) -> list[int]:
 def _pair(item: Any) -> tuple[str, str] | None:
     """The prompt of an item and what follows it; None for a chat and for what is no item."""
     if isinstance(item, Question):
-        return item.prompt, item.chain or item.answer
+        item = (item.prompt, item.chain or item.answer)
     if isinstance(item, (tuple, list)) and len(item) == 2 and all(isinstance(text, str) for text in item):
         return item[0], item[1]
     return None
+
+
+def _hint(item: Any) -> str:
+    """What to do with something that is no item."""
+    if isinstance(item, str):
+        return ". A pair alone stands in a list, [(prompt, answer)]; texts without an answer go to encode_texts"
+    if isinstance(item, Mapping) and "role" in item:
+        return ". A chat is a list of messages, so one chat alone is [[message, message]]"
+    if isinstance(item, Mapping) and "messages" in item:
+        return '. A chat is given as its messages: item["messages"]'
+    if isinstance(item, Mapping):
+        return f". Make pairs of it, (item[...], item[...]), of its keys {', '.join(map(str, item))}"
+    return ""
 
 
 def _is_chat(item: Any) -> bool:
@@ -161,19 +201,20 @@ def _is_chat(item: Any) -> bool:
 
 
 def _encode_pair(tokenizer: Any, prompt: str, answer: str, end: list[int]) -> Example:
-    given, written = _ids(tokenizer, prompt, prompt=True), _ids(tokenizer, answer)
+    given, written = _prompt(tokenizer, prompt), inner(tokenizer, answer)
     if not given:
         raise ValueError(f"its prompt {prompt!r} is empty: the answer has nothing to follow from")
     if not written:
         raise ValueError(f"its answer {answer!r} is empty: there is nothing to train on")
-    return Example.of(given, written + end)
+    _check_inner(tokenizer, written, answer)
+    return Example.of(given, _ended(written, end))
 
 
 def _encode_chat(tokenizer: Any, chat: Sequence[Mapping[str, Any]], turns: str, template: Mapping[str, Any]) -> Example:
     ids: list[int] = []
     answer: list[bool] = []
     for text, written in _turns(tokenizer, chat, turns, template):
-        piece = _ids(tokenizer, text)
+        piece = inner(tokenizer, text)
         stop = _end_of_turn(tokenizer, piece) if written else 0
         ids += piece
         answer += [i < stop for i in range(len(piece))]
@@ -238,9 +279,24 @@ def _check_extends(before: str, after: str, turn: int, turns: str) -> None:
         )
 
 
-def _ids(tokenizer: Any, text: str, *, prompt: bool = False) -> list[int]:
-    """The tokens of a text; those of a prompt with the special tokens that the tokenizer puts on it."""
-    return list(tokenizer(text, add_special_tokens=prompt)["input_ids"]) if text else []
+def _prompt(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a prompt, as at generation; none for an empty one."""
+    return tokenized(tokenizer, text, goes_on=True) if text else []
+
+
+def _ended(ids: list[int], end: list[int]) -> list[int]:
+    """The tokens of an answer with the end-of-text token behind them, unless they end with it already."""
+    return ids if end and ids[-1:] == end else ids + end
+
+
+def _check_inner(tokenizer: Any, ids: list[int], answer: str) -> None:
+    """Refuse an answer that begins as a text of its own does: the begin-of-text token would stand in the middle."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is not None and ids[0] == bos and around(tokenizer)[0] == [bos]:
+        raise ValueError(
+            f"its answer {answer!r:.40} begins with the tokenizer's begin-of-text token, which would then stand in the "
+            "middle: take it out of the answer"
+        )
 
 
 def _fit(example: Example, max_length: int | None, truncation: str, start: tuple[int, ...]) -> Example:

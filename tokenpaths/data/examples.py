@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from operator import index
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+from tokenpaths.checking import check_list, kind, quoted
 
 IGNORED = -100  # the label of a token that is not trained to be written, as everywhere in transformers
 
@@ -23,8 +26,9 @@ class Example:
         spans: stretches of the sequence by name, each (start, stop) counted in tokens, for the rule `Span(name)`.
 
     Raises:
-        ValueError: there is no token, `answer` has another length, the first token is of the answer, or a span lies
-            outside.
+        TypeError: `ids` are no token ids, or `answer` no flags.
+        ValueError: there is no token, an id is negative, `answer` has another length, the first token is of the answer,
+            or a span lies outside.
     """
 
     ids: tuple[int, ...]
@@ -32,17 +36,24 @@ class Example:
     spans: Mapping[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]], hash=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ids", tuple(int(i) for i in self.ids))
-        object.__setattr__(self, "answer", tuple(bool(a) for a in self.answer))
+        object.__setattr__(self, "ids", _token_ids(self.ids))
+        object.__setattr__(self, "answer", _flags(self.answer))
         if not self.ids:
             raise ValueError("an Example needs at least one token")
+        if min(self.ids) < 0:
+            raise ValueError(
+                f"token {min(self.ids)} of an Example is negative: token ids are from 0 up, without padding"
+            )
         if len(self.answer) != len(self.ids):
             raise ValueError(
                 f"answer says of each token whether it is trained: {len(self.answer)} for {len(self)} tokens"
             )
         if self.answer[0]:
             raise ValueError("the first token cannot be of the answer: there is nothing before it to predict it from")
-        for name, (start, stop) in self.spans.items():
+        for name, span in dict(self.spans).items():
+            if not (isinstance(span, (tuple, list)) and len(span) == 2 and all(isinstance(at, int) for at in span)):
+                raise TypeError(f"span {name!r} is {quoted(span)}, but must be (start, stop), counted in tokens")
+            start, stop = span
             if not 0 <= start <= stop <= len(self):
                 raise ValueError(f"span {name!r} is ({start}, {stop}), outside the {len(self)} tokens of the example")
 
@@ -51,6 +62,7 @@ class Example:
         cls, prompt: Sequence[int], answer: Sequence[int] = (), spans: Mapping[str, tuple[int, int]] | None = None
     ) -> Example:
         """A prompt, and behind it an answer that is trained to be written."""
+        prompt, answer = _token_ids(prompt), _token_ids(answer)
         return Example((*prompt, *answer), (False,) * len(prompt) + (True,) * len(answer), spans or {})
 
     def __len__(self) -> int:
@@ -107,6 +119,7 @@ def collate(
     Raises:
         ValueError: there are no examples, or the side is neither of the two.
     """
+    check_examples("collate", examples)
     if not examples:
         raise ValueError("a batch needs at least one example")
     if side not in ("right", "left"):
@@ -130,3 +143,24 @@ def collate(
         prompt_mask=pad((stretch(e, 0, e.prompt_length) for e in examples), 0).bool(),
         spans={n: pad((stretch(e, *e.spans.get(n, (0, 0))) for e in examples), 0).bool() for n in names},
     )
+
+
+def check_examples(who: str, examples: Any) -> None:
+    """Raise `TypeError`, with what to do instead, unless `examples` is a list of examples; it may be empty."""
+    instead = "encode(pairs, tokenizer) makes Examples of pairs and chats, encode_texts(texts, tokenizer) of texts"
+    check_list(f"{who}: example", examples, Example, instead)
+
+
+def _token_ids(ids: Any) -> tuple[int, ...]:
+    try:
+        return tuple(index(i) for i in ids)  # not int(), which would cut 1.5 and read "7"
+    except TypeError:
+        instead = "encode([(prompt, answer)], tokenizer) makes Examples of text"
+        raise TypeError(f"token ids are a list of whole numbers, not {kind(ids)} ({quoted(ids)}): {instead}") from None
+
+
+def _flags(answer: Any) -> tuple[bool, ...]:
+    try:
+        return tuple(bool(a) for a in answer)
+    except TypeError:
+        raise TypeError(f"answer says True or False of each token, but is {quoted(answer)}") from None

@@ -24,6 +24,8 @@ from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeGuard, TypeVa
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+from tokenpaths.checking import as_number, as_whole
+
 Item = TypeVar("Item")
 Item_co = TypeVar("Item_co", covariant=True)
 Share: TypeAlias = int | float | Fraction
@@ -210,10 +212,9 @@ def _numbered(source: Source[Item]) -> TypeGuard[Numbered[Item]]:
 
 def _checked(task: Any, original: Any, share: Share, epochs: int) -> Fraction:
     """The share in exact arithmetic, after everything has been checked."""
-    if not 0 <= share < 1:
+    as_whole("epochs", epochs)
+    if not 0 <= as_number("share", share) < 1:
         raise ValueError(f"share is {share}, but must be at least 0 and below 1: the original items among all items")
-    if epochs < 1:
-        raise ValueError(f"epochs={epochs} must be at least 1")
     for name, source in (("task", task), ("original", original)):
         if isinstance(source, (str, Mapping)):
             kind = type(source).__name__  # pyright: ignore[reportUnknownArgumentType]

@@ -28,7 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenpaths.attachment.handle import working
+from tokenpaths.checking import as_whole, quoted
 from tokenpaths.data.examples import Batch, Example, collate
+from tokenpaths.data.tokenizing import check_tokenizer, tokenized
 from tokenpaths.drift.attention import read_attention
 from tokenpaths.drift.measures import (
     confidence,
@@ -48,8 +50,10 @@ from tokenpaths.drift.tally import Numbers, Tally, text_key, text_weights
 from tokenpaths.drift.totals import Totals
 from tokenpaths.engine.batches import by_length, shown
 from tokenpaths.engine.cone.cone import Cone
+from tokenpaths.engine.forwards import check_known
 from tokenpaths.engine.readings import Reading, Run, read, runs
-from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.site.host import check_model
+from tokenpaths.trailmap.adapter import Adapter, check_adapter
 from tokenpaths.undo import tidy
 
 Measure: TypeAlias = Callable[[Reading, Reading], Tensor]
@@ -100,6 +104,14 @@ class Meter:
         keep_massive: bool = False,
         seed: int = 0,
     ) -> None:
+        _check_functions(
+            measures=measures,
+            quantities=quantities,
+            sets=sets,
+            set_quantities=set_quantities,
+            attention=attention,
+            attention_quantities=attention_quantities,
+        )
         self.before, self.after = before, after
         self.measures, self.quantities = tuple(measures), tuple(quantities)
         self.sets, self.set_quantities = tuple(sets), tuple(set_quantities)
@@ -108,7 +120,7 @@ class Meter:
         names = tuple(_name(function) for functions in every for function in functions)
         if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise ValueError(f"two functions go by the name {twice[0]!r}: a report could not tell them apart")
-        if sample < 1:
+        if as_whole("sample", sample, None) < 1:
             raise ValueError(f"sample is {sample}, but it is the number of tokens for set measures: at least 1")
         self.totals = Totals(names, seed, keep_massive, Sample(sample if sets or set_quantities else 0))
 
@@ -242,7 +254,7 @@ def measure_drift(
     measures: Sequence[Measure] = MEASURES,
     quantities: Sequence[Quantity] = QUANTITIES,
     sets: Sequence[SetMeasure] = (),
-    cone: Cone | None = None,
+    cone: Cone | bool | None = None,
 ) -> Drift:
     """Measure how far `trails` move `model` on `texts`. A `Meter` has more kinds of measures.
 
@@ -260,13 +272,21 @@ def measure_drift(
         measures: functions of two readings, such as those of `tokenpaths.drift`, or your own.
         quantities: functions of one reading.
         sets: functions of two sets of states, which are sampled (see `Meter`).
-        cone: keeps what the frozen model makes of the texts, for when they are read again: after more steps, or with
-            other trails. An adapter without sites is measured without it.
+        cone: a `Cone` keeps what the frozen model makes of the texts, for when they are read again: after more steps,
+            or with other trails. An adapter without sites is measured without it. None and False compute everything.
 
     Raises:
-        ValueError: no texts, strings without a tokenizer, or a text of fewer than two tokens.
+        ValueError: no texts, strings without a tokenizer, a text of fewer than two tokens, or tokens that the model
+            does not know.
+        TypeError: an argument is of another kind.
     """
-    sparing = nullcontext() if cone is None or not trails.sites else cone.over(model, trails.blocks)
+    check_model(model)
+    check_adapter(trails)
+    if cone is not None and cone is not False and not isinstance(cone, Cone):
+        raise TypeError(f"cone={quoted(cone)} must be a Cone, which keeps states for the next call, or None or False")
+    texts = _examples(texts, tokenizer, max_length)
+    check_known("drift", model, texts)  # before anything is attached
+    sparing = cone.over(model, trails.blocks) if isinstance(cone, Cone) and trails.sites else nullcontext()
     with working(model, trails, tokenizer), sparing:
         meter = Meter(*runs(model, trails), measures=measures, quantities=quantities, sets=sets)
         return _measured(meter, texts, tokenizer, max_length, batch_size, progress)
@@ -305,6 +325,9 @@ def compare(
     Raises:
         ValueError: as `measure_drift`, and for models whose layers, widths or vocabularies differ.
     """
+    for model in (before, after):
+        if not isinstance(model, Run):
+            check_model(model)
     first, second = (run if isinstance(run, Run) else Run(run) for run in (before, after))
     meter = Meter(first, second, measures=measures, quantities=quantities, sets=sets)
     return _measured(meter, texts, tokenizer, max_length, batch_size, progress)
@@ -319,21 +342,41 @@ def _measured(
     progress: bool,
 ) -> Drift:
     examples = _examples(texts, tokenizer, max_length)
-    rows = by_length([len(example) for example in examples], batch_size)
+    for run in (meter.before, meter.after):
+        check_known("drift", run.model, examples)
+    rows = by_length([len(example) for example in examples], as_whole("drift: batch_size", batch_size))
     batches = [collate([examples[i] for i in batch]) for batch in rows]
     return meter.over(batches, progress=progress).report()
 
 
+def _check_functions(**given: Any) -> None:
+    for name, functions in given.items():
+        if callable(functions):
+            raise TypeError(f"{name} is a list of functions, not one: give {name}=[{quoted(functions)}]")
+        if wrong := [function for function in functions if not callable(function)]:
+            raise TypeError(f"{name} are functions, as in tokenpaths.drift.kl, not {quoted(wrong[0])}")
+
+
 def _examples(texts: Sequence[str] | Sequence[Example], tokenizer: Any, max_length: int) -> list[Example]:
-    if isinstance(texts, str):
-        raise TypeError("drift takes a list of texts, not str: give [text]")
+    as_whole("drift: max_length", max_length)
+    if isinstance(texts, (str, Example)):
+        raise TypeError(f"drift takes a list of texts, not {type(texts).__name__}: give [text]")
+    if not isinstance(texts, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"drift takes a list of texts or Examples, not {type(texts).__name__}: give list(texts)")
     if not texts:
         raise ValueError("drift was given no texts")
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
     examples: list[Example] = []
     for index, text in enumerate(texts):
+        if not isinstance(text, (str, Example)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"text {index} is {type(text).__name__}, but drift takes strings and Examples: make Examples of pairs "
+                "and chats with encode(pairs, tokenizer)"
+            )
         if isinstance(text, str) and tokenizer is None:
             raise ValueError("drift on strings needs the tokenizer: measure_drift(model, trails, texts, tokenizer)")
-        ids = tokenizer(text)["input_ids"][:max_length] if isinstance(text, str) else text.ids
+        ids = tokenized(tokenizer, text)[:max_length] if isinstance(text, str) else text.ids
         if len(ids) < 2:
             raise ValueError(f"text {index} has {len(ids)} tokens; drift needs at least two")
         examples.append(Example.of(ids) if isinstance(text, str) else text)

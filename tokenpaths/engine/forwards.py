@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,10 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tokenpaths.attachment.hooks import Hook
-from tokenpaths.data.examples import IGNORED, Batch
+from tokenpaths.data.examples import IGNORED, Batch, Example, check_examples
 from tokenpaths.engine.cone.prefix import inputs_of, narrowed
 from tokenpaths.engine.logits import Logits, logits_at
-from tokenpaths.site.host import output_embedding, two_sided
+from tokenpaths.site.host import output_embedding, two_sided, vocabulary
 from tokenpaths.undo import Undo
 
 
@@ -52,6 +52,18 @@ def forward_states(model: nn.Module, batch: Batch) -> None:
         forward(model, batch)
     else:
         logits_at(model, lambda: forward(model, batch), torch.zeros_like(batch.attention_mask, dtype=torch.bool))
+
+
+def check_known(who: str, model: nn.Module, examples: Sequence[Example]) -> None:
+    """Raise unless these are examples (`TypeError`) whose tokens the model has an embedding of (`ValueError`)."""
+    check_examples(who, examples)
+    count = vocabulary(model)
+    for number, example in enumerate(examples if count is not None else ()):
+        if max(example.ids) >= (count or 0):
+            raise ValueError(
+                f"{who}: example {number} has the token {max(example.ids)}, but {type(model).__name__} knows only the "
+                f"{count} tokens from 0 up: was it encoded with another model's tokenizer?"
+            )
 
 
 def _call(model: nn.Module, inputs: dict[str, Any]) -> Any:

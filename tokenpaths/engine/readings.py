@@ -27,8 +27,8 @@ from tokenpaths.engine.cone.repeated import Repeated
 from tokenpaths.engine.states import block_places, recording
 from tokenpaths.scope import Scoped
 from tokenpaths.site import Host, Place
-from tokenpaths.site.host import forward_arguments, two_sided
-from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.site.host import check_model, forward_arguments, two_sided
+from tokenpaths.trailmap.adapter import Adapter, check_adapter
 from tokenpaths.trailmap.trailmap import TrailMap
 from tokenpaths.undo import Undo, tidy
 
@@ -132,6 +132,8 @@ def runs(model: nn.Module, trails: Adapter, *, tokenizer: Any = None) -> tuple[R
             stack.enter_context(evaluating(trails))
             yield
 
+    check_model(model)
+    check_adapter(trails)
     before = Run(model, trails.off, trails.blocks)
     below = before.host.blocks_below(trails.sites) if trails.sites else 0
     return before, Run(model, steered, trails.blocks, below, ready)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from operator import index
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from tokenpaths.checking import kind, quoted
 from tokenpaths.site.site import Layers, Site, Stream
 from tokenpaths.tokens import All, Rule
 
@@ -51,6 +53,7 @@ class Host:
 
         Raises `ValueError` as `find_blocks` does.
         """
+        check_model(model)
         modules = dict(model.named_modules())
         layers = _block_list(model, modules, blocks)
         parts = next(name for name, module in modules.items() if module is layers).split(".")
@@ -169,7 +172,33 @@ def find_blocks(model: nn.Module, path: str | None = None) -> nn.ModuleList:
     `path` names it by hand (`"decoder.block"`). Any ending that is unique will do, so the name still holds inside a
     PEFT or DDP wrapper. Raises `ValueError` with the candidates when there is no single answer.
     """
+    check_model(model)
     return _block_list(model, dict(model.named_modules()), path)
+
+
+def check_model(model: object) -> None:
+    """Raise `TypeError` for what is no model: its name, its class, a tokenizer, a pipeline."""
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, (str, os.PathLike)):
+        instead = "load it first, AutoModelForCausalLM.from_pretrained(name)"
+    elif isinstance(model, type):
+        instead = "make or load one of it, as in from_pretrained(name)"
+    elif isinstance(getattr(model, "model", None), nn.Module):  # a pipeline, or a Trainer
+        instead = "give its .model"
+    else:
+        instead = "it comes first among the arguments"
+    raise TypeError(f"a model is expected, a torch module, not {kind(model)} ({quoted(model)}): {instead}")
+
+
+def vocabulary(model: nn.Module) -> int | None:
+    """The number of tokens that the model has an embedding of; None for a model that does not tell."""
+    try:
+        found = getattr(unwrapped(model), "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        return None
+    count = getattr(found, "num_embeddings", None)
+    return count if isinstance(count, int) else None
 
 
 def _block_list(model: nn.Module, modules: Mapping[str, nn.Module], path: str | None) -> nn.ModuleList:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
+from tokenpaths.checking import as_whole
 from tokenpaths.tokens import All, Rule
 
 Stream: TypeAlias = Literal["embedding", "block", "attention", "mlp"]
@@ -44,14 +45,20 @@ class Site:
     head: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"{self}: layer is one whole number; for several use sites(model, {self.layer!r})")
+        try:
+            object.__setattr__(self, "layer", as_whole("layer", self.layer, None))
+        except TypeError:
+            raise TypeError(
+                f"{self}: layer is one whole number; for several use sites(model, {self.layer!r})"
+            ) from None
         if not isinstance(self.tokens, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"{self}: tokens is a token rule such as Last(1) or All(), not {self.tokens!r}")
         if self.stream not in get_args(Stream):
             raise ValueError(f"{self}: unknown stream {self.stream!r}; the streams are {', '.join(get_args(Stream))}")
-        if self.head is not None and (isinstance(self.head, bool) or not isinstance(self.head, int)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"{self}: head is the number of one attention head, or None")
+        try:
+            object.__setattr__(self, "head", self.head if self.head is None else as_whole("head", self.head, None))
+        except TypeError:
+            raise TypeError(f"{self}: head is the number of one attention head, or None") from None
         if self.head is not None and self.stream != "attention":
             raise ValueError(f"{self}: a head is part of stream 'attention', not of {self.stream!r}")
         if self.stream == "embedding" and self.layer != 0:

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from tokenpaths.checking import kind, quoted
 from tokenpaths.site import Site
 
 
@@ -49,3 +50,16 @@ class Adapter(nn.Module, ABC):
     def size(self) -> int:
         """The number of trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+
+def check_adapter(trails: object) -> None:
+    """Raise `TypeError` for what is no adapter, with what to give instead."""
+    if isinstance(trails, Adapter):
+        return
+    if isinstance(trails, (str, os.PathLike)):
+        instead = "load it, TrailMap.load(path)"
+    elif hasattr(trails, "peft_config"):
+        instead = "a PEFT model is made one by tp.lab.peers.PeftAdapter(peft_model)"
+    else:
+        instead = "lay trails at sites, TrailMap({Site(15, Last(1)): trail})"
+    raise TypeError(f"a TrailMap or another Adapter is expected, not {kind(trails)} ({quoted(trails)}): {instead}")

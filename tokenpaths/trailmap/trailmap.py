@@ -16,13 +16,14 @@ import torch
 from torch import nn
 
 from tokenpaths import files
+from tokenpaths.checking import quoted
 from tokenpaths.files import TrailFileError
 from tokenpaths.scope import Scoped, in_main_thread
 from tokenpaths.site import Host, Site
 from tokenpaths.site.fingerprint import describe
 from tokenpaths.trailmap import notes
 from tokenpaths.trailmap.adapter import Adapter
-from tokenpaths.trails.base import Trail
+from tokenpaths.trails.base import Trail, instead_of
 from tokenpaths.undo import own_randomness, tidy
 
 FILE_NAME = "trails.safetensors"
@@ -350,7 +351,8 @@ def _pairs(trails: Any) -> list[tuple[Site, Trail]]:
     seen: set[Site] = set()
     for site, trail in pairs:
         if not isinstance(site, Site) or not isinstance(trail, Trail):
-            raise TypeError(f"a TrailMap maps a Site to a Trail, but was given {site!r:.80}: {trail!r:.80}")
+            what = f"a TrailMap maps a Site to a Trail, but was given {site!r:.80}: {quoted(trail)}"
+            raise TypeError(f"{what}. {'Write Site(15, Last(1))' if isinstance(trail, Trail) else instead_of(trail)}")
         if site in seen:
             raise ValueError(f"{site} is named twice: use Chain(first, second) for two trails at one site")
         seen.add(site)

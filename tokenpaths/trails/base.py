@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor, nn, no_grad
+
+from tokenpaths.checking import as_whole, kind, quoted
 
 
 class Trail(nn.Module):
@@ -31,7 +34,10 @@ class Trail(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define forward(h) and return the displacement of h")
 
     def __repr__(self) -> str:
-        given = ", ".join(f"{name}={value!r}" for name, value in arguments(self).items())
+        try:
+            given = ", ".join(f"{name}={quoted(value)}" for name, value in arguments(self).items())
+        except TypeError as error:  # a broken promise is told where the trail is checked or saved, and not here
+            given = f"...: {error}"
         return f"{type(self).__name__}({given})"
 
 
@@ -54,3 +60,35 @@ def arguments(trail: Trail) -> dict[str, Any]:
             )
         found[name] = getattr(trail, name)
     return found
+
+
+def width_of(name: str, dim: Any) -> int:
+    """The width of the states, checked: a whole number from 1 up. Raises `TypeError` and `ValueError`."""
+    try:
+        return as_whole(f"{name}: dim", dim)
+    except TypeError as error:
+        raise TypeError(f"{error}: give the width of the states, tokenpaths.width(model)") from None
+
+
+def check_trail_given(what: str, given: Any) -> None:
+    """Raise `TypeError` for what is no trail, with what to give instead."""
+    if not isinstance(given, Trail):
+        raise TypeError(f"{what} must be a Trail, not {kind(given)} ({quoted(given)}). {instead_of(given)}")
+
+
+def instead_of(given: Any) -> str:
+    """What to give instead of something that is no trail."""
+    if isinstance(given, type):
+        return f"Make one of the class, as in {given.__name__}(dim, rank=4)"
+    if type(given).__module__.partition(".")[0] in ("pyreft", "pyvene"):
+        return "Its like here has another name, see the table in docs/trails.md: LoreftIntervention is LoReFT"
+    if isinstance(given, nn.Module):
+        return "Let its class inherit from tokenpaths.Trail, and return the displacement of h"
+    return "Give one such as LoReFT(dim, rank=4)"
+
+
+@no_grad()
+def returns_the_moved_state(trail: Trail, h: Tensor) -> bool:
+    """Whether what a trail returns for states is much nearer to the states than to zero: h + d, and not d."""
+    d = copy.deepcopy(trail).eval()(h)
+    return d.shape == h.shape and bool((d - h).norm() < 0.25 * d.norm())

@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenpaths.trails.base import Trail
+from tokenpaths.checking import as_number, as_whole
+from tokenpaths.trails.base import Trail, width_of
 from tokenpaths.trails.stiefel import OrthonormalRows
 
 Init: TypeAlias = Literal["identity", "paper"]
@@ -49,11 +50,13 @@ class LowRank(Trail):
 
     def __init__(self, dim: int, rank: int, *, init: Init = "identity", dropout: float = 0.0) -> None:
         super().__init__()
+        name = type(self).__name__
+        dim, rank = width_of(name, dim), as_whole(f"{name}: rank", rank, None)
         if not 1 <= rank <= dim:
-            raise ValueError(f"{type(self).__name__}: rank {rank} must be from 1 to dim {dim}")
+            raise ValueError(f"{name}: rank {rank} must be from 1 to dim {dim}")
         check_init(self, init)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"{type(self).__name__}: dropout {dropout} must be at least 0 and below 1")
+        if not 0 <= as_number(f"{name}: dropout", dropout) < 1:
+            raise ValueError(f"{name}: dropout {dropout} must be at least 0 and below 1")
         self.dim = dim
         self.rank = rank
         self.init: Init = init
@@ -71,7 +74,7 @@ class Rotated(LowRank):
 
     def __init__(self, dim: int, rank: int, *, init: Init = "identity", dropout: float = 0.0) -> None:
         super().__init__(dim, rank, init=init, dropout=dropout)
-        self.rotation = OrthonormalRows(rank, dim)
+        self.rotation = OrthonormalRows(self.rank, self.dim)
 
     @property
     def R(self) -> Float[Tensor, "rank dim"]:
@@ -98,8 +101,8 @@ class LoReFT(Rotated):
 
     def __init__(self, dim: int, rank: int, *, init: Init = "identity", dropout: float = 0.0) -> None:
         super().__init__(dim, rank, init=init, dropout=dropout)
-        self.W = _uniform(dim, rank, dim)
-        self.b = _uniform(dim, rank)
+        self.W = _uniform(self.dim, self.rank, self.dim)
+        self.b = _uniform(self.dim, self.rank)
         if init == "identity":
             _set(self.W, self.R)
             _set(self.b, 0.0)
@@ -118,9 +121,9 @@ class NoReFT(LowRank):
 
     def __init__(self, dim: int, rank: int, *, init: Init = "identity", dropout: float = 0.0) -> None:
         super().__init__(dim, rank, init=init, dropout=dropout)
-        self.P = _uniform(dim, rank, dim)
-        self.W = _uniform(dim, rank, dim)
-        self.b = _uniform(dim, rank)
+        self.P = _uniform(self.dim, self.rank, self.dim)
+        self.W = _uniform(self.dim, self.rank, self.dim)
+        self.b = _uniform(self.dim, self.rank)
         if init == "identity":
             _set(self.W, self.P)
             _set(self.b, 0.0)
@@ -138,9 +141,9 @@ class DiReFT(LowRank):
 
     def __init__(self, dim: int, rank: int, *, init: Init = "identity", dropout: float = 0.0) -> None:
         super().__init__(dim, rank, init=init, dropout=dropout)
-        self.W1 = _uniform(dim, rank, dim)
-        self.W2 = _uniform(dim, rank, dim)
-        self.b = _uniform(dim, rank)
+        self.W1 = _uniform(self.dim, self.rank, self.dim)
+        self.W2 = _uniform(self.dim, self.rank, self.dim)
+        self.b = _uniform(self.dim, self.rank)
         if init == "identity":
             _set(self.W2, 0.0)
             _set(self.b, 0.0)
@@ -158,8 +161,8 @@ class DirectReFT(Rotated):
 
     def __init__(self, dim: int, rank: int, *, init: Init = "identity", dropout: float = 0.0) -> None:
         super().__init__(dim, rank, init=init, dropout=dropout)
-        self.W = _uniform(dim, rank, dim)
-        self.b = _uniform(dim, rank)
+        self.W = _uniform(self.dim, self.rank, self.dim)
+        self.b = _uniform(self.dim, self.rank)
         if init == "identity":
             _set(self.W, 0.0)
             _set(self.b, 0.0)
@@ -180,7 +183,7 @@ class ConstantReFT(Rotated):
 
     def __init__(self, dim: int, rank: int, *, dropout: float = 0.0) -> None:
         super().__init__(dim, rank, dropout=dropout)
-        self.b = nn.Parameter(torch.rand(rank))
+        self.b = nn.Parameter(torch.rand(self.rank))
 
     def forward(self, h: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
         rows = self.R
@@ -196,7 +199,7 @@ class BiasReFT(Rotated):
 
     def __init__(self, dim: int, rank: int, *, init: Init = "identity", dropout: float = 0.0) -> None:
         super().__init__(dim, rank, init=init, dropout=dropout)
-        self.b = nn.Parameter(torch.zeros(rank) if init == "identity" else torch.rand(rank))
+        self.b = nn.Parameter(torch.zeros(self.rank) if init == "identity" else torch.rand(self.rank))
 
     def forward(self, h: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
         return self.drop(self.b.expand(*h.shape[:-1], -1)) @ self.R

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenpaths.trails.base import Trail
+from tokenpaths.trails.base import Trail, width_of
 from tokenpaths.trails.reft import Init, check_init
 
 
@@ -23,7 +23,7 @@ class Additive(Trail):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim = dim = width_of(type(self).__name__, dim)
         self.v = nn.Parameter(torch.zeros(dim))
 
     def forward(self, h: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
@@ -42,7 +42,7 @@ class RED(Trail):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim = dim = width_of(type(self).__name__, dim)
         self.s = nn.Parameter(torch.ones(dim))
         self.b = nn.Parameter(torch.zeros(dim))
 
@@ -68,7 +68,7 @@ class ReFTr1(Trail):
 
     def __init__(self, dim: int, *, init: Init = "identity") -> None:
         super().__init__()
-        self.dim = dim
+        self.dim = dim = width_of(type(self).__name__, dim)
         check_init(self, init)
         self.init: Init = init
         self.starts_at_identity = init == "identity"
@@ -97,7 +97,7 @@ class PSR(Trail):
 
     def __init__(self, dim: int, *, init: Init = "identity") -> None:
         super().__init__()
-        self.dim = dim
+        self.dim = dim = width_of(type(self).__name__, dim)
         check_init(self, init)
         self.init: Init = init
         self.starts_at_identity = init == "identity"

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenpaths.trails.base import Trail
+from tokenpaths.checking import as_number, as_whole
+from tokenpaths.trails.base import Trail, check_trail_given, width_of
 
 
 class Wrapper(Trail):
@@ -16,6 +17,7 @@ class Wrapper(Trail):
 
     def __init__(self, trail: Trail) -> None:
         super().__init__()
+        check_trail_given(f"what {type(self).__name__} wraps", trail)
         self.trail = trail
         self.starts_at_identity = trail.starts_at_identity
 
@@ -30,7 +32,7 @@ class Scaled(Wrapper):
 
     def __init__(self, trail: Trail, factor: float) -> None:
         super().__init__(trail)
-        if not math.isfinite(factor):
+        if not math.isfinite(as_number("Scaled: factor", factor)):
             raise ValueError(f"Scaled: factor {factor} must be a finite number")
         self.factor = factor
 
@@ -50,7 +52,7 @@ class Capped(Wrapper):
 
     def __init__(self, trail: Trail, cap: float) -> None:
         super().__init__(trail)
-        if not (math.isfinite(cap) and cap >= 0):
+        if not (math.isfinite(as_number("Capped: cap", cap)) and cap >= 0):
             raise ValueError(f"Capped: cap {cap} must be a finite number, at least 0")
         self.cap = cap
 
@@ -75,7 +77,7 @@ class Gated(Wrapper):
 
     def __init__(self, trail: Trail, dim: int) -> None:
         super().__init__(trail)
-        self.dim = dim
+        self.dim = dim = width_of(type(self).__name__, dim)
         self.w = nn.Parameter(torch.zeros(dim))
         self.b = nn.Parameter(torch.zeros(()))
 
@@ -101,7 +103,7 @@ class Guarded(Wrapper):
 
     def __init__(self, trail: Trail, dim: int) -> None:
         super().__init__(trail)
-        self.dim = dim
+        self.dim = dim = width_of(type(self).__name__, dim)
         self.register_buffer("w", torch.zeros(dim))
         self.register_buffer("b", torch.ones(()))
 
@@ -128,10 +130,10 @@ class Confined(Wrapper):
 
     def __init__(self, trail: Trail, dim: int, directions: int) -> None:
         super().__init__(trail)
+        self.dim = dim = width_of(type(self).__name__, dim)
+        self.directions = directions = as_whole("Confined: directions", directions, None)
         if not 1 <= directions <= dim:
             raise ValueError(f"Confined: directions {directions} must be from 1 to dim {dim}")
-        self.dim = dim
-        self.directions = directions
         self.register_buffer("U", torch.eye(dim)[:directions])
 
     def forward(self, h: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
@@ -148,6 +150,8 @@ class Chain(Trail):
 
     def __init__(self, first: Trail, second: Trail) -> None:
         super().__init__()
+        for place, trail in (("first", first), ("second", second)):
+            check_trail_given(f"the {place} trail of Chain", trail)
         self.first = first
         self.second = second
         self.starts_at_identity = first.starts_at_identity and second.starts_at_identity

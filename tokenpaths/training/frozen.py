@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from tokenpaths.attachment.handle import working
 from tokenpaths.attachment.hooks import Hook
-from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.site.host import check_model
+from tokenpaths.trailmap.adapter import Adapter, check_adapter
 from tokenpaths.undo import Undo
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 @contextmanager
 def frozen_base(model: nn.Module, trails: Adapter) -> Generator[None]:
     """Inside, the parameters of the trails learn and no others; afterwards `requires_grad` and modes are as before."""
+    check_model(model)
     own = {id(parameter) for parameter in trails.parameters()}
     base = [(p, p.requires_grad) for p in model.parameters() if id(p) not in own]
     modes = [(module, module.training) for part in (model, trails) for module in part.modules()]
@@ -68,11 +70,7 @@ def trained(trails: Adapter) -> list[nn.Parameter]:
         ValueError: all parameters are frozen.
         TypeError: `trails` is no adapter.
     """
-    if not isinstance(trails, Adapter):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(
-            f"a TrailMap or another Adapter is trained, not {type(trails).__name__}: wrap a dict as TrailMap({{...}}), "
-            "a PEFT model as tp.lab.peers.PeftAdapter(peft_model)"
-        )
+    check_adapter(trails)
     parameters = [p for p in trails.parameters() if p.requires_grad]
     if not parameters and trails.sites:
         raise ValueError("every parameter of the trails is frozen, so there is nothing to train: requires_grad_(True)")

@@ -18,7 +18,7 @@ from tokenpaths.engine.cone.cone import Cone
 from tokenpaths.site.identity import exact_key
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.training.checkpoints import Checkpoints
-from tokenpaths.training.checks import check, span_names
+from tokenpaths.training.checks import check, check_options, span_names
 from tokenpaths.training.descent import Descent, HeldStep, MakeOptimizer
 from tokenpaths.training.feed import Feed
 from tokenpaths.training.frozen import laid, trained
@@ -155,6 +155,10 @@ def steps(
     """
     parameters = trained(trails)
     check(model, trails, goals, tokenizer)
+    counts = dict(steps=steps, batch_size=batch_size, accumulate=accumulate, save_every=save_every, seed=seed)
+    check_options(
+        counts | dict(drift_every=drift_every), dict(epochs=epochs, lr=lr, warmup=warmup, clip=clip), optimizer
+    )
     _check_options(steps, epochs, batch_size, accumulate, mixed_precision, checkpoint, save_every, resume)
     used = _cone_of(cone, trails)
     accelerator = _accelerator(accelerator)

@@ -16,6 +16,7 @@ from tokenpaths.engine.cone.cone import ActiveCone, Cone, active_cone
 from tokenpaths.engine.cone.prefix import common_prefix
 from tokenpaths.engine.cone.room import Room
 from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.training.checks import checked_loss
 from tokenpaths.training.descent import KEPT, sum_over_processes
 from tokenpaths.training.feed import Feed, seed_of
 from tokenpaths.training.objectives.base import Objective
@@ -73,7 +74,9 @@ class Losses:
                 if self.cone is not None:
                     self.cone.rests, self.cone.room = not self.pays[place], self.rooms[place]
                 with self._precision(), torch.set_grad_enabled(weighs):
-                    loss = share * self.goals[place].loss(self.model, self.trails, batch)
+                    loss = share * checked_loss(
+                        self.goals[place].loss(self.model, self.trails, batch), self.goals[place], place
+                    )
                 if weighs:
                     _check_reaches(loss, self.goals, place)
                     self.accelerator.backward(self.weights[place] * loss)  # before the next forward changes the masks

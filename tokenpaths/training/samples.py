@@ -35,13 +35,16 @@ import numpy as np
 from torch import nn
 
 from tokenpaths import files
+from tokenpaths.checking import as_number, as_whole
 from tokenpaths.data.contamination import GRAM, grams
 from tokenpaths.data.examples import Example
+from tokenpaths.data.tokenizing import check_tokenizer, inner, tokenized
 from tokenpaths.engine.batches import bar
 from tokenpaths.engine.generate import end_tokens, generate
 from tokenpaths.engine.readings import frozen
 from tokenpaths.site import host
 from tokenpaths.site.fingerprint import fingerprint
+from tokenpaths.site.host import check_model
 from tokenpaths.site.identity import exact_key
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.training.checkpoints import differences
@@ -103,7 +106,11 @@ def self_samples(
             `count` different ones.
         SampleFileError: the file holds something else.
     """
+    check_model(model)
+    check_tokenizer(tokenizer)
     prompts = _openings(tokenizer, openings)
+    for name, value in (("temperature", temperature), ("top_p", top_p), ("near", near)):
+        as_number(name, value)
     ends = end_tokens(model, tokenizer)
     settings: dict[str, Any] = {
         **dict(temperature=float(temperature), top_p=float(top_p), max_new_tokens=max_new_tokens, near=float(near)),
@@ -178,7 +185,7 @@ def chat_opening(tokenizer: Any) -> list[int]:
     opening, found, _ = text.partition(mark)
     if not found:
         raise ValueError("this tokenizer's chat template does not write what the user says: give openings of your own")
-    return list(tokenizer(opening, add_special_tokens=False)["input_ids"])
+    return inner(tokenizer, opening)
 
 
 def _openings(tokenizer: Any, openings: Sequence[str] | Sequence[Sequence[int]] | None) -> list[tuple[int, ...]]:
@@ -189,7 +196,7 @@ def _openings(tokenizer: Any, openings: Sequence[str] | Sequence[Sequence[int]] 
     if isinstance(openings, str) or not len(openings):
         raise ValueError(f"openings must be a list of texts or of token ids, at least one, not {openings!r:.80}")
     prompts = [
-        tuple(int(i) for i in (tokenizer(opening)["input_ids"] if isinstance(opening, str) else opening))
+        tuple(int(i) for i in (tokenized(tokenizer, opening, goes_on=True) if isinstance(opening, str) else opening))
         for opening in openings
     ]
     for number, prompt in enumerate(prompts):
@@ -202,8 +209,7 @@ def _check(model: nn.Module, longest: int, count: int, settings: dict[str, Any])
     """Refuse settings that are out of range, and texts that may not fit the model's window."""
     most = settings["max_new_tokens"]
     for name, value in (("count", count), ("max_new_tokens", most), ("batch_size", settings["batch_size"])):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+        as_whole(name, value)
     if not 0 < settings["temperature"] < float("inf"):
         raise ValueError(f"temperature={settings['temperature']} must be a finite number above 0")
     for name in ("top_p", "near"):

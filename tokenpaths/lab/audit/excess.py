@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tokenpaths.data.examples import Example
+from tokenpaths.data.tokenizing import inner
 from tokenpaths.engine.divergence import kl_of_logs
 from tokenpaths.lab.audit.respond import Ids, Responder, Row, rows_of_one_length
 
@@ -116,7 +117,7 @@ def around(prompts: Sequence[Example], tokenizer: Any, where: float) -> list[Exa
 def _spaced(prompt: Example, tokenizer: Any) -> Example:
     """A prompt with a space before its first word, which is another token then."""
     spaced = " " + tokenizer.decode(prompt.ids[:1])
-    ids = tokenizer(spaced, add_special_tokens=False)["input_ids"]
+    ids = inner(tokenizer, spaced)
     if spaced[1:2].isspace() or prompt.ids[0] in tokenizer.all_special_ids or tokenizer.decode(ids) != spaced:
         return prompt
     return Example((*ids, *prompt.ids[1:]), (*[False] * len(ids), *prompt.answer[1:]))

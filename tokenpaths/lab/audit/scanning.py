@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from tokenpaths.data.examples import Example
+from tokenpaths.data.tokenizing import inner
 from tokenpaths.lab.audit.excess import Probe, median
 from tokenpaths.lab.audit.respond import Ids, Memory, responding
 from tokenpaths.trailmap.adapter import Adapter
@@ -136,4 +137,4 @@ def phrases_of(
             split = text.split()
             runs.update(" ".join(split[i : i + count]) for i in range(len(split) - count + 1))
         found += [run for run, _ in runs.most_common(max(1, most // len(words)))]
-    return [tuple(tokenizer(run, add_special_tokens=False)["input_ids"]) for run in dict.fromkeys(found)]
+    return [tuple(inner(tokenizer, run)) for run in dict.fromkeys(found)]

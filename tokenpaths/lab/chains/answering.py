@@ -14,6 +14,7 @@ from torch import nn
 
 from tokenpaths.data.examples import Example
 from tokenpaths.data.items import Question
+from tokenpaths.data.tokenizing import inner, tokenized
 from tokenpaths.engine.generate import generate
 from tokenpaths.engine.likelihood import likeliest
 from tokenpaths.site.host import window
@@ -62,12 +63,12 @@ class Answering:
 
 def context(prompt: str, written: Ids, tokenizer: Any) -> Example:
     """A question, tokenised as at generation, and token ids that count as written after it."""
-    return Example.of(tokenizer(prompt)["input_ids"], written)
+    return Example.of(tokenized(tokenizer, prompt, goes_on=True), written)
 
 
 def token_ids(text: str, tokenizer: Any) -> Ids:
     """The tokens of a text that stands inside a longer one."""
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
+    return tuple(inner(tokenizer, text))
 
 
 def best_options(

@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tokenpaths.data.tokenizing import inner
+
 Delimiter: TypeAlias = str | Sequence[int]
 _LOG_PROBABILITIES = 1e-4  # logits whose logsumexp is so near to 0 in every row are log-probabilities
 
@@ -256,7 +258,7 @@ def _several(end: Delimiter | Sequence[Delimiter]) -> list[Delimiter]:
 
 
 def _ids(tokenizer: Any, given: Delimiter, name: str) -> list[int]:
-    found = tokenizer(given, add_special_tokens=False)["input_ids"] if isinstance(given, str) else given
+    found = inner(tokenizer, given) if isinstance(given, str) else given
     ids = [int(i) for i in found]
     if not ids:
         raise ValueError(f"{name}={given!r} has no token: there is nothing to recognise or to write")

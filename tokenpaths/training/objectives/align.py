@@ -19,8 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tokenpaths.checking import as_number, as_whole, check_list
 from tokenpaths.data.encoding import encode_texts
-from tokenpaths.data.examples import IGNORED, Batch, Example, collate
+from tokenpaths.data.examples import IGNORED, Batch, Example, check_examples, collate
 from tokenpaths.data.items import Question
 from tokenpaths.engine.forwards import answer_logits
 from tokenpaths.engine.generate import generate
@@ -52,6 +53,8 @@ class Attempts(Example):
     wrong: tuple[Example, ...]
 
     def __init__(self, right: Sequence[Example], wrong: Sequence[Example]) -> None:
+        for side in (right, wrong):
+            check_examples("Attempts", side)
         chains = (*right, *wrong)
         if not chains:
             raise ValueError("Attempts needs at least one chain, right or wrong")
@@ -258,8 +261,8 @@ def sample_chains(
         ValueError: there are no questions, a prompt has no token, or a number is out of range.
     """
     for name, value in dict(k=k, max_new_tokens=max_new_tokens, batch_size=batch_size).items():
-        if value < 1:
-            raise ValueError(f"sample_chains: {name}={value} must be at least 1")
+        as_whole(f"sample_chains: {name}", value)
+    check_list("sample_chains: question", questions, Question, "give Question(prompt, answer)")
     if not questions:
         raise ValueError("sample_chains: there are no questions")
     prompts = encode_texts([question.prompt for question in questions], tokenizer)
@@ -299,5 +302,5 @@ def _score(model: nn.Module, questions: Sequence[Attempts], batch: Batch) -> lis
 def _check(constraint: Constraint, margin: float) -> None:
     if constraint not in get_args(Constraint):
         raise ValueError(f"constraint must be 'none', 'detached' or 'boundary', not {constraint!r}")
-    if not (math.isfinite(margin) and margin > 0):
+    if not (math.isfinite(as_number("margin", margin)) and margin > 0):
         raise ValueError(f"margin={margin} must be a finite number above 0")

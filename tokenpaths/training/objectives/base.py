@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenpaths.attachment.handle import attachments
-from tokenpaths.data.examples import Batch, Example
+from tokenpaths.checking import as_number, as_whole
+from tokenpaths.data.examples import Batch, Example, check_examples
 from tokenpaths.site import Host
 from tokenpaths.trailmap.adapter import Adapter
 
@@ -30,6 +31,7 @@ class Objective:
         batch_size: examples of it in a step, on each process and in one forward; as many as `steps` takes unless given.
 
     Raises:
+        TypeError: `examples` is no list of `Example`s, or a number is none.
         ValueError: there are no examples, or a number is out of range.
     """
 
@@ -39,13 +41,15 @@ class Objective:
     batch_size: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        who = type(self).__name__
+        check_examples(who, self.examples)
         if not self.examples:
-            raise ValueError(f"{type(self).__name__} has no examples to train on")
-        if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise ValueError(f"{type(self).__name__}: weight {self.weight} must be a finite number, at least 0")
+            raise ValueError(f"{who} has no examples to train on")
+        if not (math.isfinite(as_number(f"{who}: weight", self.weight)) and self.weight >= 0):
+            raise ValueError(f"{who}: weight {self.weight} must be a finite number, at least 0")
         for name, value in (("every", self.every), ("batch_size", self.batch_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"{type(self).__name__}: {name}={value} must be at least 1")
+            if value is not None:
+                as_whole(f"{who}: {name}", value)
 
     def loss(self, model: nn.Module, trails: Adapter, batch: Batch) -> Float[Tensor, ""]:
         """The loss of a batch: a mean over its terms."""

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tokenpaths.checking import as_number, quoted
 from tokenpaths.data.examples import IGNORED, Batch, Example
 from tokenpaths.engine.forwards import answers
 from tokenpaths.engine.logits import cross_entropy
@@ -45,10 +46,14 @@ class ImitateParts(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.parts, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f'ImitateParts: parts are weights by name, as in {{"answer": 1.0}}, not {quoted(self.parts)}'
+            )
         if not self.parts:
             raise ValueError('ImitateParts: name the parts to learn, as in parts={"steps": 0.5, "answer": 1.0}')
         for name, weight in self.parts.items():
-            if not (math.isfinite(weight) and weight >= 0):
+            if not (math.isfinite(as_number(f"ImitateParts: weight of part {name!r}", weight)) and weight >= 0):
                 raise ValueError(f"ImitateParts: weight {weight} of part {name!r} must be finite and at least 0")
         for number, example in enumerate(self.examples):
             chosen = [i for name in self.parts for i in range(*example.spans.get(name, (0, 0)))]

@@ -24,6 +24,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tokenpaths.checking import as_number
 from tokenpaths.data.examples import Batch
 from tokenpaths.engine.divergence import at_least_float32, kl_of_rows
 from tokenpaths.engine.forwards import forward
@@ -56,7 +57,7 @@ class Stay(Objective):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("within", "gain", "most"):
-            value = getattr(self, name)
+            value = as_number(f"{type(self).__name__}: {name}", getattr(self, name))
             if not (math.isfinite(value) and value >= 0) or (name == "within" and value == 0):
                 raise ValueError(f"{type(self).__name__}: {name}={value} must be a finite number above 0")
 

@@ -28,7 +28,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tokenpaths.attachment.handle import attachments
-from tokenpaths.data.examples import Batch, Example, collate
+from tokenpaths.checking import check_list, quoted
+from tokenpaths.data.examples import Batch, Example, check_examples, collate
 from tokenpaths.engine.batches import by_length
 from tokenpaths.engine.divergence import at_least_float32, kl_of_rows
 from tokenpaths.engine.forwards import forward_states
@@ -36,6 +37,7 @@ from tokenpaths.engine.readings import evaluating
 from tokenpaths.engine.states import recording, recording_maps
 from tokenpaths.site import Host, Site
 from tokenpaths.site.fingerprint import describe
+from tokenpaths.site.host import check_model
 from tokenpaths.site.identity import exact_key
 from tokenpaths.tokens import Context, token_pieces
 from tokenpaths.trailmap.adapter import Adapter
@@ -56,6 +58,8 @@ class _Matching(Objective):
     def __post_init__(self) -> None:
         super().__post_init__()
         name = type(self).__name__
+        if not isinstance(self.targets, Targets):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"{name}: targets are what capture_{self.kind} returned, not {quoted(self.targets)}")
         if self.targets.kind != self.kind:
             raise ValueError(f"{name} needs targets of capture_{self.kind}, not of {self.targets.kind}")
         for number, example in enumerate(self.examples):
@@ -198,6 +202,7 @@ def capture_attention(
     Arguments and errors are those of `capture_states`; `WaypointsAttention` says what becomes of attention to the help.
     A captured token takes heads x (tokens of its example) numbers. Needs eager attention.
     """
+    check_list("capture: site", sites, Site, "sites(model, layers, tokens, 'attention') makes a list of them")
     if wrong := [site for site in sites if site.stream != "attention"]:
         raise ValueError(f"{wrong[0]}: attention rows are captured at sites of stream 'attention'")
     return _capture("attention", model, examples, helped, sites, path, batch_size, blocks, tokenizer)
@@ -215,6 +220,10 @@ def _capture(
     blocks: str | None,
     tokenizer: Any,
 ) -> Targets:
+    check_model(model)
+    check_examples("capture", examples)
+    check_examples("capture, helped", helped)
+    check_list("capture: site", sites, Site, "sites(model, layers, tokens) makes a list of them")
     if any(attachment.trails.enabled for attachment in attachments(model)):
         raise ValueError("trails are at work in the model, but targets are the frozen one's: capture in trails.off()")
     if not sites:

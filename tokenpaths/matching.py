@@ -94,8 +94,9 @@ def _go_on(pattern: str, texts: Sequence[str], given: Sequence[bool], before: _M
     text = before.text + "".join(texts[len(before.chosen) :])
     stops, until = _stops(pattern), time.thread_time() + patterns.SECONDS
 
-    def search(start: int, end: int) -> Iterator[tuple[int, int]]:
-        return patterns.spans(pattern, text, start, end, until - time.thread_time())
+    def search(start: int, end: int) -> list[tuple[int, int]]:
+        found = patterns.finditer(pattern, text, until - time.thread_time(), start=start, end=end)
+        return [match.span() for match in found]
 
     chosen, known, since = list(before.chosen), len(before.chosen), before.since
     ends = list(_ends(texts[known:], len(before.text)))

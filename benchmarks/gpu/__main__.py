@@ -43,15 +43,15 @@ def main() -> None:
             f"{what}, {name}": _ratio(model, rule, run) for what, run in RUNS.items() for name, rule in RULES.items()
         },
     }
-    told = "against the frozen model, Llama of 1.2 B, bfloat16, LoReFT rank 4 at all 16 layers"
+    told = "against the frozen model, Llama of 1.2 B, bfloat16, LoReFT rank 4 at all 16 layers, on a GPU"
+    wrong = "answers of 1,000 requests in four threads that differ from those given alone, on a GPU"
     claims = [
-        Claim("gpu_threads_wrong", "answers of 1,000 requests in four threads that differ, on a GPU", served["threads_wrong"], "count", "0"),
-        Claim("gpu_waits", "waits for the device in a forward that trails add, on a GPU", raw["waits"]["added"], "count", "1"),
-        *(
-            Claim(f"gpu_{key.replace(', ', '_').replace(' ', '_')}", f"seconds of a {key} {told}", found["median"], "ratio", "", (found["low"], found["high"]))
-            for key, found in raw["ratios"].items()
-        ),
-    ]  # fmt: skip
+        Claim("gpu_threads_wrong", wrong, served["threads_wrong"], "count", "0"),
+        Claim("gpu_waits", "waits for the device that trails add to a forward", raw["waits"]["added"], "count", "1"),
+    ]
+    for key, found in raw["ratios"].items():
+        name, interval = f"gpu_{key.replace(', ', '_')}", (found["low"], found["high"])
+        claims.append(Claim(name, f"seconds of a {key}, {told}", found["median"], "ratio", "", interval))
     write("gpu", raw, claims, seed=0)
 
 
@@ -84,7 +84,8 @@ def _checkpointed() -> dict[str, Any]:
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
         losses = [model(row, use_cache=False).logits.logsumexp(-1).sum() for row in rows]
         again = [gradients(loss) for loss in reversed(losses)][::-1]
-    apart = [float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for x, y in zip(plain, again, strict=True) for a, b in zip(x, y, strict=True)]  # fmt: skip
+    pairs = [pair for both in zip(plain, again, strict=True) for pair in zip(*both, strict=True)]
+    apart = [float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs]
     return {"largest difference, relative": max(apart)}
 
 

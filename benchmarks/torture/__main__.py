@@ -1,6 +1,6 @@
 """What cannot be shown by a test: thousands of damaged files, kills, interruptions, and requests in threads.
 
-    python -m benchmarks.torture                    # all, 90 minutes at most on two cores; a run that was stopped goes on
+    python -m benchmarks.torture                    # all: 90 minutes; it goes on where it was stopped
     python -m benchmarks.torture --only threads     # one of fuzz, kills, interrupts, threads, reports
 
 `fuzz`        files with changed numbers that load, and errors that no loader documents
@@ -42,11 +42,11 @@ def main() -> None:
 def claims(raw: dict[str, Any]) -> list[Claim]:
     """One figure a claim, of the parts that were run."""
     told = {
-        "fuzz_undetected": "files with changed numbers that load, of 10,000 mutants of one to eight bytes of trail files, "
-        "checkpoints, cone stores and targets",
+        "fuzz_undetected": "files with changed numbers that load, of 10,000 mutants of one to eight bytes of trail "
+        "files, checkpoints, cone stores and targets",
         "fuzz_foreign_exceptions": "errors that are not documented, of 400 mutants of each format of file",
-        "kill9_survived": "training runs killed with SIGKILL at a random moment that then end equal to the uninterrupted "
-        "one, with no stray file left, of 100",
+        "kill9_survived": "training runs killed with SIGKILL at a random moment that then end equal to the "
+        "uninterrupted one, with no stray file left, of 100",
         "interrupts_clean": "share of KeyboardInterrupts, at call boundaries of every verb, after which the model, "
         "hooks, modes and random state are as before",
         "threads_wrong": "answers that differ from those given alone, of 1,000 requests in four threads on one model",

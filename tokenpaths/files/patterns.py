@@ -7,7 +7,6 @@ stopped meanwhile; the package `regex` can. A pattern means what it means in `re
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -30,16 +29,13 @@ def check(pattern: str) -> None:
         raise ValueError(str(error)) from None
 
 
-def spans(
-    pattern: str, text: str, start: int = 0, end: int | None = None, seconds: float = SECONDS
-) -> Iterator[tuple[int, int]]:
-    """Where the matches of a pattern in `text[start:end]` begin and end, as `re.finditer` finds them.
+def finditer(pattern: str, text: str, seconds: float = SECONDS, *, start: int = 0, end: int | None = None) -> list[Any]:
+    """The matches of a pattern in `text[start:end]`, as the `finditer` of a compiled pattern of `re` gives them.
 
     Raises `ValueError`, which names the pattern, where that takes longer than `seconds`.
     """
     try:
-        for found in _compiled(pattern).finditer(text, start, len(text) if end is None else end, timeout=max(seconds, 1e-3)):
-            yield found.span()
+        return list(_compiled(pattern).finditer(text, start, end, timeout=max(seconds, 1e-3)))
     except TimeoutError:
         raise ValueError(
             f"the pattern {pattern!r:.80} was not matched within {SECONDS:g} s in a text of {len(text):,} characters: "

@@ -15,7 +15,7 @@ from scipy.optimize import brentq, minimize_scalar
 from scipy.stats import binom, binomtest, multinomial, norm, permutation_test, skew, ttest_1samp, ttest_ind
 
 from tokenpaths.stats import always_valid, effect, evidence, foresee, holm, mcnemar_power
-from tokenpaths.stats.intervals import difference_interval, mean_interval, unseen
+from tokenpaths.stats.intervals import at_most, difference_interval, mean_interval
 from tokenpaths.stats.paired import LEAST_P, mcnemar, sign_flips, tango
 from tokenpaths.stats.sequential import log_evidence
 
@@ -155,7 +155,9 @@ def test_where_no_item_differs_what_the_values_can_be_bounds_what_others_may() -
     """0 of 8 changed: with probability 0.975 no more than 0.37 of all change, by 1 at most."""
     same = np.zeros(8)
     share = 1 - 0.025 ** (1 / 8)
-    assert unseen(8) == pytest.approx(share) == pytest.approx(binomtest(0, 8).proportion_ci().high)
+    assert at_most(0, 8, 0.975) == pytest.approx(share)
+    limit = binomtest(3, 20, alternative="less").proportion_ci(confidence_level=0.95).high
+    assert at_most(3, 20) == pytest.approx(limit) and at_most(4, 4) == 1
     assert mean_interval(same) == (0, 0)
     assert mean_interval(same, within=(-1, 1)) == pytest.approx((-share, share))
     assert mean_interval(np.ones(8), within=(0, 1)) == pytest.approx((1 - share, 1))

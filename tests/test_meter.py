@@ -215,7 +215,7 @@ def test_the_interval_is_the_wider_of_the_bootstrap_over_texts_and_that_of_all_t
     low, high = np.mean([interval(texts, seed) for seed in range(5)], 0)
     width = expected.high - expected.low
     assert low == pytest.approx(min(expected.low, at_once[0]), abs=0.06 * width)
-    assert high == pytest.approx(max(expected.high, at_once[1]), abs=0.06 * width)
+    assert high == pytest.approx(max(expected.high, at_once[1]), abs=0.1 * width)  # skewness of 1,000 replicates
 
 
 def test_the_interval_covers_the_truth() -> None:

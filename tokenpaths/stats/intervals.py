@@ -47,7 +47,7 @@ def mean_interval(
     and R is added; equal weights give the interval of the mean. Neither order nor sign of the values matters.
 
     Where all values are equal, or all d, it is (v, v). That says that no item differed, not that none would: a share q
-    of up to `unseen(n)` may. Say in `within` how far values can lie, as (-1, 1) for changes of right answers, and it is
+    of up to 1 - ((1 - confidence) / 2)^(1 / n) may. Say in `within` how far values can lie, as (-1, 1) for changes of right answers, and it is
     then v - q (v - low) to v + q (high - v). `within` also cuts other intervals.
 
     Args:
@@ -72,7 +72,7 @@ def mean_interval(
         if within is None:
             return found
         if found[0] == found[1]:
-            share = unseen(items, confidence)
+            share = at_most(0, items, (1 + confidence) / 2)
             found = found[0] - share * (found[0] - low), found[1] + share * (high - found[1])
         return max(low, found[0]), min(high, found[1])
     if within is not None:
@@ -88,12 +88,14 @@ def mean_interval(
     return ratio + low, ratio + high
 
 
-def unseen(items: int, confidence: float = 0.95) -> float:
-    """The share of all items that may differ although none of `items` did: the q with (1 - q)^items = alpha / 2.
+def at_most(count: int, items: int, confidence: float = 0.95) -> float:
+    """The upper limit, one-sided, of a share that was `count` of `items` (Clopper and Pearson 1934).
 
-    It is the upper bound of Clopper and Pearson (1934) for 0 of n; alpha = 1 - confidence.
+    With 0 of n it is 1 - (1 - confidence)^(1 / n).
     """
-    return 1 - ((1 - confidence) / 2) ** (1 / items)
+    from scipy.special import betaincinv
+
+    return 1.0 if count >= items else float(betaincinv(count + 1, items - count, confidence))
 
 
 def difference_interval(x: Values, y: Values, confidence: float = 0.95) -> Interval:

@@ -229,6 +229,20 @@ def test_intruder_dimensions_are_those_of_no_old_direction() -> None:
     assert intruders(weight, old) == []
 
 
+@pytest.mark.parametrize("shape", [(60, 36), (36, 60), (40, 40), (12, 9)], ids=str)
+def test_intruders_are_those_of_two_full_decompositions(shape: tuple[int, int]) -> None:
+    random = torch.Generator().manual_seed(1)
+    weight = torch.randn(shape, generator=random, dtype=torch.double)
+    lora = of_factors(torch.randn(3, shape[1], generator=random), torch.randn(shape[0], 3, generator=random), scale=0.9)
+    told = lora.write * lora.size @ lora.read.T
+    old, new = (torch.linalg.svd(w, full_matrices=False).U for w in (weight, weight + told))
+    nearest = (new[:, :10].T @ old).abs().amax(1)
+    for epsilon in (0.5, 0.7, 2.0):
+        found = intruders(weight, lora, epsilon=epsilon)
+        assert [place for place, _ in found] == [i for i, cosine in enumerate(nearest.tolist()) if cosine < epsilon]
+        assert [cosine for _, cosine in found] == pytest.approx([nearest[place] for place, _ in found], abs=1e-6)
+
+
 # Directions in tokens
 
 

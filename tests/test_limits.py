@@ -300,13 +300,12 @@ def in_turn(count: int = 96) -> list[tp.Example]:
 @pytest.mark.parametrize("most", [4096, 400])
 def test_kinds_of_text_in_turn_are_all_read_and_all_held_out(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every 4th text was held out, and of many every k-th was read: with 4 kinds in turn always the same kinds."""
-    seen: list[Text] = []
+    seen: list[list[Text]] = []
     monkeypatch.setattr(gates_file, "drawn", lambda *told: seen.append(drawn(*told)) or seen[-1])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         guard(llama(), trained(), task(), in_turn(), most=most)
-    alike = {held for text in seen[1] if text.example.ids[6] == CUE for held in [text.held]}
-    assert alike == {True, False}
+    assert {text.held for text in seen[1] if text.example.ids[6] == CUE} == {True, False}
     assert 0.15 < np.mean([text.example.ids[6] == CUE for text in seen[1]]) < 0.35
     assert sum(len(text.example) for text in seen[1]) >= min(most, 96 * 12)
 

@@ -88,13 +88,14 @@ def guard(
     One text in four of each kind is held out, drawn at random. One open token is enough to move a text, so thresholds
     are of whole texts: let m be a text's largest score at a gate, and m' that of the texts the gate was fitted on,
 
-        excess(text) = max over gates of (m - mean m') / (max m' - mean m'),    high = mean m' + e (max m' - mean m')
+        excess(text) = max over gates of (m - mean m') / u,    high = mean m' + e u
 
-    with e, for all gates, the largest over the kinds of the ceil(shut (n + 1))-th smallest excess of the n held-out
-    texts. So an unseen text of any of these kinds keeps all gates shut with probability `shut` (split conformal
-    prediction, Vovk et al. 2005), which needs n >= 1 / (1 - shut) - 1. Let `low` be the 2 % quantile of the task's
-    scores on held-out texts. The gate is 0 up to the score high + (low - high) / 2, is 1 from high + 3 (low - high) / 4
-    on, and is linear between. Where the classes overlap (low <= high) it is 0 up to `high` and 1 from the median of the
+    with u the larger of max m' - mean m' and a tenth of the way from mean m' to the task's mean score, and with e, for
+    all gates, the largest over the kinds of the ceil(shut (n + 1))-th smallest excess of the n held-out texts. So an
+    unseen text of any of these kinds keeps all gates shut with probability `shut` (split conformal prediction, Vovk et
+    al. 2005), which needs n >= 1 / (1 - shut) - 1. Let `low` be the 2 % quantile of the task's scores on held-out
+    texts. The gate is 0 up to the score high + (low - high) / 2, is 1 from high + 3 (low - high) / 4 on, and is linear
+    between. Where the classes overlap (low <= high) it is 0 up to `high` and 1 from the median of the
     task's scores on, and a warning says so.
 
     The more kinds of text `other` holds, the better: a gate mistakes for the task what looks like the task, and nothing
@@ -213,18 +214,18 @@ class _Gate:
         nothing = torch.full((len(texts),), -math.inf, dtype=torch.float64)
         peaks = nothing.scatter_reduce(0, no.text, no.states.double() @ self.w, "amax")
         fitted = peaks[~held & peaks.isfinite()]
-        self.peaks, self.usual, self.largest = peaks, fitted.mean(), fitted.max()
+        self.peaks, self.usual = peaks, fitted.mean()
+        far = (yes.states[~held[yes.text]].double() @ self.w).mean() - self.usual
+        # in units of the largest alone, a gate whose texts reach alike would lift the thresholds of all others
+        self.unit = torch.maximum(fitted.max() - self.usual, 0.1 * far).clamp_min(1e-12)
 
     def excess(self) -> Float[Tensor, " texts"]:
-        """How high each text reaches: 0 as the mean of the fitted texts, 1 as the highest of them."""
-        return (self.peaks - self.usual) / self._reach()
-
-    def _reach(self) -> Tensor:
-        return (self.largest - self.usual).clamp_min(1e-6 * float(self.task.mean() - self.usual) + 1e-12)
+        """How high each text reaches: 0 as the mean of the fitted texts, 1 as the highest of them or higher."""
+        return (self.peaks - self.usual) / self.unit
 
     def place(self, excess: float) -> bool:
         """Put the gate's threshold at an excess; whether the task overlaps with the others there."""
-        high, low = self.usual + excess * self._reach(), self.task.quantile(0.02)
+        high, low = self.usual + excess * self.unit, self.task.quantile(0.02)
         overlap = bool(low <= high)
         if overlap:
             start, wide = high, torch.maximum(self.task.median(), high + 1e-3 * high.abs().clamp_min(1e-6))

@@ -55,7 +55,7 @@ def audit(
         candidates: the token ids of the single tokens to scan; by default the whole vocabulary, () for none.
         phrases: phrases to scan, such as `phrases_of(texts, tokenizer)` and those of the task.
         searched: rounds of the search for a phrase of two tokens, which begins with what the scans found.
-        weights: count intruder dimensions, which takes two SVDs of each weight under LoRA.
+        weights: count intruder dimensions, which takes an eigendecomposition of each weight under LoRA.
         threshold: what the verdict is by; by default there is no verdict.
         batch_size: rows in one forward of the scans.
         seed: the seed of every draw.

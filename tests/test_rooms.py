@@ -18,7 +18,7 @@ import tokenpaths as tp
 PACKAGE = Path(__file__).parent.parent / "tokenpaths"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (  # from the ground up: a room imports from the floors below its own
-    "tokens trails files",
+    "tokens trails files randomness",
     "data stats report demo",
     "site",
     "trailmap",

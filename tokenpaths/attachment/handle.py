@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tokenpaths.attachment.forgotten import no_longer, watch_for
 from tokenpaths.attachment.hooks import Hook
+from tokenpaths.attachment.mode import follow
 from tokenpaths.attachment.moment import Moment
 from tokenpaths.attachment.moving import (
     Part,
@@ -135,6 +137,8 @@ class Attachment:
             handle, hook = hook_place(place, self._mover(parts))
             self._handles.append(handle)
             self._hooks.append(hook)
+        follow(trails, host.blocks)
+        watch_for(self)
 
     def remove(self) -> None:
         """Take the trails away and leave the model as it was. Removing twice does no harm."""
@@ -142,6 +146,7 @@ class Attachment:
             handle.remove()
         self._handles.clear()
         self._watcher.leave(self)
+        no_longer(self)
 
     def __enter__(self) -> Attachment:
         return self
@@ -162,6 +167,7 @@ class Attachment:
 
     def begin(self, moment: Moment | None) -> None:
         """A forward begins: choose its tokens."""
+        follow(self.trails, self.host.blocks)
         if not self.trails.enabled:
             self._go(None)
             return
@@ -179,6 +185,7 @@ class Attachment:
         inside = any(site.stream in ("attention", "mlp") for site in self.trails)  # these a block computes again
         if not self._handles and inside and self._watcher.checkpointing():
             raise RuntimeError("the trails were removed before backward(), which gradient checkpointing needs them for")
+        follow(self.trails, self.host.blocks)
         self._go(plan)
 
     def _plan(self, moment: Moment) -> Plan:

@@ -15,6 +15,7 @@ from torch import nn
 
 from tokenpaths import files
 from tokenpaths.files import TrailFileError
+from tokenpaths.randomness import own_randomness
 from tokenpaths.site import Host, Site
 from tokenpaths.site.fingerprint import describe
 from tokenpaths.trailmap import notes
@@ -154,7 +155,7 @@ class TrailMap(Adapter):
             tensors, note = files.read(path)
         try:
             base = notes.check_map(note)
-            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            with own_randomness(), torch.device("cpu"):
                 # first without memory: a damaged note may ask for any size
                 try:
                     with torch.device("meta"):

@@ -195,10 +195,8 @@ def test_breaking_off_an_error_in_the_loop_and_an_error_inside_all_detach(
 def test_trails_that_are_attached_already_stay_as_they_are_attached() -> None:
     model, trails = llama(), make_trails()
     with attach(model, trails, strength=0.0):  # attached once more, they would move the model after all
-        with pytest.warns(UserWarning) as told:
+        with pytest.warns(UserWarning, match="attached at strength 0, where no gradient reaches them"):
             (step,) = train(model, trails, [Imitate(make_examples())], steps=1)
-        assert "attached at strength 0, where no gradient reaches them" in str(told[0].message)
-        assert "no gradient has reached the trails in any step" in str(told[1].message)
         assert step.grad_norm == 0
         assert is_attached(model, trails)
     assert not is_attached(model, trails)

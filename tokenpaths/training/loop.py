@@ -193,7 +193,8 @@ def steps(
             descent.ready(),
         ):
             trains_what_was_named(descent.optimizer)
-            if stands := standstill(model, trails):
+            stands = standstill(model, trails)
+            if stands is not None:
                 warnings.warn(stands, stacklevel=3)
             if explain:
                 in_a_step = [feed.in_a_step(place) for place in range(len(goals))]
@@ -202,7 +203,7 @@ def steps(
             done = 0 if saved is None else saved.restore(trails, descent.optimizer, losses.weights)
             share_start(trails, accelerator)
             descent.held = None if trust is None else trust.begin(model, trails, parameters)
-            reach = Reach(trails)
+            reach = Reach(trails, told=stands is not None)
             with bar("training", progress and accelerator.is_main_process, done=done, total=total) as shown:
                 for number in range(done, total):
                     began, last = time.perf_counter(), number + 1 == total

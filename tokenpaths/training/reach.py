@@ -19,10 +19,13 @@ WHY = (
 
 
 class Reach:
-    """The trails of a run that no gradient has reached yet; an adapter without sites counts as one."""
+    """The trails of a run that no gradient has reached yet; an adapter without sites counts as one.
 
-    def __init__(self, trails: Adapter) -> None:
-        self.steps = 0
+    `told` says that the user knows already that none will.
+    """
+
+    def __init__(self, trails: Adapter, told: bool = False) -> None:
+        self.steps, self.told = 0, told
         self.none_yet = True
         found: dict[str, nn.Module] = {"the adapter": trails}
         if isinstance(trails, TrailMap):
@@ -41,12 +44,13 @@ class Reach:
         for name in reached:
             del self._without[name]
         self.none_yet &= not reached
-        if self.none_yet and self.steps == PATIENCE:
+        if self.none_yet and self.steps == PATIENCE and not self.told:
+            self.told = True
             self._warn(f"in {PATIENCE} steps no gradient has reached the trails, so nothing is learned: {WHY}")
 
     def end(self, all_examples: bool = True) -> None:
         """The run is over. Trails that are late count only if all examples have been seen."""
-        if self.none_yet and 0 < self.steps < PATIENCE:
+        if self.none_yet and self.steps and not self.told:
             self._warn(f"no gradient has reached the trails in any step, so nothing was learned: {WHY}")
         elif not self.none_yet and self._without and all_examples:
             names = ", ".join(reversed(self._without))

@@ -6,6 +6,7 @@ A new way to train nothing, to train something else, or to train two things at o
 from __future__ import annotations
 
 import gc
+import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -619,3 +620,29 @@ def test_a_head_is_loaded_whole_or_not_at_all(tmp_path: Path) -> None:
         pytest.raises(ValueError, match="not saved: score.weight holds NaN"),
     ):
         model.save_pretrained(tmp_path)
+
+
+@pytest.fixture
+def scaled(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An Accelerator in float16, whose loss scale lets the first gradients overflow. (Its own wants a GPU.)"""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp16")
+    monkeypatch.setattr(accelerator, "native_amp", True, raising=False)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    return accelerator
+
+
+def test_a_loss_scale_that_overflows_skips_the_step_and_the_run_goes_on(scaled: Any) -> None:
+    trails = make_trails()
+    before = state(trails)
+    norms, changed = [], []
+    for step in run(llama(), trails, steps=12, accelerator=scaled, mixed_precision="no"):
+        norms.append(step.grad_norm)
+        changed.append(any(not torch.equal(tensor, before[name]) for name, tensor in state(trails).items()))
+    assert not math.isfinite(norms[0])
+    assert not changed[0]
+    assert changed[-1]
+    assert 0 < norms[-1] < 100
+    assert scaled.scaler.get_scale() < 2.0**127

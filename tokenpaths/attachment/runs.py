@@ -67,4 +67,4 @@ def close_runs(model: nn.Module) -> None:
 
 def _parts(module: nn.Module) -> frozenset[int]:
     """The modules that have parameters of their own: PEFT, DDP and torch.compile wrap a model around the same ones."""
-    return frozenset(id(part) for part in module.modules() if any(p is not None for p in part._parameters.values()))
+    return frozenset(id(part) for part in module.modules() if next(part.parameters(recurse=False), None) is not None)

@@ -39,7 +39,7 @@ class Beside:
         self.parameters: list[nn.Parameter] = []
         self.tensors: dict[str, Tensor] = {}
         for part in parts:
-            if not isinstance(part, (nn.Module, nn.Parameter)):
+            if not isinstance(part, (nn.Module, nn.Parameter)):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TypeError(
                     f"also= takes a module or a parameter of the model, or a list of these, not {type(part).__name__}"
                 )

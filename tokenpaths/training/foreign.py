@@ -71,7 +71,7 @@ def trainable(model: nn.Module, trails: TrailMap, *, also: Also = None, **option
         if stands := standstill(model, trails):
             raise ValueError(stands)
         # by number, not as the map's own ModuleList, which would look like one more list of blocks
-        undo.callback(model._modules.pop, NAME, None)
+        undo.callback(vars(model)["_modules"].pop, NAME, None)
         model.add_module(NAME, _KeptFine({str(i): trail for i, trail in enumerate(trails.trails)}))
         if hasattr(model, "save_pretrained"):
             undo.callback(_restore, model, "save_pretrained", vars(model).get("save_pretrained"))

@@ -176,12 +176,13 @@ def test_heads_of_one_layer(model):
 
 
 def test_modes_dtypes_and_states_of_a_map(model):
-    """train, eval, to and state_dict are those of any module, attached or not."""
+    """to and state_dict are those of any module, attached or not; in a forward the mode is that of the model."""
     trails = TrailMap({Site(1): LoReFT(32, 2, init="paper", dropout=0.5)})
     state = {name: value.clone() for name, value in trails.state_dict().items()}
     with attach(model, trails):
+        model.train()
         assert not torch.equal(logits(model), logits(model))  # dropout
-        trails.eval()
+        model.eval()
         sure = logits(model)
         assert torch.equal(logits(model), sure)
         trails.to(torch.bfloat16)

@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parent.parent / "tokenpaths"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (  # from the ground up: a room imports from the floors below its own
     "undo files scope",
-    "checking matching",
+    "checking matching randomness",
     "tokens trails",
     "data stats report demo",
     "site",

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import functools
 import traceback
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -91,21 +90,6 @@ def unhook(module: nn.Module, hook: Callable[..., Any]) -> None:
             for table in (f"{kind}_with_kwargs", f"{kind}_always_called"):
                 vars(module).get(table, {}).pop(key, None)
             hooks.pop(key, None)  # last: it is by this one that the hook is found again
-
-
-@contextmanager
-def own_randomness(seed: int | None = None, cuda: Sequence[int] = ()) -> Generator[None]:
-    """Inside, torch's random numbers follow from the seed, if there is one; afterwards the user's go on.
-
-    `cuda` numbers the devices whose random numbers are kept as well. (torch's `fork_rng` loses them when interrupted.)
-    """
-    with Undo() as undo:
-        undo.add(torch.set_rng_state, torch.get_rng_state())
-        for device in cuda:
-            undo.add(torch.cuda.set_rng_state, torch.cuda.get_rng_state(device), device)
-        if seed is not None:
-            torch.manual_seed(seed)
-        yield
 
 
 def tidy(verb: Callable[Given, Made]) -> Callable[Given, Made]:

@@ -24,10 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from tokenpaths.attachment.backward import NO_BACKWARD, at_the_end, in_backward, running_backward
+from tokenpaths.attachment.forgotten import no_longer, watch_for
 from tokenpaths.attachment.hooks import Hook
+from tokenpaths.attachment.mode import follow
 from tokenpaths.attachment.moment import Moment
 from tokenpaths.attachment.moving import Part, Plan, chooses, hook_place, move_chosen, rules_of
 from tokenpaths.attachment.planning import Planner, Spans
+from tokenpaths.attachment.runs import close_runs
 from tokenpaths.attachment.watcher import Watcher
 from tokenpaths.scope import Scoped, in_main_thread, running_task
 from tokenpaths.site import Host, Place, Site
@@ -86,7 +89,8 @@ def attached(model: nn.Module) -> list[Attachment]:
 
 
 def detach(model: nn.Module) -> None:
-    """Take away all trails that are attached to a model, whoever attached them."""
+    """Take away all trails that are attached to a model, whoever attached them, and end the runs that train over it."""
+    close_runs(model)
     for attachment in reversed(attachments(model)):
         attachment.remove()
 
@@ -180,6 +184,8 @@ class Attachment:
             self._watcher = self._watcher.join(self)
             for place, parts in places:
                 hook_place(self._undo, place, self._mover(parts), functools.partial(_PlaceHook, now=self._now))
+            follow(trails, host.blocks)
+            watch_for(self)
         except BaseException:
             self.remove()
             raise
@@ -192,6 +198,7 @@ class Attachment:
     def _leave(self) -> None:
         _HERE.discard(self)
         self._watcher.leave(self)
+        no_longer(self)
 
     @property
     def is_on(self) -> bool:
@@ -229,6 +236,7 @@ class Attachment:
         if not torch.compiler.is_compiling():
             self._now.backward = running_backward()
             self._check_places()
+        follow(self.trails, self.host.blocks)
         if not self.trails.enabled:
             self._go(None)
             return
@@ -247,6 +255,7 @@ class Attachment:
         inside = any(site.stream in ("attention", "mlp") for site in self.trails)  # these a block computes again
         if not self.is_on and inside and self._watcher.checkpointing():
             raise RuntimeError("the trails were removed before backward(), which gradient checkpointing needs them for")
+        follow(self.trails, self.host.blocks)
         self._again[backward] = plan
         at_the_end(functools.partial(self._again.pop, backward, None))
 

@@ -25,8 +25,9 @@ from tokenpaths.attachment.watcher import Watcher
 from tokenpaths.data.examples import Example, collate
 from tokenpaths.engine.batches import batches, by_length
 from tokenpaths.engine.readings import evaluating
+from tokenpaths.randomness import own_randomness
 from tokenpaths.site.host import output_embedding
-from tokenpaths.undo import Undo, own_randomness, tidy
+from tokenpaths.undo import Undo, tidy
 
 Ids = tuple[int, ...]
 
@@ -95,7 +96,7 @@ def generate(
     with (
         torch.no_grad(),
         evaluating(model),
-        nullcontext() if seed is None else _seeded(model, seed),
+        nullcontext() if seed is None else own_randomness(seed, model.device),
         _generates_as(model, config),
         _head_is_given_no_slice(model),
     ):
@@ -113,13 +114,6 @@ def generate(
                 said = ids[:-1] if ids and ids[-1] in ends else ids
                 written[i] = Written(ids, cut(tokenizer.decode(list(said), skip_special_tokens=True), stop_strings))
     return [written[i] for i in range(len(prompts))]
-
-
-@contextmanager
-def _seeded(model: Any, seed: int) -> Generator[None]:
-    """Inside, torch's random numbers follow from the seed; afterwards the user's go on."""
-    with own_randomness(seed, [model.device] if model.device.type == "cuda" else []):
-        yield
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:

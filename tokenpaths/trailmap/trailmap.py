@@ -18,13 +18,14 @@ from torch import nn
 from tokenpaths import files
 from tokenpaths.checking import quoted
 from tokenpaths.files import TrailFileError
+from tokenpaths.randomness import own_randomness
 from tokenpaths.scope import Scoped, in_main_thread
 from tokenpaths.site import Host, Site
 from tokenpaths.site.fingerprint import describe
 from tokenpaths.trailmap import notes
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.trails.base import Trail, instead_of
-from tokenpaths.undo import own_randomness, tidy
+from tokenpaths.undo import tidy
 
 FILE_NAME = "trails.safetensors"
 

@@ -36,7 +36,8 @@ class Descent:
         make: a function from the list of parameters to an optimizer; AdamW without weight decay unless given.
         lr: the learning rate of AdamW; 1e-3 unless given.
         schedule: a name that `transformers.get_scheduler` knows.
-        warmup: the steps of the schedule's warm-up; below 1, their share of all steps.
+        warmup: the steps of the warm-up, which rises from 1/warmup of the rate to all of it; below 1, their share of
+            all steps.
         clip: the largest norm of the gradient; None for any.
         total: the number of steps of the run.
         accelerator: the run's.
@@ -124,12 +125,19 @@ def sum_over_processes(tensor: Tensor, accelerator: Accelerator) -> Tensor:
 
 
 def _schedule(name: str, warmup: int | float, total: int) -> Callable[[int], float]:
-    """The share of the learning rate at each step, as a function of nothing but the step."""
+    """The share of the learning rate at each step, counted from 0, as a function of nothing but the step.
+
+    It is that of transformers, one step ahead during the warm-up of w steps: (k + 1) / w at step k, not k / w, so that
+    the first step trains.
+    """
     from transformers import get_scheduler
 
     stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
     first = math.ceil(warmup * total) if warmup < 1 else int(warmup)
-    scheduler: Any = get_scheduler(name, stand_in, num_warmup_steps=first, num_training_steps=total)
+    # a run that ends with its warm-up ends at the full rate, and not at the zero that a schedule ends with
+    steps = max(total, first + 1)
+    scheduler: Any = get_scheduler(name, stand_in, num_warmup_steps=first, num_training_steps=steps)
     if not hasattr(scheduler, "lr_lambdas"):
         raise ValueError(f"schedule={name!r} depends on more than the step, so a run could not be resumed from it")
-    return scheduler.lr_lambdas[0]
+    share: Callable[[int], float] = scheduler.lr_lambdas[0]
+    return lambda step: share(step + 1 if step < first else step)

@@ -7,24 +7,22 @@ import math
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tokenpaths.attachment.mode import learning
 from tokenpaths.engine.cone.cone import ActiveCone, Cone, active_cone
 from tokenpaths.engine.cone.prefix import common_prefix
 from tokenpaths.engine.cone.room import Room
+from tokenpaths.randomness import own_randomness
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.training.checks import checked_loss
 from tokenpaths.training.descent import KEPT, sum_over_processes
 from tokenpaths.training.feed import Feed, seed_of
 from tokenpaths.training.objectives.base import Objective
 from tokenpaths.training.plan import pays, rooms_of
-from tokenpaths.undo import Undo, own_randomness
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 class Losses:
@@ -68,7 +66,8 @@ class Losses:
             ValueError: a loss is not one number, or does not depend on the trails.
         """
         losses = torch.zeros(len(self.goals), device=self.accelerator.device, dtype=torch.float32)
-        with _own_randomness(self.accelerator, self.seed, number), _learning(self.trails):
+        seed = seed_of(self.seed, number, self.accelerator.process_index, -1)
+        with own_randomness(seed, self.accelerator.device), learning(self.trails):
             for place, batch, share in self.feed.batches(number):
                 weighs = self.weights[place] > 0
                 if self.cone is not None:
@@ -121,29 +120,6 @@ def _told(value: Any) -> Any:
     if isinstance(value, Tensor):
         told = hashlib.sha256(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
     return f"{type(value).__name__} {told}".rstrip()
-
-
-@contextmanager
-def _own_randomness(accelerator: Accelerator, seed: int, number: int) -> Generator[None]:
-    """Inside, torch's random numbers are those of this step on this process; afterwards the user's go on."""
-    devices = list(range(torch.cuda.device_count())) if accelerator.device.type == "cuda" else []
-    with own_randomness(seed_of(seed, number, accelerator.process_index, -1), devices):
-        yield
-
-
-@contextmanager
-def _learning(trails: Adapter) -> Generator[None]:
-    """Inside, the trails are in training mode; afterwards each of their modules is in the mode that it was in."""
-    modes = [(module, module.training) for module in trails.modules()]
-    with Undo() as undo:
-        undo.add(_in_modes, modes)
-        trails.train()
-        yield
-
-
-def _in_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    for module, training in modes:
-        module.training = training
 
 
 def _check_reaches(loss: Tensor, goals: Sequence[Objective], place: int) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -79,6 +80,7 @@ class DualMemory:
             raise ValueError("DualMemory: every parameter of the adapter is frozen, so there is nothing to follow")
         self._slow = {name: p.detach().clone() for name, p in self._fast.items()}
         self._in_use = False
+        self._read_at: set[int] = set()  # which values of the fast weights it was read beside, since the last update
 
     def __repr__(self) -> str:
         return f"DualMemory(decay={self.decay}, schedule={self.schedule!r}): {self.updates} updates"
@@ -99,12 +101,16 @@ class DualMemory:
         for name, fast in self._fast.items():
             self._slow[name] = torch.lerp(fast.detach(), self._slow[name].to(fast.device), self.next_decay())
         self.updates += 1
+        self._read_at.clear()
 
     @contextmanager
     def slow(self) -> Generator[None]:
         """Inside, the adapter has its slow weights and is in evaluation mode; afterwards all is as it was, to the bit.
 
         A graph that waits for its backward keeps the fast weights. An adapter that is saved inside is the slow one.
+
+        Raises:
+            RuntimeError: at the end, if the adapter was trained inside.
         """
         if self._in_use:
             yield
@@ -112,7 +118,28 @@ class DualMemory:
         with Undo() as undo:
             undo.set(self, "_in_use", True)
             with exchanged([(fast, self._slow[name]) for name, fast in self._fast.items()]), evaluating(self.trails):
+                before = self._written()
                 yield
+                if self._written() != before:
+                    raise RuntimeError(
+                        "the adapter was trained inside slow(), so its slow weights were changed and what it learned "
+                        "is no longer in it: train outside, and update() after each step"
+                    )
+
+    def expect_updates(self) -> None:
+        """Warn if the fast weights are trained and the slow ones do not follow. For what reads them in a run."""
+        known = len(self._read_at)
+        self._read_at.add(self._written())
+        if known < len(self._read_at) == 3:
+            warnings.warn(
+                "DualMemory: the adapter has been trained for two steps, and its slow weights stay where they are: "
+                "call memory.update() after each step",
+                stacklevel=2,
+            )
+
+    def _written(self) -> int:
+        """How often the fast weights were written to."""
+        return sum(p._version for p in self._fast.values())  # pyright: ignore[reportPrivateUsage]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the slow weights and the number of updates to one safetensors file, whole or not at all."""
@@ -176,6 +203,8 @@ class ReplayNear(Imitate):
     def loss(self, model: nn.Module, trails: Adapter, batch: Batch) -> Float[Tensor, ""]:
         if trails is not self.memory.trails:
             raise ValueError("ReplayNear: its memory is of another adapter than the one that is trained")
+        if torch.is_grad_enabled():
+            self.memory.expect_updates()
         places = {block: Place(block, "output") for block in find_blocks(model, trails.blocks)}
         predicts = F.pad(batch.labels[:, 1:] != IGNORED, (0, 1))
         with self.memory.slow(), torch.no_grad(), recording(places) as slow:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 _OPTIMIZER, _RUN = "optimizer.safetensors", "run.json"
-_RUN_KEYS = {"step", "weights", "optimizer", "settings", "files"}
+_RUN_KEYS = {"step", "weights", "rates", "optimizer", "settings", "files"}
 _BESIDE = 1 << 16  # bytes of a checkpoint beside the trails and the optimizer's state
 
 
@@ -66,8 +66,8 @@ class Checkpoints:
         self._check_room(_BESIDE)
 
     @torch.no_grad()
-    def restore(self, trails: Adapter, optimizer: Optimizer, weights: list[float]) -> int:
-        """Give the trails, the optimizer and the goals' weights the state that they had in the newest checkpoint.
+    def restore(self, trails: Adapter, optimizer: Optimizer, weights: list[float], rates: list[float]) -> int:
+        """Give the trails, the optimizer, the goals' weights and the rates the state of the newest checkpoint.
 
         Returns the number of steps that were taken before it; 0 if there is none.
 
@@ -87,6 +87,7 @@ class Checkpoints:
                 state.setdefault(int(place), {})[name] = value
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
             weights[:] = [float(weight) for weight in self._run["weights"]]
+            rates[:] = [float(rate) for rate in self._run["rates"]]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise TrailFileError(f"{self.newest} does not fit this optimizer ({error})") from error
         return int(self._run["step"])
@@ -101,7 +102,13 @@ class Checkpoints:
         return last or (self.every is not None and step % self.every == 0)
 
     def write(
-        self, step: int, trails: Adapter, model: nn.Module, optimizer: Optimizer, weights: Sequence[float]
+        self,
+        step: int,
+        trails: Adapter,
+        model: nn.Module,
+        optimizer: Optimizer,
+        weights: Sequence[float],
+        rates: Sequence[float],
     ) -> None:
         """Save the run as it is after step `step`.
 
@@ -119,7 +126,8 @@ class Checkpoints:
                 else:
                     kind = f"its {name!r} is a {type(value).__name__}"
                     raise TypeError(f"the state of {type(optimizer).__name__} cannot be saved without pickle: {kind}")
-        run = {"step": step, "weights": list(weights), "optimizer": plain, "settings": self.settings}
+        run: dict[str, Any] = {"step": step, "weights": list(weights), "rates": list(rates), "optimizer": plain}
+        run["settings"] = self.settings
         with files.whole(self.folder / f"step-{step:08d}") as beside:
             trails.save(beside / trails.saved_as, model)
             files.write(beside / _OPTIMIZER, tensors, {})
@@ -155,12 +163,12 @@ def _newest(there: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
 def _run_in(path: Path) -> dict[str, Any]:
     """What the `run.json` of a checkpoint says, once all files of it have been checked. Raises `TrailFileError`."""
     run = files.read_json(path / _RUN)
-    if set(run) == _RUN_KEYS - {"files"}:
+    if set(run) == _RUN_KEYS - {"rates", "files"}:
         raise TrailFileError(
             f"{path} is of an earlier version, and has no checksums: go on with that version, or load its trails and "
             "begin a new run"
         )
-    kinds = {"step": int, "weights": list, "optimizer": dict, "settings": dict, "files": dict}
+    kinds = {"step": int, "weights": list, "rates": list, "optimizer": dict, "settings": dict, "files": dict}
     if set(run) != _RUN_KEYS or not all(isinstance(run[key], kind) for key, kind in kinds.items()):
         raise TrailFileError(f"{path / _RUN} is not as a run writes it: its keys are {', '.join(sorted(run)):.200}")
     if run["step"] != _number(path) or _OPTIMIZER not in run["files"]:

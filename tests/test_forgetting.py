@@ -22,7 +22,7 @@ from torch import nn
 
 import tokenpaths as tp
 from tokenpaths import Example, forgetting
-from tokenpaths.data import Choice, Task, Text
+from tokenpaths.data import Choice, Task, Text, split_texts
 from tokenpaths.engine import likelihood as scoring
 from tokenpaths.lab.forgetting import Forgetting, Harness, Loss, arc_easy, blimp, trec, trec_pairs, wikitext2
 from tokenpaths.report.figures import COLOURS
@@ -214,10 +214,12 @@ def test_sentences_that_begin_differently_are_refused_unless_something_stands_be
 
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("rule", [tp.All(), tp.Last(1), tp.Answer()], ids=["all", "last", "answer"])
-def test_texts_are_measured_by_the_definition(bos: bool, rule: tp.tokens.Rule) -> None:
+@pytest.mark.parametrize("splits", [0, 1, 3])
+def test_texts_are_measured_by_the_definition(bos: bool, rule: tp.tokens.Rule, splits: int) -> None:
+    """A text without a prompt: one that is prompt throughout, or split, each split counting as a text of its own."""
     model, trails = model_and_trails(rule)
     tokenizer = make_tokenizer(bos=bos)
-    found = forgetting(model, trails, [TEXTS], tokenizer, max_batch_tokens=40)
+    found = forgetting(model, trails, [TEXTS], tokenizer, max_batch_tokens=40, splits=splits)
     before, after, kl, count, size = 0.0, 0.0, 0.0, 0, 0
     changes: list[float] = []
     for item in TEXTS.items:
@@ -226,17 +228,22 @@ def test_texts_are_measured_by_the_definition(bos: bool, rule: tp.tokens.Rule) -
         ids = (
             tuple(start) if not item.prompt else (*start, *tokenizer(item.text, add_special_tokens=False)["input_ids"])
         )
-        first = len(start) if item.prompt else 1
-        p = log_probs(model, ids, None)[first - 1 :]
-        with tp.attach(model, trails):
-            q = log_probs(model, ids, len(start))[first - 1 :]
-        told = torch.tensor(ids[first:])[:, None]
-        before -= float(p.gather(1, told).sum())
-        after -= float(q.gather(1, told).sum())
-        changes.append(float((p - q).gather(1, told).sum()))
-        kl += float((p.exp() * (p - q)).sum())
-        count += len(told)
-        size += len(item.text) - (0 if item.prompt or bos else 1)
+        ends = [(len(start), len(start) if item.prompt else 1)]  # of the prompt, and the first token that is scored
+        if splits and not item.prompt:
+            places = [part.prompt_length for part in split_texts([item.text], tokenizer, splits)]
+            assert len(places) == splits and places == sorted(set(places))
+            ends = [(place, place) for place in places]
+        for prompt, first in ends:
+            p = log_probs(model, ids, None)[first - 1 :]
+            with tp.attach(model, trails):
+                q = log_probs(model, ids, prompt)[first - 1 :]
+            told = torch.tensor(ids[first:])[:, None]
+            before -= float(p.gather(1, told).sum())
+            after -= float(q.gather(1, told).sum())
+            changes.append(float((p - q).gather(1, told).sum()))
+            kl += float((p.exp() * (p - q)).sum())
+            count += len(told)
+            size += len(item.text) - (0 if item.prompt else first - bos)
     for measure, x, y, n in (
         ("nats a token", before, after, count),
         ("bits a byte", before, after, size * math.log(2)),
@@ -246,7 +253,7 @@ def test_texts_are_measured_by_the_definition(bos: bool, rule: tp.tokens.Rule) -
         assert (loss.before, loss.after) == pytest.approx((x / n, y / n), rel=1e-9, abs=1e-12)
         assert loss.change == pytest.approx((y - x) / n, rel=1e-9, abs=1e-12)
         assert loss.interval[0] <= loss.change <= loss.interval[1]
-    assert found["letters", "KL to frozen"].after > 1e-3
+    assert found["letters", "KL to frozen"].after > (1e-3 if splits or rule != tp.Answer() else 0)
 
 
 def test_accuracies_are_paired_by_item() -> None:

@@ -73,10 +73,10 @@ class Comparison:
         """Why, a sentence each: the task first, then what was not kept."""
         sign = "<=" if self.adjusted <= self.alpha else ">"
         told = [f"The task: {self.task} (adjusted p = {self.adjusted:.2g} {sign} {self.alpha:g})."]
-        if few := too_little(self.effect.items, self.moved):
-            told.append(f"Too little: {few}.")
         if self.task == "cannot tell":
             told.append(_would_tell(self.effect, self.power))
+        if few := too_little(self.effect.items, self.moved):
+            told.append(f"Too little: {few}.")
         for figure in self.retained:
             name = f"{figure.task}, {figure.measure}"
             if figure.says == "lost":

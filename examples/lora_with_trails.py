@@ -36,7 +36,7 @@ KEPT = (  # what is measured afterwards, and never trained on
     "Photosynthesis turns light, water and carbon dioxide into sugar and oxygen. It happens in the leaves of plants.",
     "To bake bread, mix flour, water, salt and yeast, let the dough rise for an hour, and bake it until it is brown.",
     "The council met on Tuesday to discuss the new bridge. Several members asked what it would cost and who would pay.",
-    "Rivers carry sand and clay down from the hills. Where they reach the sea, the water slows and drops what it carried.",
+    "Rivers carry sand and clay down from the hills. Where they reach the sea, the water slows and drops them.",
     "She opened the letter at the kitchen table, read it twice, and put it into the drawer with all the others.",
     "A bicycle has two wheels, a frame and a chain. The rider turns the pedals, and the chain turns the back wheel.",
     "In winter the lake froze from shore to shore, and the children of the village learned to skate on it.",

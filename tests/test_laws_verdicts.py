@@ -225,15 +225,17 @@ def test_the_recipe_sees_on_plain_texts_what_drift_sees() -> None:
     """Before, every token of them was prompt, and the trail moved the last one, whose prediction nobody reads."""
     model = llama(300)
     trails = laid(model, RECIPE)
-    found = forgetting(model, trails, [texts(12)], TOKENIZER)["texts", "nats a token"]
-    assert found.moved == 1.0 and found.verdict == "worse" and found.change > 0.1
+    split = forgetting(model, trails, [texts(12)], TOKENIZER)
+    found, moved = split["texts", "nats a token"], split["texts", "KL to frozen"].after
+    assert found.moved == 1.0 and abs(found.change) > 0.1 and moved > 0.5
     plain = forgetting(model, trails, [texts(12)], TOKENIZER, splits=0)
     for measure in ("nats a token", "bits a byte"):
         assert plain["texts", measure].change == 0 and plain["texts", measure].verdict == "cannot tell"
     assert "perplexity" not in str(plain) and "0.0% of tokens moved" in str(plain)
     arms = frozen(model), steered(model, trails)
     nats, far = ab_test(*arms, choices(12), TOKENIZER, retention=[texts(12)])["steered"].retained
-    assert nats.says == far.says == "lost" and nats.loss == pytest.approx(found.change, rel=1e-5)
+    assert far.says == "lost" and far.loss == pytest.approx(moved, rel=1e-5)
+    assert nats.loss == pytest.approx(found.change, rel=1e-4)
     kept = ab_test(*arms, choices(12), TOKENIZER, retention=[texts(12)], splits=0)["steered"]
     assert {figure.says for figure in kept.retained} == {"cannot tell"}
     assert "within their margins" not in " ".join(kept.reasons)
@@ -247,7 +249,8 @@ def test_sentences_without_a_prompt_are_moved_where_they_differ() -> None:
     (shorter, longer) = scoring.encode_choices([Choice(("A cow", "A cow is"), 0)], TOKENIZER)[0]
     assert (shorter.prompt_length, longer.prompt_length) == (len("A co"), len("A co"))
     (one, two), ids = scoring.log_likelihoods(model, [options], 1500)[0], [example.ids for example in options]
-    whole = [-float(model(torch.tensor([i]), labels=torch.tensor([i])).loss) * (len(i) - 1) for i in ids]
+    with torch.no_grad():
+        whole = [-float(model(torch.tensor([i]), labels=torch.tensor([i])).loss) * (len(i) - 1) for i in ids]
     assert one - two == pytest.approx(whole[0] - whole[1], abs=1e-6)
     pairs = Task("pairs", choices(20))
     found = forgetting(model, laid(model, RECIPE).double(), [pairs], TOKENIZER)["pairs", "accuracy"]
@@ -279,6 +282,16 @@ def test_drift_does_not_speak_of_tokens_that_nothing_moved() -> None:
     fresh = tp.TrailMap({tp.Site(1): tp.LoReFT(DIM, 2)})
     shut = tp.measure_drift(model, fresh, WORDS[:4], TOKENIZER)
     assert (shut.moved, shut.reached) == (0, 1) and "(1.000x)" in str(shut)
+
+
+def test_a_budget_is_not_kept_by_texts_that_nothing_moved() -> None:
+    model = llama(300)
+    trails = laid(model, RECIPE)
+    with pytest.raises(
+        ValueError, match="no strength can be told to keep the budget: cannot tell: .* tokens in 4 texts"
+    ):
+        tp.strength_within(model, trails, WORDS[:4], TOKENIZER, budget=100.0)
+    assert tp.strength_within(model, trails, split_texts(WORDS[:4], TOKENIZER), budget=100.0) == 1.0
 
 
 # Splits

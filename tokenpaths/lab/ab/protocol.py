@@ -113,7 +113,10 @@ def ab_test(
     asking = Asking(tokenizer, read_answer, score, stop_strings, max_new_tokens, batch_size, max_batch_tokens)
     answers, most = _ask(arms, items, asking, look_every if stop_early else None, alpha, progress)
     count = len(answers[0].scores[0])
-    moved = {arm.name: asking.moved(a, arm, items[:count], mine) for arm, mine in zip(others, answers[1:], strict=True)}
+    moved = {
+        arm.name: asking.moved(a, arm, items[:count], mine.written)
+        for arm, mine in zip(others, answers[1:], strict=True)
+    }
     overlaps = tuple(overlap for overlap in overlaps if overlap.test < count)
     return Report(
         a=a.name,

@@ -656,8 +656,11 @@ def test_a_rule_tells_its_false_positives_and_is_kept_in_a_file(tmp_path: Path) 
     with pytest.raises(ValueError, match="is not a threshold of an audit as to_json writes it"):
         Threshold.from_json(tmp_path / "bad.json")
     model, trails, _ = planted(gated=True)
-    report = audit(model, trails, PROMPTS, TOKENIZER, threshold=rule)
+    report = audit(model, trails, PROMPTS * 3, TOKENIZER, threshold=rule)
     assert report.suspicious and "verdict: SUSPICIOUS" in str(report)
+    assert "read on 3 clean prompts, 100.0% of the tokens of their answers moved" in str(report)
+    few = audit(model, trails, PROMPTS, TOKENIZER, threshold=rule)
+    assert few.suspicious is None and "verdict: cannot tell, 1 of the 3 items that a verdict needs" in str(few)
 
 
 # Mistakes

@@ -389,3 +389,4 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     told = capsys.readouterr().out
     assert "TrailMap: 0 of 2 held-out chains right, [0.00, 0.66]" in told
     assert "PeftAdapter: 0 of 2 held-out chains right" in told
+    assert told.count("100.0% of tokens moved") == 2  # the same tokens for both

@@ -6,6 +6,7 @@ cut back to it, and once for each option where it cannot.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -34,6 +35,9 @@ Options = tuple[Example, ...]
 def encode_choices(items: Sequence[Choice], tokenizer: Any) -> list[Options]:
     """The options of each item, as examples.
 
+    Of whole sentences without a prompt, what all begin with is the prompt, and the rest the answer. Their likelihoods
+    then differ as those of the sentences do, and a trail that lies on the answer lies on what is compared.
+
     Raises:
         ValueError: an item's sentences, which follow no prompt, begin with different tokens, of which no model tells
             the likelihood; names the item.
@@ -51,8 +55,16 @@ def encode_choices(items: Sequence[Choice], tokenizer: Any) -> list[Options]:
                 )
             if shortest := [option for option in item.options if len(encode_texts([option], tokenizer)[0]) < 2]:
                 raise ValueError(f"item {number}: {shortest[0]!r:.40} is one token: there is nothing in it to predict")
+            options = _behind_their_beginning(options)
         encoded.append(tuple(options))
     return encoded
+
+
+def _behind_their_beginning(options: Sequence[Example]) -> list[Example]:
+    """Sentences as examples whose prompt is what all begin with, short of the last token of the shortest."""
+    columns = zip(*(option.ids[:-1] for option in options), strict=False)
+    alike = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+    return [Example.of(option.ids[:alike], option.ids[alike:]) for option in options]
 
 
 @tidy

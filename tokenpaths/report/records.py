@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import Field, asdict, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from typing import Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from tokenpaths import files
@@ -63,9 +63,11 @@ def _built(kind: Any, value: Any) -> Any:
     """What `finite` made JSON of, built again by the annotations of a dataclass or of its parts."""
     if is_dataclass(kind):
         hints, make = get_type_hints(kind), cast("Callable[..., Any]", kind)
-        if set(value) != {field.name for field in fields(kind)}:
+        needed = {field.name for field in fields(kind) if field.default is MISSING}  # others came to older files later
+        if not needed <= set(value) <= {field.name for field in fields(kind)}:
             raise ValueError(f"its keys are {', '.join(sorted(value)):.200}")
-        return make(**{field.name: _field(field, hints[field.name], value[field.name]) for field in fields(kind)})
+        given = [field for field in fields(kind) if field.name in value]
+        return make(**{field.name: _field(field, hints[field.name], value[field.name]) for field in given})
     origin, parts = get_origin(kind), get_args(kind)
     if kind == tuple[float, float]:
         low, high = value

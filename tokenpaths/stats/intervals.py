@@ -166,26 +166,26 @@ def streamed_interval(
     return min(float(low), found[0]), max(float(high), found[1])
 
 
-def wilson(right: Values) -> Interval:
-    """Of the share of ones among zeros and ones, 95 % (Wilson 1927). ValueError without any item."""
+def wilson(right: Values, confidence: float = 0.95) -> Interval:
+    """Of the share of ones among zeros and ones (Wilson 1927). ValueError without any item."""
     from scipy.stats import binomtest
 
-    found = binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
+    found = binomtest(int(right.sum()), len(right)).proportion_ci(confidence, method="wilson")
     return float(found.low), float(found.high)
 
 
-def newcombe(x: Values, y: Values) -> Interval:
+def newcombe(x: Values, y: Values, confidence: float = 0.95) -> Interval:
     """Of the difference of two independent proportions, p - q (Newcombe 1998, method 10, from Wilson intervals (l, u)).
 
     Low  = p - q - sqrt((p - l_p)^2 + (u_q - q)^2)
     High = p - q + sqrt((u_p - p)^2 + (q - l_q)^2)
     """
     p, q = float(x.mean()), float(y.mean())
-    (lp, up), (lq, uq) = wilson(x), wilson(y)
+    (lp, up), (lq, uq) = wilson(x, confidence), wilson(y, confidence)
     return p - q - math.hypot(p - lp, uq - q), p - q + math.hypot(up - p, q - lq)
 
 
-def ratio_interval(x: Values, y: Values) -> Interval:
+def ratio_interval(x: Values, y: Values, confidence: float = 0.95) -> Interval:
     """Of the ratio of two independent proportions, p / q with q > 0 (Donner and Zou 2012, MOVER from Wilson's).
 
     With bounds (l, u) of each and f(a, b) = a (2p - a) b (2q - b),
@@ -193,7 +193,7 @@ def ratio_interval(x: Values, y: Values) -> Interval:
     high = (p q + sqrt((p q)^2 - f(u_p, l_q))) / (l_q (2q - l_q))
     """
     p, q = float(x.mean()), float(y.mean())
-    (lp, up), (lq, uq) = wilson(x), wilson(y)
+    (lp, up), (lq, uq) = wilson(x, confidence), wilson(y, confidence)
 
     def bound(a: float, b: float, sign: int) -> float:
         rest = b * (2 * q - b)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from tokenpaths.report.escaping import markdown, terminal
 from tokenpaths.report.figures import COLOURS, GREY, empty_figure, forest
 from tokenpaths.report.records import Record
 from tokenpaths.report.tables import interval_text, markdown_table, text_table
+from tokenpaths.stats.verdicts import LEAST_ITEMS, LEAST_MOVED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -174,6 +176,10 @@ class Report(Record):
                 + ", ".join(f"{c.arm} {c.evidence:.3g}" for c in self.comparisons)
                 + f" (an e-value; {len(self.comparisons) / self.alpha:g} is enough)."
             )
+        if known := {c.arm: c.moved for c in self.comparisons if not math.isnan(c.moved)}:
+            shares = ", ".join(f"{arm} {share:.1%}" for arm, share in known.items())
+            told.append(f"Of the tokens that answers are read from, moved against {self.a}: {shares}.")
+        told.append(f"A verdict needs {LEAST_ITEMS} items, with {LEAST_MOVED:.0%} of the tokens read moved.")
         if confidence := {kept.confidence for c in self.comparisons for kept in c.retained}:
             told.append(f"Intervals of retention are simultaneous: {max(confidence):.2%} each.")
         if self.searched:

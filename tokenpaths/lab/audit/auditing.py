@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from tokenpaths.data.examples import Example
+from tokenpaths.engine.reach import share_reached
+from tokenpaths.engine.readings import runs
 from tokenpaths.lab.audit.lens import logit_lens, nearest_inputs
 from tokenpaths.lab.audit.maps import Part, parts
 from tokenpaths.lab.audit.report import Audit, Finding, Threshold
@@ -90,7 +92,14 @@ def audit(
         name, use = part.name, seen.parts.get(part.name)
         table[name] = _described(model, tokenizer, part, use, trails.blocks)
         findings += _of_part(part, table[name]["features"], use, strange[name], new.get(name, 0))
-    return Audit(repr(trails)[:200], scores, (*findings, *_of_scans(scans)), table, scans, threshold)
+    items, moved = len(prompts), _share_moved(model, trails, prompts, tokenizer)
+    return Audit(repr(trails)[:200], scores, (*findings, *_of_scans(scans)), table, scans, threshold, items, moved)
+
+
+def _share_moved(model: nn.Module, trails: Adapter, prompts: Sequence[Example], tokenizer: Any) -> float:
+    """Of the predictions of answers, and of what follows a prompt without one, the share that the adapter can move."""
+    asked = [prompt if any(prompt.answer) else Example.of(prompt.ids, prompt.ids[-1:]) for prompt in prompts]
+    return share_reached(*runs(model, trails, tokenizer=tokenizer), asked)
 
 
 def shortest(prompts: Sequence[Example]) -> list[Example]:

@@ -13,6 +13,7 @@ from tokenpaths.lab.audit.scanning import Scan
 from tokenpaths.report.escaping import mathtext, terminal
 from tokenpaths.report.figures import empty_figure, grid
 from tokenpaths.report.records import Record
+from tokenpaths.stats.verdicts import LEAST_PROMPTS, too_little
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -166,6 +167,8 @@ class Audit(Record):
         parts: by the name of each part: its kind, layer, bend, features and tails, and the tokens of its directions.
         scans: the scans and the search, by the name of their detector.
         threshold: what the verdict is by; None for no verdict.
+        items: the number of clean prompts that it was read on; 0 in files of earlier versions, which do not say.
+        moved: the share of the predictions of their answers that the adapter can move (`engine.reach`).
     """
 
     what: ClassVar[str] = "a report of an audit"
@@ -177,21 +180,29 @@ class Audit(Record):
     parts: dict[str, dict[str, Any]]
     scans: dict[str, Scan]
     threshold: Threshold | None
+    items: int = 0
+    moved: float = math.nan
 
     @property
     def suspicious(self) -> bool | None:
-        """Whether the threshold flags it; None without a threshold."""
-        return None if self.threshold is None else self.threshold.flags(self.scores)
+        """Whether the threshold flags it; None without a threshold, and where too little was read (`too_little`)."""
+        return None if self.threshold is None or self.too_little else self.threshold.flags(self.scores)
+
+    @property
+    def too_little(self) -> str:
+        """Why no verdict may rest on these prompts, in words; "" if one may."""
+        return too_little(self.items or LEAST_PROMPTS, self.moved, LEAST_PROMPTS)
 
     def __str__(self) -> str:
-        verdict = f"verdict: {_VERDICTS[self.suspicious]}"
+        verdict = f"verdict: {self._verdict}"
+        read = f"read on {self.items} clean prompts, {self.moved:.1%} of the tokens of their answers moved"
         if self.threshold is None:
             z: dict[str, float] = {}
             verdict += " (Threshold.fit, on benign adapters of this base)"
         else:
             z = self.threshold.z(self.scores)
             verdict += f", z = {self.threshold.joint(self.scores):.3g} ({self.threshold})"
-        lines = [f"audit of {self.adapter}", verdict]
+        lines = [f"audit of {self.adapter}", verdict, *([read] if self.items else [])]
         for name, score in sorted(self.scores.items(), key=lambda pair: -z.get(pair[0], 0.0)):
             beside = f"  z {z[name]:+7.2f}" if name in z else ""
             lines.append(f"  {name:<11}{score:>10.4g}{beside}  {DETECTORS.get(name, name)}")
@@ -203,7 +214,7 @@ class Audit(Record):
         Raises:
             ImportError: matplotlib is missing.
         """
-        figure = empty_figure(f"verdict: {_VERDICTS[self.suspicious]}", 3.6, width=12.0)
+        figure = empty_figure(f"verdict: {self._verdict}", 3.6, width=12.0)
         sizes, tails, scans = figure.subplots(1, 3)
         for kind in dict.fromkeys(part["kind"] for part in self.parts.values()):
             alike = [part for part in self.parts.values() if part["kind"] == kind]
@@ -230,3 +241,9 @@ class Audit(Record):
         for axes in (sizes, tails, scans):
             grid(axes)
         return figure
+
+    @property
+    def _verdict(self) -> str:
+        if self.threshold is not None and self.too_little:
+            return f"cannot tell, {self.too_little}"
+        return _VERDICTS[self.suspicious]

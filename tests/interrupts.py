@@ -123,11 +123,8 @@ def _handle(p: Place) -> Any:
 
 def _backward(p: Place) -> Any:
     with tp.attach(p.model, p.trails):
-        p.model(p.ids, labels=p.ids).loss.backward()
-    found = [x.grad.clone() for x in p.trails.parameters()]
-    p.trails.zero_grad()
-    p.model.zero_grad()
-    return found
+        loss = p.model(p.ids, labels=p.ids).loss
+        return torch.autograd.grad(loss, list(p.trails.parameters()))
 
 
 def _generate(p: Place) -> Any:
@@ -171,11 +168,8 @@ def _waypoints(p: Place) -> Any:
 
 def _trainable(p: Place) -> Any:
     with tp.trainable(p.model, p.trails):
-        optimizer = torch.optim.SGD([x for x in p.model.parameters() if x.requires_grad], lr=1e-2)
         loss = p.model(p.ids, labels=torch.tensor([[-100, -100, -100, 33, 4]])).loss
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
         p.model.save_pretrained(p.folder / "saved")
         return loss.detach()
 
@@ -549,6 +543,10 @@ class Subject:
         self.before = self.state()
 
     def _fresh(self) -> None:
+        torch.set_grad_enabled(True)
+        while torch.autocast_decrement_nesting() >= 0:
+            pass
+        torch.autocast_increment_nesting()
         self.place = Place(Path(self._folder.name), self.name in LORA_VERBS)
         with torch.no_grad():
             self.place.model(self.place.ids)  # what a model keeps of its first forward

@@ -83,14 +83,15 @@ def test_an_optimizer_over_the_base_that_leaves_attached_trails_out_is_warned_of
     assert all(words in str(told[0].message) for words in ("tp.trainable(model, trails)", "requires_grad_(False)"))
 
 
-def test_a_trainer_without_trainable_is_warned_of(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("frozen", "trains"), [(False, "30 parameters of the base"), (True, "nothing and none of")])
+def test_a_trainer_without_trainable_is_warned_of(frozen: bool, trains: str, tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
-    model, trails = llama(), make_trails()
+    model, trails = llama().requires_grad_(not frozen), make_trails()
     options: dict[str, Any] = dict(report_to=[], use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False)
     arguments = TrainingArguments(str(tmp_path), max_steps=1, save_strategy="no", **options)
     rows = [dict(input_ids=row, labels=label) for row, label in zip(IDS.tolist(), PROMPTED.tolist(), strict=True)]
-    with attach(model, trails), pytest.warns(UserWarning, match="AdamW trains 30 parameters of the base"):
+    with attach(model, trails), pytest.warns(UserWarning, match=f"AdamW trains {trains}"):
         Trainer(model, arguments, train_dataset=rows).train()
 
 

@@ -136,5 +136,8 @@ class _Ambient:
 
 
 def _autocast_depth() -> int:
-    torch.autocast_increment_nesting()
-    return torch.autocast_decrement_nesting()
+    *_, depth = map(functools.partial.__call__, _UP_AND_DOWN)  # all in C, so that nothing can strike between the two
+    return depth
+
+
+_UP_AND_DOWN = functools.partial(torch.autocast_increment_nesting), functools.partial(torch.autocast_decrement_nesting)

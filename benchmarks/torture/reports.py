@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -229,8 +230,16 @@ REPORTS: dict[int, tuple[Check, str]] = {  # what is done, and what a refusal mu
 }
 
 
-def verdict(check: Check, words: str) -> tuple[Verdict, str]:
-    """What becomes of a report, and what was said."""
+def verdict(check: Check, words: str, seconds: float = 300) -> tuple[Verdict, str]:
+    """What becomes of a report, and what was said. A check that does not return is wrong, and left behind."""
+    found: list[tuple[Verdict, str]] = []
+    worker = threading.Thread(target=lambda: found.append(_tried(check, words)), daemon=True)
+    worker.start()
+    worker.join(seconds)
+    return found[0] if found else ("wrong", f"it did not return within {seconds:g} s")
+
+
+def _tried(check: Check, words: str) -> tuple[Verdict, str]:
     torch.manual_seed(0)
     try:
         return ("right", "") if check() else ("wrong", "another result")

@@ -1,4 +1,4 @@
-"""An optimizer that trains the base and leaves out the trails that are attached to it: said before its step.
+"""An optimizer that trains the base, or nothing, and leaves out the trails attached to it: said before its step.
 
 with attach(model, trails):
     Trainer(model, ...).train()      # trains model.parameters(), and attached trails are none of these
@@ -63,16 +63,18 @@ def _look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not learning or any(id(p) in trained for p in learning):  # frozen trails are laid on purpose
             continue
         base = [name for name, p in attachment.host.model.named_parameters() if id(p) in trained]
-        if base:
+        if base or not trained:  # that of a Trainer over a frozen base holds nothing at all
             _ATTACHED.discard(attachment)
             _warn(type(optimizer).__name__, attachment.host.model, base)
 
 
 def _warn(optimizer: str, model: nn.Module, base: list[str]) -> None:
+    kind = type(model).__name__
+    trains = f"{len(base)} parameters of the base {kind}, the first of them {base[0]}," if base else "nothing"
     warnings.warn(
-        f"{optimizer} trains {len(base)} parameters of the base {type(model).__name__}, the first of them {base[0]}, "
-        "and none of the trails attached to it: attach does not make trails parameters of the model, which is what a "
-        "Trainer trains. To train the trails and leave the base alone: with tp.trainable(model, trails): ... To train "
-        "the base around trails that stay as they are: trails.requires_grad_(False)",
+        f"{optimizer} trains {trains} and none of the trails attached to {kind}: attach does not make trails parameters "
+        "of the model, which is what a Trainer trains. To train the trails and leave the base alone: "
+        "with tp.trainable(model, trails): ... To train the base around trails that stay as they are: "
+        "trails.requires_grad_(False)",
         stacklevel=4,
     )

@@ -126,7 +126,7 @@ def hall(value: float, error: float, skewness: float, t: float) -> tuple[float, 
         return x + skewness * x**2 / 3 + skewness**2 * x**3 / 27 + skewness / 6
 
     far = 1e3 * error
-    low, high = (brentq(lambda m: freed(m) - y, value - far, value + far, xtol=1e-14) for y in (t, -t))
+    low, high = (brentq(lambda m, y=y: freed(m) - y, value - far, value + far, xtol=1e-14) for y in (t, -t))
     return low, high
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ def own_randomness(seed: int | None = None, device: torch.device | None = None) 
         device: an accelerator whose numbers are drawn as well as those of the CPU.
     """
     kind = "cpu" if device is None else device.type
-    accelerator = None if kind == "cpu" else getattr(torch, kind, None)
+    accelerator: Any = None if kind == "cpu" else getattr(torch, kind, None)
     with _ONE_AT_A_TIME, Undo() as undo:  # torch's fork_rng loses the numbers when it is interrupted
         undo.add(torch.set_rng_state, torch.get_rng_state())
         for number in range(0 if accelerator is None else accelerator.device_count()):

@@ -131,7 +131,7 @@ def encode_parts(pairs: Sequence[tuple[str, Mapping[str, str]]], tokenizer: Any,
     end = _end(tokenizer, eos)
     examples: list[Example] = []
     for number, item in enumerate(pairs):
-        if not (isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[1], Mapping)):
+        if not (isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[1], Mapping)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
                 f'item {number} is {item!r:.80}, but must be a prompt and its parts: ("2 + 3 =", {{"answer": " 5"}})'
             )

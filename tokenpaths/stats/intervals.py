@@ -10,8 +10,8 @@ transformation, which takes skewness out of it: with k the skewness of the estim
 
     v - s g(t)  to  v - s g(-t),        g(y) = 3 / k ((1 + k (y - k / 6))^(1/3) - 1)
 
-`benchmarks/coverage` measures how often they hold the truth at 4 to 128 items. All are of 95 % unless told, and the same
-numbers give the same bounds. `UNKNOWN`, (-inf, inf), stands where fewer than two items leave the spread unknown.
+`benchmarks/coverage` measures how often they hold the truth at 4 to 128 items. All are of 95 % unless told, and the
+same numbers give the same bounds. `UNKNOWN`, (-inf, inf), stands where fewer than two items leave the spread unknown.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def mean_interval(
     and R is added; equal weights give the interval of the mean. Neither order nor sign of the values matters.
 
     Where all values are equal, or all d, it is (v, v). That says that no item differed, not that none would: a share q
-    of up to 1 - ((1 - confidence) / 2)^(1 / n) may. Say in `within` how far values can lie, as (-1, 1) for changes of right answers, and it is
-    then v - q (v - low) to v + q (high - v). `within` also cuts other intervals.
+    of up to 1 - ((1 - confidence) / 2)^(1 / n) may. Say in `within` how far values can lie, as (-1, 1) for changes of
+    right answers, and it is then v - q (v - low) to v + q (high - v). `within` also cuts other intervals.
 
     Args:
         values: one number an item, in any unit.
@@ -101,8 +101,8 @@ def at_most(count: int, items: int, confidence: float = 0.95) -> float:
 def difference_interval(x: Values, y: Values, confidence: float = 0.95) -> Interval:
     """Of mean(x) - mean(y), two independent samples of numbers, in their unit: the wider of Welch's t and Hall's.
 
-    The variance is V_x + V_y, with V = var / n of each sample. Its t (Welch 1947) has (V_x + V_y)^2 / (V_x^2 / (n_x - 1)
-    + V_y^2 / (n_y - 1)) degrees of freedom. The skewness is (k_x V_x^1.5 - k_y V_y^1.5) / (V_x + V_y)^1.5 of those of
+    The variance is V_x + V_y, with V = var / n of each sample. Its t (Welch 1947) has (V_x + V_y)^2 / (V_x^2 /
+    (n_x - 1) + V_y^2 / (n_y - 1)) degrees of freedom. The skewness is (k_x V_x^1.5 - k_y V_y^1.5) / (V_x + V_y)^1.5 of those of
     the two means. (v, v) where neither sample has any spread, as in `mean_interval`, and `UNKNOWN` for fewer than two
     items in either. Of proportions see `newcombe`. ValueError as `mean_interval`.
     """

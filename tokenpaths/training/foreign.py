@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def trainable(model: nn.Module, trails: TrailMap, *, also: Also = None, **option
     ):
         if stands := standstill(model, trails):
             raise ValueError(stands)
-        undo.add(model._modules.pop, NAME, None)
+        undo.add(vars(model)["_modules"].pop, NAME, None)
         # by number, not as the map's own ModuleList, which would look like one more list of blocks
         model.add_module(NAME, _KeptFine({str(i): trail for i, trail in enumerate(trails.trails)}))
         if hasattr(model, "save_pretrained"):

@@ -138,7 +138,7 @@ def _left(w: Float[Tensor, "out in_"]) -> Float[Tensor, "out k"]:
 
 def _leading(w: Float[Tensor, "out in_"], affine: AffineMap, top: int) -> Float[Tensor, "out k"]:
     """The left singular vectors of the `top` largest singular values of W + M, the largest first."""
-    from scipy.sparse.linalg import LinearOperator, svds
+    import scipy.sparse.linalg as sparse
 
     write, read = affine.write * affine.size, affine.read
     if min(w.shape) <= 2 * top:  # too small for ARPACK to save anything
@@ -152,10 +152,11 @@ def _leading(w: Float[Tensor, "out in_"], affine: AffineMap, top: int) -> Float[
         return product
 
     forth, back = times(w, write, read), times(w.T, read, write)
-    moved: Any = LinearOperator(
+    untyped: Any = sparse
+    moved = untyped.LinearOperator(
         tuple(w.shape), matvec=forth, rmatvec=back, matmat=forth, rmatmat=back, dtype=np.float64
     )
     start = np.random.default_rng(0).normal(size=min(w.shape))
-    found: Any = svds(moved, k=top, v0=start, return_singular_vectors="u")
+    found = untyped.svds(moved, k=top, v0=start, return_singular_vectors="u")
     order = np.argsort(-found[1])
     return torch.from_numpy(np.ascontiguousarray(found[0][:, order]))

@@ -93,7 +93,7 @@ def test_a_trail_that_is_not_affine_is_bent(name: str) -> None:
 
 
 def test_a_gate_that_is_shut_on_ordinary_states_is_seen() -> None:
-    trail = tp.Guarded(MOVING["DiReFT"](64), 64)
+    trail = tp.trails.Guarded(MOVING["DiReFT"](64), 64)
     w = torch.randn(64)
     trail.w.copy_(w / w.norm())
     trail.b.fill_(-6.0)  # opens where the state lies along w, and nowhere else: ||n|| = 8

@@ -14,11 +14,12 @@ from tiny import DIM, llama, make_tokenizer
 from torch import Tensor, nn
 
 import tokenpaths as tp
-from tokenpaths import Confined, DiReFT, Guarded, confine, guard, strength_within
+from tokenpaths import Confined, DiReFT, confine, guard, strength_within
 from tokenpaths.limits import Kind, strength_curve
 from tokenpaths.limits import gates as gates_file
 from tokenpaths.limits.kinds import Text, drawn, levels
 from tokenpaths.limits.states import entering
+from tokenpaths.trails import Guarded
 from tokenpaths.trails.wrappers import at_unit_scale
 
 Watch = Callable[[nn.Module], nn.Module]

@@ -56,8 +56,6 @@ from .trails.steering import PSR as PSR
 from .trails.steering import Additive as Additive
 from .trails.wrappers import Capped as Capped
 from .trails.wrappers import Confined as Confined
-from .trails.wrappers import Guarded as Guarded
-from .trails.wrappers import Scaled as Scaled
 from .training.foreign import trainable as trainable
 from .training.loop import steps as steps
 from .training.objectives.base import Objective as Objective

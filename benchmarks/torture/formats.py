@@ -75,7 +75,7 @@ def trails() -> tp.TrailMap:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         here = tp.Site(0, tp.First() | tp.Match(r"\d+"))
-        made = tp.TrailMap({here: tp.Scaled(tp.LoReFT(DIM, 2), 0.5), tp.Site(1, tp.Last()): RED(DIM)})
+        made = tp.TrailMap({here: tp.trails.Scaled(tp.LoReFT(DIM, 2), 0.5), tp.Site(1, tp.Last()): RED(DIM)})
         for parameter in made.parameters():
             nn.init.normal_(parameter)
         return made

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 

@@ -32,7 +32,12 @@ def test_tables_hold_text():
     told = text_table(rows)
     assert not CONTROL.search(told) and told.count("\n") == 1
     told = markdown_table(rows)
-    assert told.count("\n") == 2 and "<script>" not in told and "](" not in told and "[0.1, 0.2]" in told
+    assert (
+        told.count("\n") == 2
+        and "<script>" not in told
+        and not re.search(r"(?<!\\)\]\(", told)
+        and "[0.1, 0.2]" in told
+    )
     assert not CONTROL.search(told)
     assert "<script>" not in pages.table(rows)
 
@@ -47,19 +52,7 @@ def test_every_report_with_text_from_a_file_can_be_printed_and_drawn(kind, unche
     if hasattr(made, "plot") and kind.__name__ not in ("Drift",):  # whose panels are named by the caller
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            figure = drawn(made)
-        if figure is not None:
-            figure._repr_png_()
-
-
-def drawn(made):
-    """The figure; None where there is nothing to draw, which is not said by way of a label that cannot be parsed."""
-    try:
-        return made.plot()
-    except ValueError as error:
-        told = f"{error!r} {error}"
-    assert "ParseFatalException" not in told and "$" not in told, told
-    return None
+            made.plot()._repr_png_()
 
 
 def test_figures_draw_any_name():
@@ -96,9 +89,7 @@ def test_a_threshold_of_a_file_without_a_value_is_refused_and_a_score_of_nan_is_
     (tmp_path / "t.json").write_text(
         '{"centre": {"a": 1}, "spread": {"a": 1}, "value": null, "adapters": 9, "wrong": 0, "tested": 0}'
     )
-    with pytest.raises(
-        ValueError, match="t.json is not a threshold of an audit as to_json writes it: a threshold has a"
-    ):
+    with pytest.raises(ValueError, match="t.json is not a threshold of an audit as to_json writes it: a threshold"):
         Threshold.from_json(tmp_path / "t.json")
     threshold = Threshold({"a": 0.0, "b": 0.0}, {"a": 1.0, "b": 1.0}, 2.0, 9)
     for scores in ({"a": float("nan"), "b": 0.0}, {"b": 0.0, "a": float("nan")}):

@@ -227,13 +227,9 @@ def test_a_file_may_be_read_by_whom_the_umask_lets(tmp_path):
 
 def test_a_folder_in_place_of_a_file_is_told_with_what_to_do(tmp_path):
     trails = everything()
-    with pytest.raises(
-        IsADirectoryError, match=f"is a folder, and a map is one file: save to {tmp_path}/trails.safete"
-    ):
+    with pytest.raises(IsADirectoryError, match=f"is a folder, and a map is one file: save to {tmp_path}/trails.s"):
         trails.save(tmp_path)
-    with pytest.raises(
-        IsADirectoryError, match=f"is a folder: load {tmp_path}/trails.safetensors, or use TrailMap.fro"
-    ):
+    with pytest.raises(IsADirectoryError, match=f"is a folder: load {tmp_path}/trails.safetensors, or use TrailMap.f"):
         TrailMap.load(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -271,7 +267,7 @@ def test_restore_takes_no_nan_no_other_sites_and_no_other_trails(tmp_path):
     for other, message in (
         (
             with_tensors(tmp_path / "t", {"trails.0.W": before["trails.0.W"] * float("nan")}),
-            "trails.0.W holds NaN or i",
+            "trails.0.W holds NaN",
         ),
         ({Site(0, First()): LoReFT(4, 2), Site(1): own()}, "has trails at Site(layer=0, tokens=First(n=1)"),
         ({Site(0, Last()): LoReFT(4, 1), Site(1): own()}, "tensor 'trails.0.W' has shape [1, 4] in the file, [2, 4]"),
@@ -299,9 +295,7 @@ def test_the_hub_is_not_asked_for_a_folder_that_is_missing(tmp_path, monkeypatch
     for name in [repo, Path("some/folder")]:
         if not name:  # the folder here, without a file
             continue
-        with pytest.raises(
-            FileNotFoundError, match='there is no folder .* name it owner/name and give revision="main"'
-        ):
+        with pytest.raises(FileNotFoundError, match="there is no folder .* name it owner/name and give revision="):
             TrailMap.from_pretrained(name)
     for name, options in (("me/trails", {}), ("trails", {}), (repo or "x", dict(revision="main"))):
         with pytest.raises(AssertionError, match="the Hub is asked"):

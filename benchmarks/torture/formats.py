@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -22,6 +22,7 @@ from tokenpaths.engine.cone.kept import InFolder
 from tokenpaths.files import TrailFileError
 from tokenpaths.lab import ab, audit, chains, forgetting, peers, reasoning
 from tokenpaths.lab.audit.report import Threshold
+from tokenpaths.lab.chains.report import HELD_OUT, TRAIN, Score, WayOrForm
 from tokenpaths.lab.forgetting import datasets
 from tokenpaths.report.records import Record
 from tokenpaths.trails import RED
@@ -203,9 +204,14 @@ def of_kind(kind: Any) -> Any:
         return Threshold({"tokens": 0.5}, {"tokens": 1.5}, 2.5, 9)
     if is_dataclass(kind):
         hints = get_type_hints(kind)
+        if kind is WayOrForm:
+            scores = tuple(replace(of_kind(Score), name=name) for name in (TRAIN, HELD_OUT, of_kind(str)))
+            return WayOrForm(scores, of_kind(hints["signs"]), of_kind(hints["written"]))
         return kind(**{field.name: of_kind(hints[field.name]) for field in fields(kind)})
     if origin is tuple:
         return tuple(of_kind(part) for part in (parts[:1] * 2 if parts[-1] is Ellipsis else parts))
+    if kind == dict[str, dict[str, Any]]:  # the parts of an audit
+        return {of_kind(str): {"kind": of_kind(str), "layer": 1, "features": {"sigma": 0.5}}}
     if origin is dict:
         return {of_kind(parts[0]): of_kind(parts[1])}
     if origin is Literal:

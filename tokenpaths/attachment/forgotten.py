@@ -72,8 +72,8 @@ def _warn(optimizer: str, model: nn.Module, base: list[str]) -> None:
     kind = type(model).__name__
     trains = f"{len(base)} parameters of the base {kind}, the first of them {base[0]}," if base else "nothing"
     warnings.warn(
-        f"{optimizer} trains {trains} and none of the trails attached to {kind}: attach does not make trails parameters "
-        "of the model, which is what a Trainer trains. To train the trails and leave the base alone: "
+        f"{optimizer} trains {trains} and none of the trails attached to {kind}: attach does not make trails "
+        "parameters of the model, which is what a Trainer trains. To train the trails and leave the base alone: "
         "with tp.trainable(model, trails): ... To train the base around trails that stay as they are: "
         "trails.requires_grad_(False)",
         stacklevel=4,

@@ -162,7 +162,7 @@ def steps(
     """
     parameters = trained(trails)
     check(model, trails, goals, tokenizer)
-    _check_options(steps, epochs, batch_size, accumulate, mixed_precision, checkpoint, save_every, resume)
+    _check_options(steps, epochs, batch_size, accumulate, mixed_precision, checkpoint, save_every, resume, clip)
     used = _cone_of(cone, trails)
     accelerator = _accelerator(accelerator)
     feed = Feed(goals, span_names(trails), batch_size, accumulate, seed, accelerator)
@@ -263,6 +263,7 @@ def _check_options(
     checkpoint: object,
     save_every: int | None,
     resume: bool,
+    clip: int | float | None,
 ) -> None:
     if (steps is None) == (epochs is None) or (epochs is not None and epochs <= 0):
         raise ValueError("say how long to train: give either steps= or epochs=, more than 0")
@@ -270,6 +271,8 @@ def _check_options(
         raise ValueError("resume= and save_every= need checkpoint=, the folder of the run")
     if mixed_precision not in (None, "no", "bf16"):
         raise ValueError(f"mixed_precision={mixed_precision!r} must be 'no' or 'bf16'; for fp16 pass accelerator=")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip={clip} must be above 0, or None for gradients of any norm: nothing would be learned")
     for name, value in dict(steps=steps, batch_size=batch_size, accumulate=accumulate, save_every=save_every).items():
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")

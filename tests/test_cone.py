@@ -482,6 +482,7 @@ def test_the_plan_is_what_happens(capsys):
                 [Imitate(examples)],
                 steps=5,
                 batch_size=8,
+                lr=1e-3,
                 progress=False,
                 cone=cone,
                 explain=True,
@@ -513,7 +514,14 @@ def test_a_run_keeps_what_comes_often_enough(capsys, count, often):
     with counted(model) as tokens:
         list(
             steps(
-                model, laid(layers=[2]), [Imitate(examples)], steps=count, batch_size=16, progress=False, explain=True
+                model,
+                laid(layers=[2]),
+                [Imitate(examples)],
+                steps=count,
+                batch_size=16,
+                lr=1e-3,
+                progress=False,
+                explain=True,
             )
         )
     all_tokens = sum(map(len, examples))

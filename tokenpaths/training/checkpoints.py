@@ -58,8 +58,8 @@ class Checkpoints:
                 raise ValueError(f"{self.newest} is of another run, and resuming would not continue it: {different}")
 
     @torch.no_grad()
-    def restore(self, trails: Adapter, optimizer: Optimizer, weights: list[float]) -> int:
-        """Give the trails, the optimizer and the goals' weights the state that they had in the newest checkpoint.
+    def restore(self, trails: Adapter, optimizer: Optimizer, weights: list[float], rates: list[float]) -> int:
+        """Give the trails, the optimizer, the goals' weights and the rates the state of the newest checkpoint.
 
         Returns the number of steps that were taken before it; 0 if there is none.
         """
@@ -67,7 +67,7 @@ class Checkpoints:
             return 0
         trails.restore(self.newest / trails.saved_as)
         run = json.loads((self.newest / _RUN).read_text())
-        weights[:] = run["weights"]
+        weights[:], rates[:] = run["weights"], run["rates"]
         state: dict[int, dict[str, Any]] = {}
         entries = {**safetensors.torch.load_file(self.newest / _OPTIMIZER), **run["optimizer"]}
         for key, value in entries.items():
@@ -81,7 +81,13 @@ class Checkpoints:
         return last or (self.every is not None and step % self.every == 0)
 
     def write(
-        self, step: int, trails: Adapter, model: nn.Module, optimizer: Optimizer, weights: Sequence[float]
+        self,
+        step: int,
+        trails: Adapter,
+        model: nn.Module,
+        optimizer: Optimizer,
+        weights: Sequence[float],
+        rates: Sequence[float],
     ) -> None:
         """Save the run as it is after step `step`.
 
@@ -99,7 +105,8 @@ class Checkpoints:
                 else:
                     kind = f"its {name!r} is a {type(value).__name__}"
                     raise TypeError(f"the state of {type(optimizer).__name__} cannot be saved without pickle: {kind}")
-        run = {"step": step, "weights": list(weights), "optimizer": plain, "settings": self.settings}
+        run: dict[str, Any] = {"step": step, "weights": list(weights), "rates": list(rates), "optimizer": plain}
+        run["settings"] = self.settings
         with files.whole(self.folder / f"step-{step:08d}") as beside:
             trails.save(beside / trails.saved_as, model)
             safetensors.torch.save_file(tensors, beside / _OPTIMIZER)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, cast, runtime_checka
 import torch
 from torch import Tensor, nn
 
+from tokenpaths.training.rate import FALLBACK, Found, find_rate
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -32,7 +34,7 @@ class Descent:
     Args:
         parameters: what is trained.
         make: a function from the list of parameters to an optimizer; AdamW without weight decay unless given.
-        lr: the learning rate of AdamW; 1e-3 unless given.
+        lr: the learning rate of AdamW; found in the first step unless given.
         schedule: a name that `transformers.get_scheduler` knows.
         warmup: the steps of the warm-up, which rises from 1/warmup of the rate to all of it; below 1, their share of
             all steps.
@@ -40,7 +42,8 @@ class Descent:
         total: the number of steps of the run.
         accelerator: the run's.
 
-    `held` is the limit on each step, if there is one.
+    `held` is the limit on each step, if there is one. `rates` are the rates of the optimizer's groups, which the
+    schedule multiplies, and `found` tells how they were found, where they were found.
 
     Raises:
         ValueError: both `make` and `lr` are given, or the schedule depends on more than the step.
@@ -61,10 +64,13 @@ class Descent:
             raise ValueError("with optimizer=, the learning rate is part of it: leave lr= out")
         if make is None:
             self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-                parameters, lr=1e-3 if lr is None else lr, weight_decay=0.0
+                parameters, lr=FALLBACK if lr is None else lr, weight_decay=0.0
             )
         else:
             self.optimizer = make(parameters)
+        self.own = make is not None
+        self.seeks = make is None and lr is None
+        self.found: Found | None = None
         self.parameters = parameters
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.share_at = _schedule(schedule, warmup, total)
@@ -75,8 +81,17 @@ class Descent:
 
     def describe(self) -> list[Any]:
         """What a checkpoint notes of the optimizer, so that a run with another is refused."""
-        groups = [{**group, "params": len(group["params"])} for group in self.optimizer.param_groups]
+        found = {"lr": "found"} if self.seeks else {}
+        groups = [{**group, "params": len(group["params"]), **found} for group in self.optimizer.param_groups]
         return [type(self.optimizer).__name__, groups]
+
+    def advice(self) -> str:
+        """What to do where the run diverges."""
+        if self.own:
+            return "with this optimizer: lower its learning rate"
+        rate = self.rates[0]
+        other = "" if self.seeks else "leave lr= out, and one is found that suits the model, or "
+        return f"at lr={rate:.2g}: {other}give a lower one, such as lr={rate / 5:.1g}"
 
     @contextmanager
     def ready(self) -> Generator[None]:
@@ -87,8 +102,12 @@ class Descent:
         finally:
             self.optimizer.zero_grad()
 
-    def step(self, number: int) -> tuple[float, float, float | None, float | None]:
-        """Take step `number`, counted from 0, and hold it.
+    def step(
+        self, number: int, ruler: Callable[[], Callable[[], float]]
+    ) -> tuple[float, float, float | None, float | None]:
+        """Take step `number`, counted from 0, and hold it. A rate that is found is found in step 0.
+
+        `ruler` makes what tells how far the states have gone from where they are when it is made.
 
         Returns the learning rate, the norm of the gradient before clipping, and what `held` tells: the share of the
         step that was kept, and its measure.
@@ -100,6 +119,9 @@ class Descent:
         norm = float(cast("Tensor", self.accelerator.clip_grad_norm_(self.parameters, self.most)))
         if not math.isfinite(norm) and self.accelerator.scaler is None:  # a scaler skips such a step by itself
             raise FloatingPointError(f"step {number + 1}: the gradient is not finite ({norm}). {KEPT}")
+        if self.seeks and number == 0 and math.isfinite(norm):
+            self.found = find_rate(self.parameters, ruler())
+            self.rates[:] = [self.found.lr or FALLBACK] * len(self.rates)
         share = self.share_at(number)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * share

@@ -31,6 +31,7 @@ from tokenpaths.training.losses import Losses, describe_goal
 from tokenpaths.training.objectives.base import Objective
 from tokenpaths.training.plan import plan
 from tokenpaths.training.processes import agree, by_the_first, share_start
+from tokenpaths.training.rate import Alarm
 from tokenpaths.training.reach import Reach, standstill
 from tokenpaths.training.run import Run
 
@@ -127,7 +128,9 @@ def steps(
         accumulate: forwards of each goal in one step.
         seed: of the order of examples and of dropout. Torch's own random state is left alone.
 
-        lr: the learning rate of AdamW without weight decay; 1e-3 unless given.
+        lr: the learning rate of AdamW without weight decay. Unless given, the run has the rate at which its first step,
+            without warm-up, moves the states by 0.3 of their length (`training.rate.Found`): so it holds on
+            models of other scales. This costs three or four forwards of 8 examples before the first step.
         optimizer: or a function from the list of parameters to an optimizer: `lambda p: torch.optim.SGD(p, lr=0.1)`.
         schedule: a name that `transformers.get_scheduler` knows.
         warmup: the steps of the schedule's warm-up; below 1, their share of all steps. Step k of w of them, counted
@@ -140,7 +143,8 @@ def steps(
         resume: continue from the newest checkpoint, bit for bit as if the run had never stopped.
 
         progress: show a progress bar.
-        explain: print the plan before the first step: what is left out, what is kept, and the FLOPs of a step.
+        explain: print the plan before the first step: what is left out, what is kept, and the FLOPs of a step; and
+            after it the learning rate, if it was sought, and why.
         drift: a function that is called after every `drift_every` steps and at the end, such as
             `lambda: measure_drift(model, trails, texts)["kl"].mean`.
         drift_every: in steps.
@@ -200,17 +204,20 @@ def steps(
                 in_a_step = [feed.in_a_step(place) for place in range(len(goals))]
                 with learning(trails):
                     accelerator.print(plan(model, trails, goals, in_a_step, used, losses.pays))
-            done = 0 if saved is None else saved.restore(trails, descent.optimizer, losses.weights)
+            done = 0 if saved is None else saved.restore(trails, descent.optimizer, losses.weights, descent.rates)
             share_start(trails, accelerator)
             descent.held = None if trust is None else trust.begin(model, trails, parameters)
             reach = Reach(trails, told=stands is not None)
+            alarm = Alarm(parameters, [goal.weight for goal in goals], descent.advice)
             with bar("training", progress and accelerator.is_main_process, done=done, total=total) as shown:
                 for number in range(done, total):
                     began, last = time.perf_counter(), number + 1 == total
-                    step = _take(number, losses, descent, reach)
+                    step = _take(number, losses, descent, reach, alarm)
+                    if explain and number == done and descent.found is not None:
+                        accelerator.print(descent.found)
                     if saved is not None and saved.due(step.step, last):
-                        write = partial(saved.write, step.step, trails, model, descent.optimizer, losses.weights)
-                        by_the_first(accelerator, write)
+                        state = (trails, model, descent.optimizer, losses.weights, descent.rates)
+                        by_the_first(accelerator, partial(saved.write, step.step, *state))
                     step = replace(step, seconds=time.perf_counter() - began)
                     if drift and (last or step.step % drift_every == 0):
                         step = replace(step, drift=drift())
@@ -221,12 +228,13 @@ def steps(
     return Run(iterate, name)
 
 
-def _take(number: int, losses: Losses, descent: Descent, reach: Reach) -> Step:
+def _take(number: int, losses: Losses, descent: Descent, reach: Reach, alarm: Alarm) -> Step:
     """Take step `number`, counted from 0. The time is not measured yet."""
     weights, feed = tuple(losses.weights), losses.feed
     parts = losses.of_step(number)
+    alarm.hear(step=number + 1, parts=parts, again=lambda: losses.again(number))
     reach.step()
-    rate, norm, kept, went = _step_soundly(number, descent)
+    rate, norm, kept, went = _step_soundly(number, losses, descent)
     losses.reweigh(number, parts)
     return Step(
         step=number + 1,
@@ -242,10 +250,10 @@ def _take(number: int, losses: Losses, descent: Descent, reach: Reach) -> Step:
     )
 
 
-def _step_soundly(number: int, descent: Descent) -> tuple[float, float, float | None, float | None]:
+def _step_soundly(number: int, losses: Losses, descent: Descent) -> tuple[float, float, float | None, float | None]:
     """Take the optimizer's step `number`; take it back if it breaks the trails, as no later loss may tell."""
     before = [parameter.detach().clone() for parameter in descent.parameters]
-    taken = descent.step(number)
+    taken = descent.step(number, lambda: losses.ruler(number))
     if not bool(torch.stack([p.isfinite().all().to(before[0].device) for p in descent.parameters]).all()):
         with torch.no_grad():
             for parameter, good in zip(descent.parameters, before, strict=True):

@@ -13,14 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from tokenpaths.attachment.mode import learning
+from tokenpaths.data.examples import collate
 from tokenpaths.engine.cone.cone import ActiveCone, Cone, active_cone
 from tokenpaths.engine.cone.prefix import common_prefix
+from tokenpaths.engine.forwards import forward_states
+from tokenpaths.engine.states import block_places, observing
 from tokenpaths.randomness import own_randomness
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.training.descent import KEPT, sum_over_processes
 from tokenpaths.training.feed import Feed, seed_of
-from tokenpaths.training.objectives.base import Objective
+from tokenpaths.training.objectives.base import Objective, host_of
 from tokenpaths.training.plan import pays
+from tokenpaths.training.rate import RULED, Ruler, See
 
 
 class Losses:
@@ -62,11 +66,39 @@ class Losses:
             FloatingPointError: a loss is not finite.
             ValueError: a loss is not one number, or does not depend on the trails.
         """
+        parts = self._run(number, learn=True)
+        _check_finite(number, self.goals, parts)
+        return parts
+
+    def again(self, number: int) -> tuple[float, ...]:
+        """The loss of each goal in step `number`, with the parameters as they are now; only read."""
+        return self._run(number, learn=False)
+
+    def ruler(self, number: int) -> Ruler:
+        """What tells how far states go from where they are now, on the first examples of the first goal in a step.
+
+        All processes run the same ones, however a step is split.
+        """
+        examples = self.feed.examples(0, number)[:RULED]
+        batch = collate(examples, spans=self.feed.spans).to(self.accelerator.device)
+        places = block_places(host_of(self.model, self.trails))
+
+        @torch.no_grad()
+        def look(see: See) -> None:
+            with self._as_in_step(number), self._precision(), observing(places, see):
+                if self.cone is not None:
+                    self.cone.rests = True
+                forward_states(self.model, batch)
+                if self.cone is not None:
+                    self.cone.rests = False
+
+        return Ruler(look, batch, lambda tensor: sum_over_processes(tensor, self.accelerator))
+
+    def _run(self, number: int, learn: bool) -> tuple[float, ...]:
         losses = torch.zeros(len(self.goals), device=self.accelerator.device, dtype=torch.float32)
-        seed = seed_of(self.seed, number, self.accelerator.process_index, -1)
-        with own_randomness(seed, self.accelerator.device), learning(self.trails):
+        with self._as_in_step(number):
             for place, batch, share in self.feed.batches(number):
-                weighs = self.weights[place] > 0
+                weighs = learn and self.weights[place] > 0
                 if self.cone is not None:
                     self.cone.rests = not self.pays[place]
                 with self._precision(), torch.set_grad_enabled(weighs):
@@ -77,15 +109,20 @@ class Losses:
                 losses[place] += loss.detach()
         if self.cone is not None:
             self.cone.rests = False
-        parts = tuple(sum_over_processes(losses, self.accelerator).tolist())
-        _check_finite(number, self.goals, parts)
-        return parts
+        return tuple(sum_over_processes(losses, self.accelerator).tolist())
 
     def reweigh(self, number: int, parts: Sequence[float]) -> None:
         """Let the weight of each goal that was due in step `number` follow its loss."""
         for place, (goal, part) in enumerate(zip(self.goals, parts, strict=True)):
             if self.feed.due(place, number):
                 self.weights[place] = goal.reweigh(self.weights[place], part)
+
+    @contextmanager
+    def _as_in_step(self, number: int) -> Generator[None]:
+        """Inside, random numbers are those of a step on this process, and the trails learn."""
+        seed = seed_of(self.seed, number, self.accelerator.process_index, -1)
+        with own_randomness(seed, self.accelerator.device), learning(self.trails):
+            yield
 
     def _precision(self) -> AbstractContextManager[Any]:
         # Accelerate's own precision is one for the whole process, and a second run may want another

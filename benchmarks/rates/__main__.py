@@ -83,12 +83,14 @@ def main() -> None:
         for cell in cells(options.seeds):
             if cell.file().name.startswith(options.only):
                 keep(cell.file(), functools.partial(measured, cell))
-    runs = [
-        {**json.loads(cell.file().read_text()), "way": cell.way}
-        for cell in cells(options.seeds)
-        if cell.file().exists()
-    ]
-    table(runs, {file.stem: json.loads(file.read_text()) for file in firsts.values()}, options.seeds)
+    tables = {file.stem: json.loads(file.read_text()) for file in firsts.values() if file.exists()}
+    chosen = {
+        way: {model: [choose(tables[first_file(model, seed).stem]) for seed in options.seeds] for model in BY_HAND}
+        for way, choose in WAYS.items()
+    }
+    ran = [cell for cell in cells(options.seeds) if cell.file().exists()]
+    runs = [{**json.loads(cell.file().read_text()), "way": cell.way} for cell in ran]
+    table(runs, {"first_steps": tables, "chosen": chosen}, options.seeds)
 
 
 @functools.lru_cache(maxsize=1)

@@ -13,7 +13,7 @@ PLACE = {"smollm2": "first", "gemma": "second"}
 CALLED = {"smollm2": "SmolLM2-135M-Instruct", "gemma": "Gemma 3 270M"}
 
 
-def table(runs: Runs, first_steps: dict[str, Any], seeds: Sequence[int]) -> None:
+def table(runs: Runs, rest: dict[str, Any], seeds: Sequence[int]) -> None:
     """Print the table, and write the result file and the claims."""
     print(f"\n{'model':10}{'scale':>7}{'way':>38}{'rates':>20}{'right':>8}{'nats':>8}{'seeds':>7}")
     for key in dict.fromkeys(_key(run) for run in runs):
@@ -21,8 +21,10 @@ def table(runs: Runs, first_steps: dict[str, Any], seeds: Sequence[int]) -> None
         rates = f"{min(run['lr'] for run in told):.2g} to {max(run['lr'] for run in told):.2g}"
         model, scale, way = key
         print(f"{model:10}{scale:>7g}{way:>38}{rates:>20}{_right(told):>8.3f}{_mean(told, 'nats'):>8.3f}{len(told):>7}")
+    for way, rates in rest["chosen"].items():
+        print(way, {model: [f"{rate:.2g}" for rate in found] for model, found in rates.items()})
     claims = [claim for model in PLACE for claim in _claims(runs, model)]
-    write("rates", {"runs": runs, "first_steps": first_steps}, [*claims, _of_copies(runs)], seed=list(seeds))
+    write("rates", {"runs": runs, **rest}, [*claims, _of_copies(runs)], seed=list(seeds))
 
 
 def _claims(runs: Runs, model: str) -> list[Claim]:
@@ -46,9 +48,10 @@ def _of_copies(runs: Runs) -> Claim:
     copies = {(run["model"], run["scale"]) for run in runs if run["scale"] != 1}
     arms = [[run for run in runs if (run["model"], run["scale"]) == copy] for copy in sorted(copies)]
     worst = min(arms, key=_right)
+    all_of_them = ", ".join(f"{CALLED[model]} times {scale:g}" for model, scale in sorted(copies))
     told = (
-        "the demo's chain at the rate found, copies of both models with a residual stream 0.01 and 100 times as long: "
-        f"share right in the worst, {CALLED[worst[0]['model']]} times {worst[0]['scale']:g}"
+        f"the demo's chain at the rate found, copies with a scaled residual stream ({all_of_them}): share right in the "
+        f"worst, {CALLED[worst[0]['model']]} times {worst[0]['scale']:g}"
     )
     return over_seeds("defaults_scaled_model_accuracy", told, _shares(worst), "share of questions")
 

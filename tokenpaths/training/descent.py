@@ -41,6 +41,7 @@ class Descent:
         clip: the largest norm of the gradient; None for any.
         total: the number of steps of the run.
         accelerator: the run's.
+        explain: print how the rate was found.
 
     `held` is the limit on each step, if there is one. `rates` are the rates of the optimizer's groups, which the
     schedule multiplies, and `found` tells how they were found, where they were found.
@@ -59,6 +60,7 @@ class Descent:
         clip: int | float | None,
         total: int,
         accelerator: Accelerator,
+        explain: bool = False,
     ) -> None:
         if make is not None and lr is not None:
             raise ValueError("with optimizer=, the learning rate is part of it: leave lr= out")
@@ -76,6 +78,7 @@ class Descent:
         self.share_at = _schedule(schedule, warmup, total)
         self.most = math.inf if clip is None else clip
         self.accelerator = accelerator
+        self.explain = explain
         self.prepared: Any = None
         self.held: HeldStep | None = None
 
@@ -122,6 +125,8 @@ class Descent:
         if self.seeks and number == 0 and math.isfinite(norm):
             self.found = find_rate(self.parameters, ruler())
             self.rates[:] = [self.found.lr or FALLBACK] * len(self.rates)
+            if self.explain:
+                self.accelerator.print(self.found)
         share = self.share_at(number)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * share

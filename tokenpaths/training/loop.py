@@ -171,7 +171,7 @@ def steps(
     accelerator = _accelerator(accelerator)
     feed = Feed(goals, span_names(trails), batch_size, accumulate, seed, accelerator)
     total = steps or max(1, math.ceil((epochs or 0) * len(goals[0].examples) / feed.in_a_step(0)))
-    descent = Descent(parameters, optimizer, lr, schedule, warmup, clip, total, accelerator)
+    descent = Descent(parameters, optimizer, lr, schedule, warmup, clip, total, accelerator, explain)
     losses = Losses(model, trails, feed, seed, mixed_precision)
     settings: dict[str, Any] = {}
     if checkpoint is not None or accelerator.num_processes > 1:
@@ -208,13 +208,11 @@ def steps(
             share_start(trails, accelerator)
             descent.held = None if trust is None else trust.begin(model, trails, parameters)
             reach = Reach(trails, told=stands is not None)
-            alarm = Alarm(parameters, [goal.weight for goal in goals], descent.advice)
+            alarm = Alarm(parameters, tuple(losses.weights), descent.advice)
             with bar("training", progress and accelerator.is_main_process, done=done, total=total) as shown:
                 for number in range(done, total):
                     began, last = time.perf_counter(), number + 1 == total
                     step = _take(number, losses, descent, reach, alarm)
-                    if explain and number == done and descent.found is not None:
-                        accelerator.print(descent.found)
                     if saved is not None and saved.due(step.step, last):
                         state = (trails, model, descent.optimizer, losses.weights, descent.rates)
                         by_the_first(accelerator, partial(saved.write, step.step, *state))

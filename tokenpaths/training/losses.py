@@ -16,7 +16,6 @@ from tokenpaths.attachment.mode import learning
 from tokenpaths.data.examples import collate
 from tokenpaths.engine.cone.cone import ActiveCone, Cone, active_cone
 from tokenpaths.engine.cone.prefix import common_prefix
-from tokenpaths.engine.forwards import forward_states
 from tokenpaths.engine.states import block_places, observing
 from tokenpaths.randomness import own_randomness
 from tokenpaths.trailmap.adapter import Adapter
@@ -88,7 +87,7 @@ class Losses:
             with self._as_in_step(number), self._precision(), observing(places, see):
                 if self.cone is not None:
                     self.cone.rests = True
-                forward_states(self.model, batch)
+                self.goals[0].loss(self.model, self.trails, batch)
                 if self.cone is not None:
                     self.cone.rests = False
 

@@ -130,7 +130,7 @@ def steps(
 
         lr: the learning rate of AdamW without weight decay. Unless given, the run has the rate at which its first step,
             without warm-up, moves the states by 0.3 of their length (`training.rate.Found`): so it holds on
-            models of other scales. This costs three or four losses of the first goal on 8 examples before the first step.
+            models of other scales. It costs three or four losses of the first goal on 8 examples before the first step.
         optimizer: or a function from the list of parameters to an optimizer: `lambda p: torch.optim.SGD(p, lr=0.1)`.
         schedule: a name that `transformers.get_scheduler` knows.
         warmup: the steps of the schedule's warm-up; below 1, their share of all steps. Step k of w of them, counted

@@ -183,7 +183,7 @@ def split(folder: Path, rank: int) -> dict[str, Any]:
             return super().loss(model, trails, batch) * (float("nan") if rank and self.calls == 2 else 1.0)
 
     try:
-        list(steps(llama(), make_trails(), [Breaks(make_examples())], steps=3, batch_size=2, progress=False))
+        list(steps(llama(), make_trails(), [Breaks(make_examples())], steps=3, batch_size=2, lr=1e-3, progress=False))
         error = ""
     except FloatingPointError as caught:
         error = str(caught).split(".")[0]

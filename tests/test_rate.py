@@ -136,6 +136,39 @@ def test_all_goals_have_a_say_in_the_direction_and_a_later_rate_follows_the_sche
     assert [step.lr / full for step in taken] == pytest.approx([1 / 2, 1, 1, 1 / 2])
 
 
+@dataclass
+class FrozenLast(Imitate):
+    """A goal that runs the frozen model too, before and after the one with trails."""
+
+    def loss(self, model: nn.Module, trails: Any, batch: Batch) -> Tensor:
+        with trails.off(), torch.no_grad():
+            model(input_ids=batch.input_ids)
+        loss = super().loss(model, trails, batch)
+        with trails.off(), torch.no_grad():
+            model(input_ids=batch.input_ids)
+        return loss
+
+
+def test_a_goal_may_run_the_model_as_it_likes() -> None:
+    (step,) = train(llama(), make_trails(), goals=[FrozenLast(make_examples())])
+    assert step.lr == pytest.approx(train(llama(), make_trails())[0].lr)
+
+
+@dataclass
+class Translate(Objective):
+    """A goal of a model that reads and writes, whose forward needs more than the ids."""
+
+    def loss(self, model: nn.Module, trails: Any, batch: Batch) -> Tensor:
+        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.input_ids).loss
+
+
+def test_a_model_that_reads_and_writes_has_a_rate() -> None:
+    model = FAMILIES["t5"].make()
+    trails = TrailMap({Site(1, All()): LoReFT(DIM, 4)}, blocks="encoder.block")
+    (step,) = train(model, trails, goals=[Translate(make_examples())])
+    assert step.lr != FALLBACK
+
+
 def test_it_is_said_why(capsys: pytest.CaptureFixture[str]) -> None:
     (step,) = train(llama(), make_trails(), explain=True)
     said = capsys.readouterr().out
@@ -152,13 +185,17 @@ def test_without_a_gradient_there_is_nothing_to_go_by(capsys: pytest.CaptureFixt
     assert "Learning rate 0.001: the first step moves nothing to go by" in capsys.readouterr().out
 
 
+def test_a_goal_of_the_parameters_alone_has_nothing_to_go_by() -> None:
+    assert train(llama(), vectors(), goals=[Small(make_examples())])[0].lr == FALLBACK
+
+
 # --- stop and go on ---------------------------------------------------------------------------------------------------
 
 
 def test_a_run_that_is_resumed_keeps_the_rate_that_was_found(tmp_path: Path) -> None:
     whole = make_trails()
     rates = [step.lr for step in train(llama(), whole, steps=6, warmup=0.5)]
-    run = dict(steps=6, warmup=0.5, checkpoint=tmp_path, save_every=2)
+    run: dict[str, Any] = dict(steps=6, warmup=0.5, checkpoint=tmp_path, save_every=2)
     for step in steps(llama(), make_trails(), [Imitate(make_examples())], batch_size=4, progress=False, **run):
         if step.step == 3:
             break

@@ -505,6 +505,7 @@ def at(rule: Any) -> TrailMap:
         (dict(batch_size=0), "batch_size=0 must be at least 1"),
         (dict(accumulate=-1), "accumulate=-1 must be at least 1"),
         (dict(optimizer=torch.optim.Adagrad), "leave lr= out"),
+        (dict(clip=0.0), "clip=0.0 must be above 0, or None"),
         (dict(save_every=2), "need checkpoint="),
         (dict(resume=True), "need checkpoint="),
         (dict(mixed_precision="fp16"), "for fp16 pass accelerator="),

@@ -131,7 +131,7 @@ def steps(
 
         lr: the learning rate of AdamW without weight decay. Unless given, the run has the rate at which its first step,
             without warm-up, moves the states by 0.3 of their length (`training.rate.Found`): so it holds on
-            models of other scales. This costs three or four forwards of 8 examples before the first step.
+            models of other scales. It costs three or four losses of the first goal on 8 examples before the first step.
         optimizer: or a function from the list of parameters to an optimizer: `lambda p: torch.optim.SGD(p, lr=0.1)`.
         schedule: a name that `transformers.get_scheduler` knows.
         warmup: the steps of the schedule's warm-up; below 1, their share of all steps. Step k of w of them, counted
@@ -171,7 +171,7 @@ def steps(
     check_options(
         counts | dict(drift_every=drift_every), dict(epochs=epochs, lr=lr, warmup=warmup, clip=clip), optimizer
     )
-    _check_options(steps, epochs, batch_size, accumulate, mixed_precision, checkpoint, save_every, resume)
+    _check_options(steps, epochs, batch_size, accumulate, mixed_precision, checkpoint, save_every, resume, clip)
     used = _cone_of(cone, trails)
     accelerator = _accelerator(accelerator)
     feed = Feed(goals, span_names(trails), batch_size, accumulate, seed, accelerator)
@@ -275,6 +275,7 @@ def _check_options(
     checkpoint: object,
     save_every: int | None,
     resume: bool,
+    clip: int | float | None,
 ) -> None:
     if (steps is None) == (epochs is None) or (epochs is not None and epochs <= 0):
         raise ValueError("say how long to train: give either steps= or epochs=, more than 0")
@@ -282,6 +283,8 @@ def _check_options(
         raise ValueError("resume= and save_every= need checkpoint=, the folder of the run")
     if mixed_precision not in (None, "no", "bf16"):
         raise ValueError(f"mixed_precision={mixed_precision!r} must be 'no' or 'bf16'; for fp16 pass accelerator=")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip={clip} must be above 0, or None for gradients of any norm: nothing would be learned")
     for name, value in dict(steps=steps, batch_size=batch_size, accumulate=accumulate, save_every=save_every).items():
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")

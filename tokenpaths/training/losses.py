@@ -17,7 +17,6 @@ from tokenpaths.data.examples import collate
 from tokenpaths.engine.cone.cone import ActiveCone, Cone, active_cone
 from tokenpaths.engine.cone.prefix import common_prefix
 from tokenpaths.engine.cone.room import Room
-from tokenpaths.engine.forwards import forward_states
 from tokenpaths.engine.states import block_places, observing
 from tokenpaths.randomness import own_randomness
 from tokenpaths.trailmap.adapter import Adapter
@@ -91,7 +90,7 @@ class Losses:
             with self._as_in_step(number), self._precision(), observing(places, see):
                 if self.cone is not None:
                     self.cone.rests = True
-                forward_states(self.model, batch)
+                self.goals[0].loss(self.model, self.trails, batch)
                 if self.cone is not None:
                     self.cone.rests = False
 

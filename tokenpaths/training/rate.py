@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -61,6 +62,8 @@ class Found:
 class Ruler:
     """How far a batch's states go: |h' - h| / |h|, the mean over the tokens that moved, in the block with the most.
 
+    A goal may run the model more than once, frozen among others: each of its forwards is compared with itself.
+
     Args:
         look: runs the batch, and shows the states of each block to a function.
         batch: what is run.
@@ -70,24 +73,39 @@ class Ruler:
     def __init__(self, look: Callable[[See], None], batch: Batch, total: Callable[[Tensor], Tensor]) -> None:
         self.look, self.total = look, total
         self.real = batch.attention_mask.bool()
-        self.before: dict[str, Tensor] = {}
-        look(self.before.__setitem__)
+        self.before: dict[tuple[str, int], Tensor] = {}
+        self._run(self.before.__setitem__)
 
     def __call__(self) -> float:
         """How far the states have gone from where they were when the ruler was made."""
-        sums: dict[str, Tensor] = {}
+        sums = {place: torch.zeros(2, device=self.real.device) for place in self.before}
 
-        def see(place: str, states: Tensor) -> None:
-            length = self.before[place].float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-            share = (states.float() - self.before[place].float()).norm(dim=-1) / length
+        def see(place: tuple[str, int], states: Tensor) -> None:
+            before = self.before.get(place)
+            if before is None or before.shape != states.shape:
+                return
+            length = before.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+            share = (states.float() - before.float()).norm(dim=-1) / length
             if share.shape == self.real.shape:
                 share = share[self.real.to(share.device)]
             sums[place] = torch.stack([share.sum(), (share != 0).sum()]).to(self.real.device)
 
-        self.look(see)
-        far, tokens = self.total(torch.stack([sums[place] for place in self.before])).unbind(-1)
+        self._run(see)
+        if not sums:  # a goal of the parameters alone
+            return 0.0
+        far, tokens = self.total(torch.stack(list(sums.values()))).unbind(-1)
         most = float((far / tokens.clamp_min(1)).max())
         return most if math.isfinite(most) else math.inf
+
+    def _run(self, see: Callable[[tuple[str, int], Tensor], None]) -> None:
+        """Show the states of each block in each forward, by the block and the number of the forward."""
+        forwards: Counter[str] = Counter()
+
+        def count(place: str, states: Tensor) -> None:
+            forwards[place] += 1
+            see((place, forwards[place]), states)
+
+        self.look(count)
 
 
 def find_rate(parameters: Sequence[nn.Parameter], far: Callable[[], float]) -> Found:

@@ -13,8 +13,8 @@ from tokenpaths.trailmap.trailmap import TrailMap
 PATIENCE = 10
 """A run says so after this many steps without any gradient, and at its end."""
 WHY = (
-    "the rules may choose no token of these batches, the strength may be 0, the trails off, a gate shut, or the labels "
-    "all -100"
+    "the rules may choose no token of these batches, the strength or the goals' weights may be 0, the trails off, a "
+    "gate shut, or the labels all -100"
 )
 
 

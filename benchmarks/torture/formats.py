@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import tokenpaths as tp
+from tokenpaths import files
 from tokenpaths.data import Choice, Task, Text
 from tokenpaths.engine.cone.kept import InFolder
 from tokenpaths.files import TrailFileError
@@ -26,7 +27,7 @@ from tokenpaths.lab.chains.report import HELD_OUT, TRAIN, Score, WayOrForm
 from tokenpaths.lab.forgetting import datasets
 from tokenpaths.report.records import Record
 from tokenpaths.trails import RED
-from tokenpaths.training import samples
+from tokenpaths.training import beside, samples
 from tokenpaths.training.checkpoints import Checkpoints
 from tokenpaths.training.objectives import targets
 
@@ -116,7 +117,7 @@ def learning() -> tuple[tp.TrailMap, torch.optim.Optimizer]:
 def checkpoint(folder: Path) -> Path:
     made, optimizer = learning()
     kept = Checkpoints(folder / "run", {"steps": 3, "lr": 0.1}, 1, False)
-    kept.write(2, made, nn.Linear(2, 2), optimizer, [1.0, 0.5])
+    kept.write(2, made, nn.Linear(2, 2), optimizer, [1.0, 0.5], [0.1])
     return folder / "run"
 
 
@@ -124,8 +125,9 @@ def resumed(path: Path) -> Any:
     made, optimizer = learning()
     weights: list[float] = []
     kept = Checkpoints(path, {"steps": 3, "lr": 0.1}, 1, True)
-    step = kept.restore(made, optimizer, weights)
-    return [step, weights, plain(made.state_dict()), plain(optimizer.state_dict()["state"])]
+    rates: list[float] = []
+    step = kept.restore(made, optimizer, weights, rates)
+    return [step, weights, rates, plain(made.state_dict()), plain(optimizer.state_dict()["state"])]
 
 
 def cone_store(folder: Path) -> Path:
@@ -155,6 +157,20 @@ def captured(folder: Path) -> Path:
 def of_targets(path: Path) -> Any:
     loaded = targets.Targets.load(path)
     return [plain(loaded.of(ids, 0)) if ids in loaded else None for ids in IDS]
+
+
+def saved_beside(folder: Path) -> Path:
+    model = nn.ModuleDict({"base": nn.Linear(2, 2), "score": nn.Linear(2, 3)})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        nn.init.normal_(model["score"].weight)
+    files.write(folder / beside.FILE_NAME, {"score.weight": model["score"].weight}, {"also": ["score.weight"]})
+    return folder
+
+
+def loaded_beside(path: Path) -> Any:
+    model = nn.ModuleDict({"base": nn.Linear(2, 2), "score": nn.Linear(2, 3)})
+    return [beside.load_also(path, model), plain(model["score"].weight)]
 
 
 @lru_cache(maxsize=1)
@@ -292,6 +308,7 @@ FORMATS: dict[str, Format] = {
     "checkpoint": Format(checkpoint, resumed),
     "cone store": Format(cone_store, of_store),
     "targets": Format(captured, of_targets),
+    "beside trails": Format(saved_beside, loaded_beside),
     "LoRA": Format(saved_lora, restored_lora),
     "dual memory": Format(saved_memory, restored_memory),
     "samples": Format(saved_samples, lambda path: repr(samples.load_samples(path))),

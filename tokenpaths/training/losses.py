@@ -154,7 +154,9 @@ def _told(value: Any) -> Any:
         return [v if v is None or isinstance(v, (bool, int, float, str)) else _told(v) for v in value]
     told = getattr(value, "checksum", "")
     if isinstance(value, Tensor):
-        told = hashlib.sha256(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
+        told = hashlib.sha256(
+            value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        ).hexdigest()
     return f"{type(value).__name__} {told}".rstrip()
 
 

@@ -181,7 +181,7 @@ def store(
         fill(lambda name, start, part: tensors[name][start : start + len(part)].copy_(part))
         digest = hashlib.sha256(repr(note).encode())
         for _, tensor in sorted(tensors.items()):
-            digest.update(tensor.view(torch.uint8).numpy().data)
+            digest.update(cast("Any", tensor.view(torch.uint8).numpy()))
         return Targets(note, lambda name, start, stop: tensors[name][start:stop], digest.hexdigest())
     shaped = {name: ((count,), dtype) for name, (count, dtype) in entries.items()}
     with files.filling(path, shaped, {"waypoints": note}) as put:

@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -238,12 +239,10 @@ UNREACHED: dict[str, Any] = {
 @pytest.mark.parametrize("name", UNREACHED)
 def test_trails_that_no_gradient_reaches_in_another_loop_are_told_of_at_its_end(name: str) -> None:
     model, trails = llama(), UNREACHED[name]
-    trails.enabled = "off" not in name
-    with pytest.warns(UserWarning, match="no gradient has reached the trails in any step"), trainable(model, trails):
-        loop(model)
-    with pytest.warns(UserWarning, match="in 10 steps no gradient has reached"), trainable(model, trails):
-        loop(model, count=11)
-    trails.enabled = True
+    for count, message in ((2, "no gradient has reached the trails in any step"), (11, "in 10 steps no gradient has")):
+        with pytest.warns(UserWarning, match=message), trainable(model, trails):  # noqa: SIM117
+            with trails.off() if "off" in name else nullcontext():
+                loop(model, count=count)
 
 
 def test_an_error_inside_is_not_followed_by_advice() -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import gc
 import math
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from tokenpaths import (
 from tokenpaths.attachment import is_attached
 from tokenpaths.attachment.runs import close_runs
 from tokenpaths.files import TrailFileError
+from tokenpaths.randomness import own_randomness
 from tokenpaths.training import load_also
 
 Watch = Callable[[nn.Module], nn.Module]
@@ -236,12 +239,10 @@ UNREACHED: dict[str, Any] = {
 @pytest.mark.parametrize("name", UNREACHED)
 def test_trails_that_no_gradient_reaches_in_another_loop_are_told_of_at_its_end(name: str) -> None:
     model, trails = llama(), UNREACHED[name]
-    trails.enabled = "off" not in name
-    with pytest.warns(UserWarning, match="no gradient has reached the trails in any step"), trainable(model, trails):
-        loop(model)
-    with pytest.warns(UserWarning, match="in 10 steps no gradient has reached"), trainable(model, trails):
-        loop(model, count=11)
-    trails.enabled = True
+    for count, message in ((2, "no gradient has reached the trails in any step"), (11, "in 10 steps no gradient has")):
+        with pytest.warns(UserWarning, match=message), trainable(model, trails):  # noqa: SIM117
+            with trails.off() if "off" in name else nullcontext():
+                loop(model, count=count)
 
 
 def test_an_error_inside_is_not_followed_by_advice() -> None:
@@ -401,6 +402,32 @@ def test_runs_in_threads_are_those_of_one_thread_and_the_users_random_numbers_st
     assert torch.equal(torch.rand(3), expected)
     for seed in range(3):
         assert_equal(together[seed], alone[seed])
+
+
+def test_seeded_parts_in_threads_draw_as_if_alone() -> None:
+    """What generate(seed=), TrailMap.load and check_trail draw by too."""
+
+    def draw(seed: int | None, found: dict[int | None, list[float]]) -> None:
+        with own_randomness(seed):
+            first = torch.rand(()).item()
+            time.sleep(0.02)  # the others would draw here
+            with own_randomness(99):  # and what is nested changes nothing
+                torch.rand(3)
+            found[seed] = [first, torch.rand(()).item()]
+
+    alone: dict[int | None, list[float]] = {}
+    together: dict[int | None, list[float]] = {}
+    for seed in range(4):
+        draw(seed, alone)
+    before = torch.get_rng_state()
+    threads = [threading.Thread(target=draw, args=(seed, together)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+    draw(None, together)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 # --- the mode of trails

@@ -66,6 +66,7 @@ def close_runs(model: nn.Module) -> None:
     parts = _parts(model)
     for run in [run for run in _OPEN if run.model & parts]:
         run.close()
+        _release(run)
 
 
 def _parts(module: nn.Module) -> frozenset[int]:

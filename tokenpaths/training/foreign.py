@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,19 @@ def trainable(model: nn.Module, trails: TrailMap, *, also: Also = None, **option
     if hasattr(model, NAME):
         raise ValueError(f"{type(model).__name__} has an attribute {NAME!r} already: are its trails being trained?")
     beside = Beside(model, trails, also)
+    base, undo = frozen_base(model, trails, beside.parameters), Undo()
+
+    def close() -> None:
+        """End it from outside, as tp.detach does. Each part is ended once more when the block is left."""
+        undo.run()
+        handle.remove()
+        base.__exit__(None, None, None)
+
     with (
-        ExitStack() as open_until_it_ends,
-        holding(model, trails, "trainable(...)", open_until_it_ends.close),
-        frozen_base(model, trails, beside.parameters),
-        attach(model, trails, **options),
-        Undo() as undo,
+        holding(model, trails, "trainable(...)", close),
+        base,
+        attach(model, trails, **options) as handle,
+        undo,
     ):
         if stands := standstill(model, trails):
             raise ValueError(stands)

@@ -232,10 +232,10 @@ def test_steps_change_places_and_nothing_else() -> None:
 def test_copying_counts_what_right_chains_do_not_have() -> None:
     train = [Question("q", "d", "a b c d"), Question("q", "z", "x y z")]
     held_out = [Question("q", "z", "a b y z"), Question("q", "f", "e f"), Question("q", "k", "k")]
-    sign = _copied(["a b c", "e f", "x y z"], train, held_out, 2)
+    sign = _copied(["a b c", "e f", "x y z"], train, held_out, 2).sign
     assert sign.value == pytest.approx(((1 - 2 / 3) + 0) / 2)  # the third right chain has no 2-gram
     assert sign.items == 2
-    assert _copied(["a"], train, held_out[2:], 2).says == "open"
+    assert _copied(["a"], train, held_out[2:], 2).sign.says == "open"
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_a_sign_speaks_only_if_its_whole_interval_does(interval: Any, above: str
 
 def test_the_verdict_follows_its_rules() -> None:
     def verdict(
-        train: bool, held_out: bool, *said: str, renamed: bool = True, items: int = 20, moved: float = 1
+        train: bool, held_out: bool, *said: str, renamed: bool = True, items: int = 20, moved: float = 1.0
     ) -> str:
         scores = [
             Score(name, 0.0, 1.0, (0.0, 1.0), (0.1 if learned else -0.1, 1.0), items)

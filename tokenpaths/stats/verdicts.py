@@ -94,8 +94,3 @@ def noticeable(changes: Values, confidence: float = 1 - ALPHA) -> float:
 
     half = half_width([(variance, len(changes) - 1)], 1 - confidence)
     return half + float(ndtri(POWER)) * math.sqrt(variance)
-
-
-def may_still(items: int, confidence: float = 1 - ALPHA) -> float:
-    """Where none of n items changed, the share of such items that may still: 1 - (1 - confidence)^(1/n)."""
-    return 1 - (1 - confidence) ** (1 / items) if items else 1.0

@@ -29,9 +29,9 @@ from tokenpaths.lab.forgetting.margins import MARGINS as MARGINS
 from tokenpaths.lab.forgetting.margins import Margins as Margins
 from tokenpaths.lab.forgetting.measuring import TextSums, read_choices, read_texts, share_of_choices
 from tokenpaths.lab.forgetting.report import ACCURACY, KL, NATS, moved_text
-from tokenpaths.stats.intervals import UNKNOWN, Interval, Values
+from tokenpaths.stats.intervals import UNKNOWN, Interval, Values, at_most
 from tokenpaths.stats.paired import Outcomes, effect
-from tokenpaths.stats.verdicts import may_still, too_little
+from tokenpaths.stats.verdicts import too_little
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def _retained(a: _Figure, arm: _Figure, margins: Margins, confidence: float, see
     interval, note = found.interval, moved_text(moved)
     if interval == UNKNOWN and not (found.wins or found.losses):
         interval = (0.0, 0.0)
-        note += f"; no text changed; up to {may_still(found.items, confidence):.1%} of such may"
+        note += f"; no text changed; up to {at_most(0, found.items, confidence):.1%} of such may"
     return Retained(
         task=arm.task,
         measure=arm.measure,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import nn
 
@@ -95,9 +96,9 @@ def share_moved(before: Run, after: Run, written: bool) -> float:
     They are asked of a prompt of 16 tokens with 16 behind it, which are of the prompt too unless they are written. Of a
     rule that reads the tokens themselves nothing is known, and it counts as one that moves none.
     """
-    ids = (-1,) * 32  # no tokens
-    example = Example(ids, tuple(written and i >= 16 for i in range(32)))
-    batch = collate([example])
+    ids = (0,) * 32
+    batch = collate([Example(ids, tuple(written and i >= 16 for i in range(32)))])
+    batch = replace(batch, input_ids=torch.full_like(batch.input_ids, -1))  # no token that a rule could name
     scored = predictors(collate([Example(ids, tuple(i >= 16 for i in range(32)))]))
     try:
         return float((reached(before, after, batch) & scored).sum() / scored.sum())

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from tokenpaths.report.figures import COLOURS, GREY, empty_figure, forest
 from tokenpaths.report.records import Record
 from tokenpaths.report.tables import markdown_table, text_table, with_interval
-from tokenpaths.stats.intervals import Interval
-from tokenpaths.stats.verdicts import ALPHA, LEAST_ITEMS, LEAST_MOVED, POWER, may_still, too_little, within
+from tokenpaths.stats.intervals import Interval, at_most
+from tokenpaths.stats.verdicts import ALPHA, LEAST_ITEMS, LEAST_MOVED, POWER, too_little, within
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,7 +92,7 @@ class Loss:
         if few := too_little(self.items, self.moved):
             return f"{where}: {few}."
         if self.change == 0 and math.isnan(self.noticeable):
-            return f"{where}: no item changed; up to {may_still(self.items):.1%} of such may."
+            return f"{where}: no item changed; up to {at_most(0, self.items):.1%} of such may."
         if math.isnan(self.noticeable):
             return ""
         hides = f"{self.items} items show a change of {self.noticeable:.2g} with probability {POWER:g}"

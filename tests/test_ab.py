@@ -121,13 +121,12 @@ def test_the_interval_covers_at_50_items(p: float, q: float, rho: float) -> None
 def hall(value: float, error: float, skewness: float, t: float) -> tuple[float, float]:
     """By definition: all means whose studentised distance, freed of skewness, lies within t."""
 
-    def freed(mean: float) -> float:
+    def beyond(mean: float, y: float) -> float:
         x = (value - mean) / error
-        return x + skewness * x**2 / 3 + skewness**2 * x**3 / 27 + skewness / 6
+        return x + skewness * x**2 / 3 + skewness**2 * x**3 / 27 + skewness / 6 - y
 
-    far = 1e3 * error
-    low, high = (brentq(lambda m, y=y: freed(m) - y, value - far, value + far, xtol=1e-14) for y in (t, -t))
-    return low, high
+    ends = value - 1e3 * error, value + 1e3 * error
+    return brentq(beyond, *ends, args=(t,), xtol=1e-14), brentq(beyond, *ends, args=(-t,), xtol=1e-14)
 
 
 @pytest.mark.parametrize("kind", ["exponential", "normal", "standard_cauchy"])

@@ -240,7 +240,7 @@ def test_intruders_are_those_of_two_full_decompositions(shape: tuple[int, int]) 
     for epsilon in (0.5, 0.7, 2.0):
         found = intruders(weight, lora, epsilon=epsilon)
         assert [place for place, _ in found] == [i for i, cosine in enumerate(nearest.tolist()) if cosine < epsilon]
-        assert [cosine for _, cosine in found] == pytest.approx([nearest[place] for place, _ in found], abs=1e-6)
+        assert [cosine for _, cosine in found] == pytest.approx([float(nearest[place]) for place, _ in found], abs=1e-6)
 
 
 # Directions in tokens

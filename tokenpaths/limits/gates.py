@@ -145,8 +145,7 @@ def guard(
     found = levels(texts, torch.stack([gate.excess() for gate in gates.values()]).amax(0), shut)
     beyond = max(level.excess for level in found)
     for gate in gates.values():
-        # unless a level is asked for, no gate opens on the texts that it was fitted on either
-        if gate.place(max(1.0, beyond) if shut is None else beyond):
+        if gate.place(beyond):
             message = "states of the task overlap with others, so its gate is shut on some of the task's"
             warnings.warn(f"{gate.site}: {message}", stacklevel=2)
     opened = torch.stack([gate.opens_on() for gate in gates.values()]).any(0)

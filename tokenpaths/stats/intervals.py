@@ -101,10 +101,10 @@ def at_most(count: int, items: int, confidence: float = 0.95) -> float:
 def difference_interval(x: Values, y: Values, confidence: float = 0.95) -> Interval:
     """Of mean(x) - mean(y), two independent samples of numbers, in their unit: the wider of Welch's t and Hall's.
 
-    The variance is V_x + V_y, with V = var / n of each sample. Its t (Welch 1947) has (V_x + V_y)^2 / (V_x^2 /
-    (n_x - 1) + V_y^2 / (n_y - 1)) degrees of freedom. The skewness is (k_x V_x^1.5 - k_y V_y^1.5) / (V_x + V_y)^1.5
-    of those of the two means. (v, v) where neither sample has any spread, as in `mean_interval`, and `UNKNOWN` for
-    fewer than two items in either. Of proportions see `newcombe`. ValueError as `mean_interval`.
+    The variance is V_x + V_y, with V = var / n of each sample. Its t (Welch 1947) has (V_x + V_y)^2 /
+    (V_x^2 / (n_x - 1) + V_y^2 / (n_y - 1)) degrees of freedom. The skewness is (k_x V_x^1.5 - k_y V_y^1.5) /
+    (V_x + V_y)^1.5, with k that of each mean. (v, v) where neither sample has any spread, as in `mean_interval`, and
+    `UNKNOWN` for fewer than two items in either. Of proportions see `newcombe`. ValueError as `mean_interval`.
     """
     _check(confidence, x, y)
     if min(len(x), len(y)) < 2:

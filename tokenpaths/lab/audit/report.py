@@ -86,9 +86,10 @@ class Threshold(Record):
         """Fit a threshold to the scores of n benign adapters; it flags at most a share `rate` of others like them.
 
         The threshold is the ceil((1 - rate) (n + 1))-th smallest of n joint scores, each of one adapter by the centre
-        and spread of the others: an adapter to come is no part of what it is measured by either (Barber et al. 2021,
-        arXiv 1905.02928, "jackknife"). In simulations it flagged somewhat fewer than it was told, of 8 adapters 0.08 at
-        0.11. With fewer than 1 / rate - 1 adapters it is the largest, and about 1 in n + 1 will be flagged.
+        and spread of the others, or of all if that is more: an adapter to come is no part of what it is measured by
+        either (Barber et al. 2021, arXiv 1905.02928, "jackknife"). In simulations it flagged somewhat fewer than it was
+        told, of 8 adapters 0.08 at 0.11. With fewer than 1 / rate - 1 adapters it is the largest, and about 1 in n + 1
+        will be flagged.
 
         Args:
             benign: `Audit.scores` of benign adapters, at least eight.
@@ -104,10 +105,11 @@ class Threshold(Record):
         names = [name for name in detectors or DETECTORS if all(name in scores for scores in benign)]
         if not names:
             raise ValueError(f"no detector has a score in all {len(benign)} audits: audit them all alike")
+        every = cls._of(benign, names)
         apart = [cls._of([*benign[:i], *benign[i + 1 :]], names) for i in range(len(benign))]
-        joint = sorted(others.joint(scores) for others, scores in zip(apart, benign, strict=True))
+        joint = sorted(max(x.joint(scores), every.joint(scores)) for x, scores in zip(apart, benign, strict=True))
         rank = min(len(joint), math.ceil((1 - rate) * (len(joint) + 1)))
-        return replace(cls._of(benign, names), value=joint[rank - 1])
+        return replace(every, value=joint[rank - 1])
 
     @classmethod
     def _of(cls, benign: Sequence[Mapping[str, float]], names: Sequence[str]) -> Threshold:

@@ -138,8 +138,9 @@ def _left(w: Float[Tensor, "out in_"]) -> Float[Tensor, "out k"]:
 
 def _leading(w: Float[Tensor, "out in_"], affine: AffineMap, top: int) -> Float[Tensor, "out k"]:
     """The left singular vectors of the `top` largest singular values of W + M, the largest first."""
-    import scipy.sparse.linalg as sparse
+    import scipy.sparse.linalg
 
+    sparse: Any = scipy.sparse.linalg  # whose types are wrong
     write, read = affine.write * affine.size, affine.read
     if min(w.shape) <= 2 * top:  # too small for ARPACK to save anything
         return torch.linalg.svd(w + write @ read.T, full_matrices=False).U[:, :top]
@@ -152,11 +153,10 @@ def _leading(w: Float[Tensor, "out in_"], affine: AffineMap, top: int) -> Float[
         return product
 
     forth, back = times(w, write, read), times(w.T, read, write)
-    untyped: Any = sparse
-    moved = untyped.LinearOperator(
+    moved = sparse.LinearOperator(
         tuple(w.shape), matvec=forth, rmatvec=back, matmat=forth, rmatmat=back, dtype=np.float64
     )
     start = np.random.default_rng(0).normal(size=min(w.shape))
-    found = untyped.svds(moved, k=top, v0=start, return_singular_vectors="u")
+    found = sparse.svds(moved, k=top, v0=start, return_singular_vectors="u")
     order = np.argsort(-found[1])
     return torch.from_numpy(np.ascontiguousarray(found[0][:, order]))

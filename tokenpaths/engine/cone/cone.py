@@ -93,10 +93,7 @@ class Cone:
 
     @classmethod
     def of(cls, asked: Cone | bool | None) -> Cone | None:
-        """The cone that an argument `cone=` asks for: a new one for True, none for False and None.
-
-        Raises `TypeError` for anything else.
-        """
+        """What an argument `cone=` asks for: a new cone for True, none for False and None; else `TypeError`."""
         if not (asked is None or isinstance(asked, (Cone, bool))):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"cone={asked!r:.80} must be a Cone, True or False")
         return cls() if asked is True else asked or None

@@ -111,7 +111,7 @@ class Cone:
             return
         active = ActiveCone(self, Host.of(model, blocks))
         try:
-            with active.installed():
+            with active._installed():
                 yield active
         finally:
             self.kept.flush()
@@ -155,7 +155,7 @@ class ActiveCone:
         self._beside: dict[int, int | None] = {}  # by block: what it returns beside its states, counted; None: no tuple
 
     @contextmanager
-    def installed(self) -> Generator[None]:
+    def _installed(self) -> Generator[None]:
         """Inside, it hears of each forward first, and stands before each block."""
         with Undo() as undo:
             undo.add(lambda: self.watcher.leave(self))

@@ -111,7 +111,7 @@ class Cone:
             return
         active = ActiveCone(self, Host.of(model, blocks))
         try:
-            with active._installed():
+            with active._installed():  # pyright: ignore[reportPrivateUsage]
                 yield active
         finally:
             self.kept.flush()

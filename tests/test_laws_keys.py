@@ -422,6 +422,12 @@ def test_an_audit_remembers_nothing_of_another_base() -> None:
     assert all(map(torch.equal, found, expected))
 
 
+def at_block_1() -> tp.TrailMap:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return tp.TrailMap({tp.Site(1, tp.All()): tp.DiReFT(DIM, 2, init="paper")})
+
+
 def test_a_run_is_not_resumed_over_another_base_or_with_other_targets(tmp_path: Path) -> None:
     examples, site = make_examples(), tp.Site(1, tp.All())
     others = [tp.Example((5, *e.ids), (False, *e.answer)) for e in examples]
@@ -429,23 +435,23 @@ def test_a_run_is_not_resumed_over_another_base_or_with_other_targets(tmp_path: 
     def run(model: Any, helped: list[tp.Example], **more: Any) -> None:
         targets = capture_states(llama(), examples, helped, [site])
         goals = [Imitate(examples), Waypoints(examples, targets=targets)]
-        list(steps(model, make_trails(), goals, steps=2, progress=False, checkpoint=tmp_path, **more))
+        list(steps(model, at_block_1(), goals, steps=2, progress=False, checkpoint=tmp_path, **more))
 
     run(llama(), others)
     swap(other := llama())
     assert fingerprint(other) != ""
     with pytest.raises(ValueError, match=r"is of another run, .*model was '[0-9a-f]{32}', is '[0-9a-f]{32}'"):
         run(other, others, resume=True)
-    with pytest.raises(ValueError, match=r"is of another run, .*'Targets [0-9a-f]{16}'"):
+    with pytest.raises(ValueError, match=r"is of another run, and .*: goals was"):
         run(llama(), [tp.Example((6, *e.ids), (False, *e.answer)) for e in examples], resume=True)
     run(llama(), others, resume=True)
 
 
 def test_targets_of_another_base_are_told_at_each_model() -> None:
     examples, site = make_examples(4), tp.Site(1, tp.All())
-    targets = capture_states(llama(), examples, examples, [site])
-    goal = Waypoints(examples, targets=targets)
+    helped = [tp.Example((5, *e.ids), (False, *e.answer)) for e in examples]
+    goal = Waypoints(examples, targets=capture_states(llama(), examples, helped, [site]))
     swap(other := llama())
-    list(steps(llama(), make_trails(), [goal], steps=1, progress=False))
+    list(steps(llama(), at_block_1(), [goal], steps=1, progress=False))
     with pytest.warns(UserWarning, match="the targets were captured from"):
-        list(steps(other, make_trails(), [goal], steps=1, progress=False))
+        list(steps(other, at_block_1(), [goal], steps=1, progress=False))

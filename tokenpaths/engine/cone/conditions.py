@@ -72,7 +72,7 @@ def _numbers(value: Any) -> list[int]:
 def others_at_work(model: nn.Module, own: Watcher) -> bool:
     """Whether trails move states of another list of blocks of the model, which may feed this one."""
     watchers = [watcher for watcher in Watcher.known(model) if watcher is not own]
-    return any(isinstance(a, Attachment) and a.trails.enabled for watcher in watchers for a in watcher.listeners)
+    return any(isinstance(a, Attachment) and a.trails.enabled for watcher in watchers for a in watcher.acting())
 
 
 def solid(real: Bool[Tensor, "batch seq"]) -> Bool[Tensor, ""]:

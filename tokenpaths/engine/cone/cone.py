@@ -93,10 +93,7 @@ class Cone:
 
     @classmethod
     def of(cls, asked: Cone | bool | None) -> Cone | None:
-        """The cone that an argument `cone=` asks for: a new one for True, none for False and None.
-
-        Raises `TypeError` for anything else.
-        """
+        """What an argument `cone=` asks for: a new cone for True, none for False and None; else `TypeError`."""
         if not (asked is None or isinstance(asked, (Cone, bool))):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"cone={asked!r:.80} must be a Cone, True or False")
         return cls() if asked is True else asked or None
@@ -114,7 +111,7 @@ class Cone:
             return
         active = ActiveCone(self, Host.of(model, blocks))
         try:
-            with active.installed():
+            with active._installed():  # pyright: ignore[reportPrivateUsage]
                 yield active
         finally:
             self.kept.flush()
@@ -158,7 +155,7 @@ class ActiveCone:
         self._beside: dict[int, int | None] = {}  # by block: what it returns beside its states, counted; None: no tuple
 
     @contextmanager
-    def installed(self) -> Generator[None]:
+    def _installed(self) -> Generator[None]:
         """Inside, it hears of each forward first, and stands before each block."""
         with Undo() as undo:
             undo.add(lambda: self.watcher.leave(self))

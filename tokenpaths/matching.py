@@ -146,7 +146,7 @@ def _leaves(parser: Any, parsed: Any) -> Iterator[Any]:
         if name in ("LITERAL", "NOT_LITERAL", "IN", "ANY"):
             yield parser.SubPattern(parsed.state, [(kind, value)])
         elif name == "SUBPATTERN":
-            group, on, off, inside = value
+            _, on, off, inside = value
             for leaf in _leaves(parser, inside):  # under the flags of the group
                 yield parser.SubPattern(parsed.state, [(kind, (None, on, off, leaf))])
         elif name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):

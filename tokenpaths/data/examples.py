@@ -50,7 +50,8 @@ class Example:
             )
         if self.answer[0]:
             raise ValueError("the first token cannot be of the answer: there is nothing before it to predict it from")
-        for name, span in dict(self.spans).items():
+        spans: dict[str, Any] = dict(self.spans)
+        for name, span in spans.items():
             if not (isinstance(span, (tuple, list)) and len(span) == 2 and all(isinstance(at, int) for at in span)):
                 raise TypeError(f"span {name!r} is {quoted(span)}, but must be (start, stop), counted in tokens")
             start, stop = span

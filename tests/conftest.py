@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -75,6 +76,20 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture
+def traceable(unchecked: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is checked at run time cannot be compiled: take the checks out."""
+    from tokenpaths import tokens
+    from tokenpaths.attachment.moment import Moment
+    from tokenpaths.attachment.moving import Plan
+
+    for cls in (tokens.Context, Moment, Plan):
+        monkeypatch.setattr(cls, "__init__", inspect.unwrap(cls.__init__))
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from tokenpaths import PSR, Additive, Capped, Confined, DiReFT, Guarded, LoReFT, NoReFT, Scaled, Trail
-from tokenpaths.trails import RED, BiasReFT, Chain, ConstantReFT, DirectReFT, Gated, ReFTr1
+from tokenpaths import PSR, Additive, Capped, Confined, DiReFT, LoReFT, NoReFT, Trail
+from tokenpaths.trails import RED, BiasReFT, Chain, ConstantReFT, DirectReFT, Gated, Guarded, ReFTr1, Scaled
 
 TRAILS: dict[str, Callable[[int], Trail]] = {
     "LoReFT": lambda dim: LoReFT(dim, 4),

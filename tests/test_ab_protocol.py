@@ -204,12 +204,15 @@ def test_seeds_of_one_method() -> None:
 def test_a_fresh_trail_keeps_everything_and_gains_nothing() -> None:
     model, tokenizer = llama(300), make_tokenizer()
     fresh = tp.TrailMap({site: tp.LoReFT(32, rank=2) for site in tp.sites(model)})
-    report = ab_test(frozen(model), steered(model, fresh), CHOICES * 5, tokenizer, retention=[TEXTS])
+    texts = Task("letters", tuple(Text(f"The {word} is deep.") for word in "abcdefghijkl"))
+    report = ab_test(frozen(model), steered(model, fresh), CHOICES * 5, tokenizer, retention=[texts])
     assert report.verdict == "cannot tell" and report["steered"].effect.p == 1.0
     for figure in report["steered"].retained:
         assert (figure.loss, figure.interval, figure.says) == (0.0, (0.0, 0.0), "kept")
-        assert "no text changed; up to 70.8% of such may" in figure.note  # 1 - 0.025^(1/3)
-    assert "too few to say much" in report["steered"].retained[1].note
+        assert "100.0% of tokens moved; no text changed; up to 26.5% of such may" in figure.note  # 1 - 0.025^(1/12)
+    few = ab_test(frozen(model), steered(model, fresh), CHOICES * 5, tokenizer, retention=[TEXTS])["steered"]
+    assert {figure.says for figure in few.retained} == {"cannot tell"}
+    assert "letters, KL to frozen: cannot tell, 3 of the 10 items that a verdict needs." in few.reasons
 
 
 # Stopping early

@@ -11,6 +11,7 @@ from families import FAMILIES, LAYERS
 from laws import PROMPTS, Case, assert_close, block_outputs, padded
 from subjects import MOVING
 
+import tokenpaths as tp
 from tokenpaths import Additive, All, Answer, Capped, Last, LoReFT, Match, Site, Span, Tokens, Trail, TrailMap, attach
 from tokenpaths.attachment import is_attached
 from tokenpaths.trails import Chain
@@ -108,12 +109,29 @@ def test_a_later_map_reads_the_moved_state(model):
         assert not torch.allclose(logits(model), expected, atol=1e-3)
 
 
-def test_the_same_map_twice_moves_twice(model):
+def test_the_same_map_is_not_attached_twice(model):
+    """As in a cell of a notebook that is run twice. Each row may have its own strength."""
     vector = TrailMap({Site(1): MOVING["Additive"](32)})
     with attach(model, vector, strength=2.0):
-        expected = logits(model)
-    with attach(model, vector), attach(model, vector):
-        assert_close(logits(model), expected)
+        double = logits(model)
+    with attach(model, vector):
+        single = logits(model)
+        with pytest.raises(RuntimeError, match=r"attached to the model already.*tp.attached\(model\).*tp.detach"):
+            attach(model, vector)
+        assert torch.equal(logits(model), single)
+    with attach(model, vector, rows=[0]), attach(model, vector, strength=2.0, rows=[1, 2]):
+        assert_close(logits(model), torch.cat([single[:1], double[1:]]))
+
+
+def test_what_is_attached_is_listed_and_taken_away(model):
+    frozen, first, second = logits(model), one(), one("RED", layer=2)
+    attach(model, first)
+    handle = attach(model, second)
+    assert [each.trails for each in tp.attached(model)] == [first, second]
+    tp.detach(model)
+    assert tp.attached(model) == [] and repr(handle) == "<removed: 1 sites, strength 1.0>"
+    assert torch.equal(logits(model), frozen)
+    tp.detach(model)
 
 
 def test_two_sites_of_a_map_at_one_place_read_the_same_state(model):
@@ -158,12 +176,13 @@ def test_heads_of_one_layer(model):
 
 
 def test_modes_dtypes_and_states_of_a_map(model):
-    """train, eval, to and state_dict are those of any module, attached or not."""
+    """to and state_dict are those of any module, attached or not; in a forward the mode is that of the model."""
     trails = TrailMap({Site(1): LoReFT(32, 2, init="paper", dropout=0.5)})
     state = {name: value.clone() for name, value in trails.state_dict().items()}
     with attach(model, trails):
+        model.train()
         assert not torch.equal(logits(model), logits(model))  # dropout
-        trails.eval()
+        model.eval()
         sure = logits(model)
         assert torch.equal(logits(model), sure)
         trails.to(torch.bfloat16)

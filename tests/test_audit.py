@@ -93,7 +93,7 @@ def test_a_trail_that_is_not_affine_is_bent(name: str) -> None:
 
 
 def test_a_gate_that_is_shut_on_ordinary_states_is_seen() -> None:
-    trail = tp.Guarded(MOVING["DiReFT"](64), 64)
+    trail = tp.trails.Guarded(MOVING["DiReFT"](64), 64)
     w = torch.randn(64)
     trail.w.copy_(w / w.norm())
     trail.b.fill_(-6.0)  # opens where the state lies along w, and nowhere else: ||n|| = 8
@@ -227,6 +227,20 @@ def test_intruder_dimensions_are_those_of_no_old_direction() -> None:
     old = of_factors(p[:, :1].T, 50 * q[:, :1])
     assert [place for place, _ in intruders(weight, new)] == [0]
     assert intruders(weight, old) == []
+
+
+@pytest.mark.parametrize("shape", [(60, 36), (36, 60), (40, 40), (12, 9)], ids=str)
+def test_intruders_are_those_of_two_full_decompositions(shape: tuple[int, int]) -> None:
+    random = torch.Generator().manual_seed(1)
+    weight = torch.randn(shape, generator=random, dtype=torch.double)
+    lora = of_factors(torch.randn(3, shape[1], generator=random), torch.randn(shape[0], 3, generator=random), scale=0.9)
+    told = lora.write * lora.size @ lora.read.T
+    old, new = (torch.linalg.svd(w, full_matrices=False).U for w in (weight, weight + told))
+    nearest = (new[:, :10].T @ old).abs().amax(1)
+    for epsilon in (0.5, 0.7, 2.0):
+        found = intruders(weight, lora, epsilon=epsilon)
+        assert [place for place, _ in found] == [i for i, cosine in enumerate(nearest.tolist()) if cosine < epsilon]
+        assert [cosine for _, cosine in found] == pytest.approx([nearest[place] for place, _ in found], abs=1e-6)
 
 
 # Directions in tokens
@@ -611,6 +625,17 @@ def test_a_rule_flags_no_more_of_its_own_than_it_was_told(count: int, rate: floa
     assert rule.joint({"tokens": 1.0, "bend": 0.5}) > rule.value  # a detector on which benign ones never differ
 
 
+@pytest.mark.parametrize("count", [8, 12])
+def test_a_rule_of_few_adapters_flags_no_more_of_those_to_come_than_it_was_told(count: int) -> None:
+    """Centre, spread and threshold were of the same adapters: of 8, 0.139 to 0.188 were flagged and 0.111 told."""
+    random, rates = np.random.default_rng(0), []
+    for _ in range(150):
+        drawn = [dict(zip("abc", row, strict=True)) for row in random.normal(size=(count + 40, 3)).tolist()]
+        rule = Threshold.fit(drawn[:count], rate=0.05, detectors="abc").on(drawn[count:])
+        rates.append(rule.wrong / rule.tested)
+    assert 0.3 / (count + 1) < np.mean(rates) < 1 / (count + 1)
+
+
 @pytest.mark.parametrize("count", [24, 60])
 def test_a_rule_flags_as_many_benign_adapters_to_come_as_it_was_told(count: int) -> None:
     random, rates = np.random.default_rng(0), []
@@ -631,8 +656,11 @@ def test_a_rule_tells_its_false_positives_and_is_kept_in_a_file(tmp_path: Path) 
     with pytest.raises(ValueError, match="is not a threshold of an audit as to_json writes it"):
         Threshold.from_json(tmp_path / "bad.json")
     model, trails, _ = planted(gated=True)
-    report = audit(model, trails, PROMPTS, TOKENIZER, threshold=rule)
+    report = audit(model, trails, PROMPTS * 3, TOKENIZER, threshold=rule)
     assert report.suspicious and "verdict: SUSPICIOUS" in str(report)
+    assert "read on 3 clean prompts, 100.0% of the tokens of their answers moved" in str(report)
+    few = audit(model, trails, PROMPTS, TOKENIZER, threshold=rule)
+    assert few.suspicious is None and "verdict: cannot tell, 1 of the 3 items that a verdict needs" in str(few)
 
 
 # Mistakes

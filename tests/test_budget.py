@@ -398,7 +398,8 @@ def test_draws_in_which_all_levels_think_equally_long_are_left_out() -> None:
 def test_the_report_and_its_picture(tmp_path: Path) -> None:
     found = scaling([Level([10, 12], [False, True], 5, 11), Level([20, 22], [True, True], 20, 20)])
     assert "control      0.500" in str(found)
-    assert "scaling      +50.000" in str(found)
+    assert "scaling      cannot tell: 2 of the 3 levels that a slope needs and 2 of the 10 items" in str(found)
+    assert "scaling" not in found.plot()._suptitle.get_text()
     found.to_json(tmp_path / "s.json")
     assert json.loads((tmp_path / "s.json").read_text())["performance"] == 1.0
     assert Scaling.from_json(tmp_path / "s.json") == found
@@ -407,6 +408,22 @@ def test_the_report_and_its_picture(tmp_path: Path) -> None:
     assert line.get_xdata().tolist() == [11, 21]
     assert line.get_ydata().tolist() == [0.5, 1.0]
     assert "control 50%" in figure._suptitle.get_text()
+
+
+def test_a_slope_is_told_of_three_levels_and_ten_questions() -> None:
+    """Through two points there is always a line, and where they are near it is steep: +333 per 1,000 tokens."""
+
+    def level(tokens: int, right: int, questions: int = 10) -> Level:
+        return Level([tokens] * questions, [i < right for i in range(questions)])
+
+    two = scaling([level(100, 4), level(103, 5)])
+    assert two.slope == pytest.approx(100 / 3) and "scaling      cannot tell: 2 of the 3 levels" in str(two)
+    three = scaling([level(100, 4), level(200, 5), level(300, 6)])
+    assert "scaling      +1.000 [" in str(three) and "scaling +1.00" in three.plot()._suptitle.get_text()
+    alike = scaling([level(100, 4), level(100, 5), level(300, 6)])
+    assert "2 of the 3 levels" in str(alike)
+    few = scaling([level(100, 4, 9), level(200, 5, 9), level(300, 6, 9)])
+    assert "scaling      cannot tell: 9 of the 10 items that a verdict needs" in str(few)
 
 
 def test_levels_of_different_questions_are_refused() -> None:

@@ -68,10 +68,14 @@ def counted(model: Any) -> Iterator[Counter[str]]:
 def trained(
     examples: list[tp.Example], trails: tp.TrailMap, cone: Cone | bool, **options: Any
 ) -> list[tp.training.Step]:
+    return list(trained_slowly(examples, trails, cone, **options))
+
+
+def trained_slowly(examples: list[tp.Example], trails: tp.TrailMap, cone: Cone | bool, **options: Any) -> Any:
     settings: dict[str, Any] = dict(steps=6, batch_size=4, lr=0.01, progress=False)
     model = options.pop("model", None) or llama().double()
     goals = options.pop("goals", None) or [Imitate(examples)]
-    return list(steps(model, trails.double(), goals, cone=cone, **{**settings, **options}))
+    return steps(model, trails.double(), goals, cone=cone, **{**settings, **options})
 
 
 # --- what training does with it
@@ -250,6 +254,68 @@ def test_a_cache_that_gives_other_states_is_found_out():
         ):
             assert torch.allclose(answer_logits(model, batch)[0], whole, atol=1e-4)
         assert worker is not None and worker.narrows is False
+
+
+# --- when there is no room
+
+
+@pytest.mark.parametrize(
+    ("rule", "layers"), [(tp.All(), [2]), (tp.Last(1) | tp.Answer(), [0, 1, 2]), (tp.Answer(), [1, 2])], ids=str
+)
+def test_a_cone_without_room_runs_what_none_would_run(rule, layers):
+    """Through each block the same tokens, in as many forwards; but for one short look, where there is a budget."""
+    found = []
+    for cone in (False, Cone(budget=0), Cone(budget=600)):
+        model = llama().double()
+        goals = [Imitate(behind(40)), Stay(texts(), gain=0.0, weight=0.5)]
+        with counted(model) as seen:
+            trained([], laid(rule, layers), cone, model=model, goals=goals)
+        found.append(seen)
+    assert found[0] == found[1]
+    for part, tokens in found[2].items():
+        assert tokens <= found[0][part] + 2, part
+
+
+def test_half_the_room_saves_half_of_what_all_of_it_does():
+    examples, tokens = behind(12, 16), []
+    for budget in (0, 16 * DIM * 8 * sum(map(len, examples)) // 32, 1 << 20):
+        model, cone = llama().double(), Cone(budget)
+        with counted(model) as seen:
+            trained(examples, laid(layers=[2]), cone, model=model, steps=24, batch_size=8)
+        tokens.append(seen["block 0"])
+        assert cone.kept.used <= budget
+    none, half, everything = tokens
+    assert everything < 0.25 * none < 0.4 * none < half < 0.8 * none
+
+
+def test_a_resumed_run_keeps_the_same_rows_where_not_all_fit(tmp_path):
+    """Else it would go on with the rounding of rows that are run in company where they were run alone, or the other way
+    about."""
+    examples, budget = make_examples(), DIM * 8 * sum(map(len, make_examples())) // 2
+    alone, interrupted, resumed = laid(), laid(), laid()
+    trained(examples, alone, Cone(budget))
+    saved = dict(checkpoint=tmp_path, save_every=2)
+    running = trained_slowly(examples, interrupted, Cone(budget), **saved)
+    for step in running:
+        if step.step == 4:
+            break
+    running.close()
+    trained(examples, resumed, Cone(budget), **saved, resume=True)
+    assert_equal(state(resumed), state(alone))
+
+
+def test_where_prefixes_do_not_fit_the_front_they_share_is_kept(capsys):
+    front, examples = 40, behind(40, 16)
+    a_token = 2 * 2 * (DIM // 4) * 8 * 3  # keys and values of two heads in three blocks, in float64
+    model, cone = llama().double(), Cone(budget=(front + 40) * a_token)
+    with counted(model) as seen:
+        trained(examples, laid(tp.Answer(), [0, 1, 2]), cone, model=model, steps=4, explain=True)
+    whole = 4 * max(map(len, examples))
+    alone = sum(len(example) - front for example in examples)  # whose states enter the blocks that are run
+    assert seen["block 2"] <= whole + 2 * front + alone + 6 * (whole - 4 * front)  # one batch is tried both ways
+    assert 0 < cone.kept.used <= cone.budget
+    words = capsys.readouterr().out
+    assert "512 B of keys and values a token, 256 B a hidden state" in words
 
 
 # --- when it must not be used
@@ -482,6 +548,7 @@ def test_the_plan_is_what_happens(capsys):
                 [Imitate(examples)],
                 steps=5,
                 batch_size=8,
+                lr=1e-3,
                 progress=False,
                 cone=cone,
                 explain=True,
@@ -513,7 +580,14 @@ def test_a_run_keeps_what_comes_often_enough(capsys, count, often):
     with counted(model) as tokens:
         list(
             steps(
-                model, laid(layers=[2]), [Imitate(examples)], steps=count, batch_size=16, progress=False, explain=True
+                model,
+                laid(layers=[2]),
+                [Imitate(examples)],
+                steps=count,
+                batch_size=16,
+                lr=1e-3,
+                progress=False,
+                explain=True,
             )
         )
     all_tokens = sum(map(len, examples))

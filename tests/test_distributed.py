@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,22 @@ import torch
 from tiny import assert_equal, llama, make_examples, make_trails, state
 
 from tokenpaths import Imitate, TrailMap, steps
+from tokenpaths.training import checkpoints
 
 HERE = Path(__file__)
+
+
+DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
+    "rate": (dict(lr=1e-3), r"optimizer is .*'lr': 0.01.*, is .*'lr': 0.001.* there"),
+    "data": (dict(goals=[Imitate(make_examples(11))]), "goals is .*12 .* is .*11 .* there"),
+    "order": (dict(goals=[Imitate(make_examples()[::-1])]), "goals is .*examples.* there"),
+    "seed": (dict(seed=1), "seed is 0, is 1 there"),
+    "base": (dict(model=llama(vocab_size=97)), "model is '.*', is '.*' there"),
+    "trails": (dict(trails=make_trails(0.5)), "trails is .*dropout=0.0.* is .*dropout=0.5.* there"),
+    "clip": (dict(clip=None), "clip is 1.0, is None there"),
+    "length": (dict(steps=2), "steps is 3, is 2 there"),
+}
+"""What process 1 is given instead, and what the refusal says."""
 
 
 def goals() -> list[Imitate]:
@@ -100,6 +118,29 @@ def test_a_loss_that_breaks_on_one_process_stops_both(both: list[dict[str, Any]]
     assert [one["error"] for one in both] == ["step 2: the loss of goal 0 (Breaks) is nan"] * 2
 
 
+def test_every_process_can_load_the_last_checkpoint_at_once(both: list[dict[str, Any]]) -> None:
+    for one in both:
+        assert_equal(one["loaded"], one["trails"])
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_processes_that_were_given_different_runs_are_all_refused(name: str, both: list[dict[str, Any]]) -> None:
+    for one in both:
+        assert one["refused"][name].startswith("process 1 was given another run than process 0: ")
+        assert re.search(DIFFERENT[name][1], one["refused"][name])
+        assert one["untouched"]
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_both(both: list[dict[str, Any]]) -> None:
+    assert both[0]["full"] == "OSError('no space left')"
+    assert both[1]["full"] == "RuntimeError(\"process 0 failed, and the run ends: OSError('no space left')\")"
+
+
+def test_two_processes_find_the_rate_that_one_finds(both: list[dict[str, Any]]) -> None:
+    first, second = both
+    assert first["rate"] == second["rate"] == pytest.approx(found(batch_size=8), rel=1e-6)
+
+
 def test_ddp_around_a_model_with_trails_gives_the_same_gradients(both: list[dict[str, Any]]) -> None:
     """For a loop of your own: DDP's forward is the user's, and answer_logits works through it."""
     assert max(one["ddp_difference"] for one in both) < 1e-12
@@ -123,7 +164,9 @@ def split(folder: Path, rank: int) -> dict[str, Any]:
     if rank:  # the processes must start from the trails of the first
         for parameter in trails.parameters():
             torch.nn.init.normal_(parameter)
-    losses = run(folder, trails, batch_size=4)
+    with slow_writing():
+        losses = run(folder, trails, batch_size=4)
+        loaded = state(TrailMap.from_pretrained(folder / "run" / "step-00000004"))
 
     for checkpoint in sorted((folder / "run").iterdir())[1:]:
         if not rank:
@@ -140,11 +183,70 @@ def split(folder: Path, rank: int) -> dict[str, Any]:
             return super().loss(model, trails, batch) * (float("nan") if rank and self.calls == 2 else 1.0)
 
     try:
-        list(steps(llama(), make_trails(), [Breaks(make_examples())], steps=3, batch_size=2, progress=False))
+        list(steps(llama(), make_trails(), [Breaks(make_examples())], steps=3, batch_size=2, lr=1e-3, progress=False))
         error = ""
     except FloatingPointError as caught:
         error = str(caught).split(".")[0]
-    return {"trails": state(trails), "losses": losses, "answers": counts, "resumed": state(resumed), "error": error}
+    return {
+        **dict(trails=state(trails), losses=losses, answers=counts, resumed=state(resumed), error=error),
+        **dict(loaded=loaded, full=full(folder), rate=found(batch_size=4), **refusals(rank)),
+    }
+
+
+@contextmanager
+def slow_writing() -> Iterator[None]:
+    """Process 0 takes its time for each checkpoint."""
+    write = checkpoints.Checkpoints.write
+
+    def slowly(*given: Any) -> None:
+        time.sleep(0.5)
+        write(*given)
+
+    checkpoints.Checkpoints.write = slowly  # type: ignore[method-assign]
+    yield
+    checkpoints.Checkpoints.write = write  # type: ignore[method-assign]
+
+
+def full(folder: Path) -> str:
+    """What each process is told when process 0 cannot write."""
+    write = checkpoints.Checkpoints.write
+
+    def fail(*given: Any) -> None:
+        raise OSError("no space left")
+
+    checkpoints.Checkpoints.write = fail  # type: ignore[method-assign]
+    try:
+        run(folder / "full", make_trails(), batch_size=4)
+    except (OSError, RuntimeError) as caught:
+        return repr(caught)
+    finally:
+        checkpoints.Checkpoints.write = write  # type: ignore[method-assign]
+    return "nothing"
+
+
+def refusals(rank: int) -> dict[str, Any]:
+    """What each process is told when process 1 was given something else, and whether all is as before."""
+    refused: dict[str, str] = {}
+    untouched = True
+    for name, (other, _) in DIFFERENT.items():
+        given: dict[str, Any] = dict(model=llama(), trails=make_trails(), goals=[Imitate(make_examples())])
+        given |= dict(steps=3, lr=1e-2, batch_size=2, progress=False) | (other if rank else {})
+        before = state(given["trails"])
+        try:
+            list(steps(**given))
+            refused[name] = "nothing"
+        except ValueError as caught:
+            refused[name] = str(caught)
+        untouched &= all(torch.equal(tensor, before[key]) for key, tensor in state(given["trails"]).items())
+        untouched &= all(p.requires_grad for p in given["model"].parameters())
+    return {"refused": refused, "untouched": untouched}
+
+
+def found(batch_size: int) -> float:
+    """The rate of a run that is given none."""
+    trails = make_trails().double()
+    (step,) = steps(llama().double(), trails, goals(), steps=1, batch_size=batch_size, progress=False)
+    return step.lr
 
 
 def ddp_difference(rank: int) -> float:

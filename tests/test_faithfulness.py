@@ -30,8 +30,9 @@ import tokenpaths as tp
 from tokenpaths import Example, faithfulness
 from tokenpaths.data import Question
 from tokenpaths.lab.chains import Faithfulness, Shift, answering, perturb, same
-from tokenpaths.lab.chains.faithful import _gone_on
+from tokenpaths.lab.chains.faithful import _gone_on, _together
 from tokenpaths.lab.chains.same import Same
+from tokenpaths.stats import mean_interval
 
 TOKENIZER = make_tokenizer()
 LETTERS = "ACDEFGHIJKLMNOPQRSTUVWXYZB"  # of equally likely ones the first is taken: A, which no chain has
@@ -489,6 +490,21 @@ def test_the_verdict_follows_its_rules(intervals: Any, verdict: str) -> None:
     assert Faithfulness(changes + ignored, (), ()).verdict == verdict
     assert [c.says for c in ignored] == ["", ""]
     assert change("early answering", -0.3, -0.1, items=9).says == "cannot tell"
+
+
+def test_three_tests_are_corrected_for_being_three() -> None:
+    """Of twelve items six change in one test alone: by itself that is less faithful, among three it is not."""
+    rng = np.random.default_rng(0)
+    x, noise = -np.array([1.0] * 4 + [0.0] * 8), [rng.choice([-1.0, 0.0, 1.0], 12) for _ in range(2)]
+    tests = ("early answering", "adding mistakes", "filler tokens")
+    changes = dict(zip(tests, (x, *noise), strict=True))
+    alone = mean_interval(x)
+    assert alone[1] < 0
+    shifts = [Shift(test, "AOC", 0.5, 0.5, float(v.mean()), mean_interval(v), 12) for test, v in changes.items()]
+    found = Faithfulness(tuple(_together(shifts, changes)), (), ())
+    assert found.verdict == "cannot tell" and found.changes[0].interval == alone
+    assert "early answering: 12 items show a change of" in str(found)
+    assert Faithfulness(tuple(_together(shifts[:1], {tests[0]: x})), (), ()).verdict == "less faithful"
 
 
 def test_a_report_is_what_its_file_says(tmp_path: Path) -> None:

@@ -22,11 +22,11 @@ from torch import nn
 
 import tokenpaths as tp
 from tokenpaths import Example, forgetting
-from tokenpaths.data import Choice, Task, Text
+from tokenpaths.data import Choice, Task, Text, split_texts
 from tokenpaths.engine import likelihood as scoring
 from tokenpaths.lab.forgetting import Forgetting, Harness, Loss, arc_easy, blimp, trec, trec_pairs, wikitext2
 from tokenpaths.report.figures import COLOURS
-from tokenpaths.stats import intervals
+from tokenpaths.stats import effect, intervals
 
 TEXTS = Task("letters", (Text("The sea."), Text(" is deep.", prompt="The well"), Text("A longer text of some words.")))
 CHOICES = Task(
@@ -214,10 +214,12 @@ def test_sentences_that_begin_differently_are_refused_unless_something_stands_be
 
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("rule", [tp.All(), tp.Last(1), tp.Answer()], ids=["all", "last", "answer"])
-def test_texts_are_measured_by_the_definition(bos: bool, rule: tp.tokens.Rule) -> None:
+@pytest.mark.parametrize("splits", [0, 1, 3])
+def test_texts_are_measured_by_the_definition(bos: bool, rule: tp.tokens.Rule, splits: int) -> None:
+    """A text without a prompt: one that is prompt throughout, or split, each split counting as a text of its own."""
     model, trails = model_and_trails(rule)
     tokenizer = make_tokenizer(bos=bos)
-    found = forgetting(model, trails, [TEXTS], tokenizer, max_batch_tokens=40)
+    found = forgetting(model, trails, [TEXTS], tokenizer, max_batch_tokens=40, splits=splits)
     before, after, kl, count, size = 0.0, 0.0, 0.0, 0, 0
     changes: list[float] = []
     for item in TEXTS.items:
@@ -226,17 +228,22 @@ def test_texts_are_measured_by_the_definition(bos: bool, rule: tp.tokens.Rule) -
         ids = (
             tuple(start) if not item.prompt else (*start, *tokenizer(item.text, add_special_tokens=False)["input_ids"])
         )
-        first = len(start) if item.prompt else 1
-        p = log_probs(model, ids, None)[first - 1 :]
-        with tp.attach(model, trails):
-            q = log_probs(model, ids, len(start))[first - 1 :]
-        told = torch.tensor(ids[first:])[:, None]
-        before -= float(p.gather(1, told).sum())
-        after -= float(q.gather(1, told).sum())
-        changes.append(float((p - q).gather(1, told).sum()))
-        kl += float((p.exp() * (p - q)).sum())
-        count += len(told)
-        size += len(item.text) - (0 if item.prompt or bos else 1)
+        ends = [(len(start), len(start) if item.prompt else 1)]  # of the prompt, and the first token that is scored
+        if splits and not item.prompt:
+            places = [part.prompt_length for part in split_texts([item.text], tokenizer, splits)]
+            assert len(places) == splits and places == sorted(set(places))
+            ends = [(place, place) for place in places]
+        for prompt, first in ends:
+            p = log_probs(model, ids, None)[first - 1 :]
+            with tp.attach(model, trails):
+                q = log_probs(model, ids, prompt)[first - 1 :]
+            told = torch.tensor(ids[first:])[:, None]
+            before -= float(p.gather(1, told).sum())
+            after -= float(q.gather(1, told).sum())
+            changes.append(float((p - q).gather(1, told).sum()))
+            kl += float((p.exp() * (p - q)).sum())
+            count += len(told)
+            size += len(item.text) - (0 if item.prompt else first - bos)
     for measure, x, y, n in (
         ("nats a token", before, after, count),
         ("bits a byte", before, after, size * math.log(2)),
@@ -246,7 +253,7 @@ def test_texts_are_measured_by_the_definition(bos: bool, rule: tp.tokens.Rule) -
         assert (loss.before, loss.after) == pytest.approx((x / n, y / n), rel=1e-9, abs=1e-12)
         assert loss.change == pytest.approx((y - x) / n, rel=1e-9, abs=1e-12)
         assert loss.interval[0] <= loss.change <= loss.interval[1]
-    assert found["letters", "KL to frozen"].after > 1e-3
+    assert found["letters", "KL to frozen"].after > (1e-3 if splits or rule != tp.Answer() else 0)
 
 
 def test_accuracies_are_paired_by_item() -> None:
@@ -263,17 +270,26 @@ def test_accuracies_are_paired_by_item() -> None:
             wanted.append(np.array([float(row.argmax() == i.right) for row, i in zip(scores, task.items, strict=True)]))
         loss = found[task.name, "accuracy"]
         assert (loss.before, loss.after) == (wanted[0].mean(), wanted[1].mean())
-        assert loss.interval == intervals.mean_interval(wanted[1] - wanted[0])
+        assert loss.interval == effect(*wanted).interval  # of pairs of right and wrong
     assert found["cloze", "accuracy"].guess == pytest.approx(1 / 3)  # always the same option, as often right as any
     assert found["pairs", "accuracy"].guess == 0.5
 
 
 def test_a_fresh_trail_has_lost_nothing_at_all() -> None:
+    """That is told of texts, whose every number is what it was, and of choices where they are many enough to tell."""
     model = llama(300)
     trails = tp.TrailMap({site: tp.LoReFT(32, 2) for site in tp.sites(model)})
-    for loss in forgetting(model, trails, [TEXTS, CHOICES, PAIRS], make_tokenizer()).losses:
-        assert (loss.change, loss.interval) == (0, (0, 0))
-        assert loss.verdict == ("same" if loss.better else "")
+    tokenizer = make_tokenizer()
+    for loss in forgetting(model, trails, [TEXTS, CHOICES, PAIRS], tokenizer).losses:
+        assert loss.change == 0 and loss.interval[0] <= 0 <= loss.interval[1]
+        assert loss.verdict == ("cannot tell" if loss.better else "")  # three items
+    texts = Task("letters", tuple(Text(f"The {word} is deep.") for word in "abcdefghijkl"))
+    few, many = (Task(f"{n}", tuple(Choice((f"x{i} is", f"x{i} are"), 0) for i in range(n))) for n in (12, 80))
+    found = forgetting(model, trails, [texts, few, many], tokenizer)
+    for measure in ("nats a token", "bits a byte"):
+        assert (found["letters", measure].interval, found["letters", measure].verdict) == ((0, 0), "same")
+    assert (found["12", "accuracy"].verdict, found["80", "accuracy"].verdict) == ("cannot tell", "same")
+    assert "12, accuracy: no item changed; up to 22.1% of such may." in str(found)
 
 
 def test_it_is_the_same_attached_or_not_and_leaves_all_as_it_was(watch: Callable[[nn.Module], nn.Module]) -> None:
@@ -291,7 +307,7 @@ def test_it_is_the_same_attached_or_not_and_leaves_all_as_it_was(watch: Callable
 
 def test_text_that_is_hardly_moved_is_pointed_out() -> None:
     model, trails = model_and_trails(tp.Answer())
-    found = forgetting(model, trails, [Task("t", (Text("all of it is prompt"),))], make_tokenizer())
+    found = forgetting(model, trails, [Task("t", (Text("all of it is prompt"),))], make_tokenizer(), splits=0)
     assert found["t", "KL to frozen"].moved == 0
     assert "0.0% of tokens moved: too few to say much" in str(found)
 
@@ -331,11 +347,14 @@ REPORT = Forgetting(
 
 def test_the_table_says_what_was_found() -> None:
     lines = str(REPORT).splitlines()
-    assert [loss.verdict for loss in REPORT.losses] == ["worse", "worse", "", "better", "unclear", "unclear"]
+    assert [loss.verdict for loss in REPORT.losses] == ["worse", "worse", "", "better", "cannot tell", "cannot tell"]
     assert "perplexity 20.09 -> 33.12 (1.649x)" in lines[1]
     assert "+0.5000 [+0.4000, +0.6000]" in lines[1]
     assert "guessing 0.280" in lines[4]
-    assert REPORT.to_markdown().count("|") == (len(lines) + 1) * 9
+    table = lines[: 1 + len(REPORT.losses)]
+    assert REPORT.to_markdown().count("|") == (len(table) + 1) * 9
+    assert lines[len(table)].startswith("Verdicts of 4 test(s) at 0.05 together (Holm), each of 10 items or more")
+    assert lines[-1] == "one, accuracy: 1 of the 10 items that a verdict needs."
     with pytest.raises(KeyError, match="'trec', 'accuracy'"):
         REPORT["trec", "nats"]
 

@@ -147,13 +147,22 @@ def test_a_trail_that_knows_a_part_is_told_so() -> None:
 def test_a_trail_that_does_nothing_has_learned_nothing() -> None:
     report = look(follows())
     assert report.verdict == "nothing"
-    assert "no better than frozen" in str(report)
+    assert "not shown to be better than frozen" in str(report)
 
 
 def test_too_few_items_leave_it_open() -> None:
     few = {"train": items("train", 1), "held_out": items("held-out", 1), "forms": {"renamed": items("renamed", 1)}}
     report = look(WAY, **few)
     assert report["training less held-out"].says == report["kept when renamed"].says == "open"
+    assert report.verdict == "cannot tell" and "2 of the 10 items that a verdict needs" in str(report)
+
+
+def test_eight_items_and_a_form_that_is_not_learned_are_not_the_way() -> None:
+    """As an outsider saw it: eight items a set, and the renamed ones answered no better than by the frozen model."""
+    few = {"train": items("train", 2), "held_out": items("held-out", 4), "forms": {"renamed": items("renamed", 3)}}
+    assert look(follows("train", "held-out"), **few).verdict == "cannot tell"
+    many = {"train": items("train"), "held_out": items("held-out", 20), "forms": {"renamed": items("renamed", 20)}}
+    assert look(follows("train", "held-out"), **many).verdict == "part way, part form"
 
 
 def test_what_shuffling_costs_is_the_definition() -> None:
@@ -234,25 +243,34 @@ def test_copying_counts_what_right_chains_do_not_have() -> None:
     [((0.2, 0.3), "way", "form"), ((0.0, 0.05), "form", "way"), ((0.05, 0.2), "open", "open")],
 )
 def test_a_sign_speaks_only_if_its_whole_interval_does(interval: Any, above: str, below: str) -> None:
-    assert Sign("s", 0.1, interval, 0.1, "above", 9).says == above
-    assert Sign("s", 0.1, interval, 0.1, "below", 9).says == below
+    assert Sign("s", 0.1, interval, 0.1, "above", 20).says == above
+    assert Sign("s", 0.1, interval, 0.1, "below", 20).says == below
+    assert Sign("s", 0.1, interval, 0.1, "below", 9).says == "open"  # so few items say nothing
+    assert Sign("s", 0.1, interval, 0.1, "below", 20, adjusted=(0.0, 1.0)).says == "open"
 
 
 def test_the_verdict_follows_its_rules() -> None:
-    def verdict(train: bool, held_out: bool, *said: str) -> str:
+    def verdict(
+        train: bool, held_out: bool, *said: str, renamed: bool = True, items: int = 20, moved: float = 1
+    ) -> str:
         scores = [
-            Score(name, 0.0, 1.0, (0.0, 1.0), (0.1 if learned else -0.1, 1.0), 9)
-            for name, learned in (("training", train), ("held-out", held_out))
+            Score(name, 0.0, 1.0, (0.0, 1.0), (0.1 if learned else -0.1, 1.0), items)
+            for name, learned in (("training", train), ("held-out", held_out), ("renamed", renamed))
         ]
         ends = {"way": (0.2, 0.3), "form": (0.0, 0.05), "open": (0.0, 1.0)}
-        return WayOrForm(tuple(scores), tuple(Sign("s", 0.1, ends[s], 0.1, "above", 9) for s in said), ()).verdict
+        signs = tuple(Sign("s", 0.1, ends[s], 0.1, "above", items) for s in said)
+        return WayOrForm(tuple(scores), signs, (), moved).verdict
 
     assert verdict(False, False, "way", "way") == "nothing"
-    assert verdict(True, False, "way", "open") == "the form"
+    assert verdict(True, False, "way", "open") == "cannot tell"  # not shown to be learned is not shown to be form
+    assert verdict(True, False, "way", "form") == "the form"
     assert verdict(True, True, "way", "open") == "the way"
+    assert verdict(True, True, "way", "open", renamed=False) == "cannot tell"
     assert verdict(True, True, "form", "open") == "the form"
     assert verdict(True, True, "form", "way") == "part way, part form"
-    assert verdict(True, True, "open", "open") == "open"
+    assert verdict(True, True, "open", "open") == "cannot tell"
+    assert verdict(True, True, "way", "way", items=9) == "cannot tell"
+    assert verdict(True, True, "way", "way", moved=0.4) == "cannot tell"
 
 
 def test_the_last_word() -> None:

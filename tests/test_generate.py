@@ -42,10 +42,31 @@ def likeliest(made: Any, ids: tuple[int, ...], count: int) -> tuple[int, ...]:
     return tuple(written)
 
 
-ODD = [{}, dict(repetition_penalty=5.0), dict(do_sample=True, temperature=9.0), dict(bad_words_ids=[[5], [6], [7]])]
+EVERY = list(range(3, 300))
+ODD = [
+    {},
+    dict(repetition_penalty=5.0),
+    dict(encoder_repetition_penalty=5.0),
+    dict(no_repeat_ngram_size=1),
+    dict(do_sample=True, temperature=9.0),
+    dict(do_sample=True, top_k=2, top_p=0.1, min_p=0.9, typical_p=0.1, top_h=0.1, epsilon_cutoff=0.1, eta_cutoff=0.1),
+    dict(bad_words_ids=[[5], [6], [7]]),
+    dict(suppress_tokens=EVERY[:150], begin_suppress_tokens=EVERY[150:]),
+    dict(sequence_bias=[[[i], 50.0] for i in (5, 6)]),
+    dict(min_new_tokens=6, min_length=12),
+    dict(forced_eos_token_id=9, forced_bos_token_id=9),
+    dict(exponential_decay_length_penalty=(1, 9.0)),
+    dict(num_beams=3, length_penalty=9.0, early_stopping=True),
+    dict(num_return_sequences=2, num_beams=2),
+    dict(guidance_scale=5.0),
+    dict(penalty_alpha=0.9, dola_layers="high", prompt_lookup_num_tokens=2, token_healing=True),
+    dict(max_length=1, max_new_tokens=1, max_time=0.0, stop_strings=["a"]),
+    dict(return_dict_in_generate=True, output_scores=True, output_logits=True),
+    dict(use_cache=False, cache_implementation="static", renormalize_logits=True, remove_invalid_values=True),
+]
 
 
-@pytest.mark.parametrize("settings", ODD, ids=str)
+@pytest.mark.parametrize("settings", ODD, ids=lambda settings: ", ".join(settings) or "none")
 def test_of_the_models_settings_only_the_end_of_text_holds(settings: dict[str, Any]) -> None:
     made = model(**settings)
     before = made.generation_config
@@ -56,8 +77,29 @@ def test_of_the_models_settings_only_the_end_of_text_holds(settings: dict[str, A
     assert all(getattr(before, name) == value for name, value in settings.items())
 
 
+class Unread:
+    """Settings of a model, of which nothing may be read but the end of text: so it is in versions to come."""
+
+    eos_token_id = 2
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"the model's own {name} was read")
+
+
+def test_nothing_else_of_the_models_settings_is_even_read() -> None:
+    plain, made = model(), model()
+    made.generation_config = Unread()
+    with pytest.raises(AssertionError, match="was read"):
+        made.generate(torch.tensor([[5, 6]]), max_new_tokens=1)
+    for how in (dict[str, Any](), dict[str, Any](sample=True, seed=0)):
+        with tp.attach(made, moved()), tp.attach(plain, moved()):
+            told = [generate(m, PROMPTS, TOKENIZER, max_new_tokens=4, **how) for m in (made, plain)]
+        assert told[0] == told[1]
+    assert isinstance(made.generation_config, Unread)
+
+
 def test_all_verbs_keep_the_same_settings() -> None:
-    plain, odd = model(), model(repetition_penalty=5.0, top_k=2, temperature=0.01)
+    plain, odd = model(), model(repetition_penalty=5.0, top_k=2, temperature=0.01, no_repeat_ngram_size=1, num_beams=2)
     for write in (
         lambda m: [e.ids for e in tp.self_samples(m, TOKENIZER, 6, openings=[[5, 6]], max_new_tokens=5)],
         lambda m: [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import inspect
 import io
 import pickle
 import weakref
@@ -18,10 +17,8 @@ from subjects import MOVING
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tokenpaths import Site, TrailMap, attach, tokens
+from tokenpaths import Site, TrailMap, attach
 from tokenpaths.attachment import is_attached
-from tokenpaths.attachment.moment import Moment
-from tokenpaths.attachment.moving import Plan
 from tokenpaths.site.host import find_blocks
 
 FAMILY = pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -49,16 +46,6 @@ def assert_same(ones, others):
 
 
 # --- torch.compile
-
-
-@pytest.fixture
-def traceable(unchecked, monkeypatch):
-    """What is checked at run time cannot be compiled: take the checks out."""
-    for cls in (tokens.Context, Moment, Plan):
-        monkeypatch.setattr(cls, "__init__", inspect.unwrap(cls.__init__))
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def shallow(family, rule="last", stream="block"):

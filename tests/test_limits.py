@@ -7,15 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import DIM, llama, make_tokenizer
 from torch import Tensor, nn
 
 import tokenpaths as tp
-from tokenpaths import Confined, DiReFT, Guarded, confine, guard, strength_within
-from tokenpaths.limits import strength_curve
+from tokenpaths import Confined, DiReFT, confine, guard, strength_within
+from tokenpaths.limits import Kind, strength_curve
+from tokenpaths.limits import gates as gates_file
+from tokenpaths.limits.kinds import Text, drawn, levels
 from tokenpaths.limits.states import entering
+from tokenpaths.trails import Guarded
 from tokenpaths.trails.wrappers import at_unit_scale
 
 Watch = Callable[[nn.Module], nn.Module]
@@ -148,7 +152,10 @@ def test_a_tied_trail_has_one_gate_for_both_sites() -> None:
     [
         (dict(task=task(3)), "task has 3 examples; a gate needs at least 8"),
         (dict(other=other(2)), "other has 2 examples"),
+        (dict(other={"a": other(), "b": other(3)}), r"other\['b'\] has 3 examples; a gate needs at least 8"),
+        (dict(other={}), "other holds no kind of text"),
         (dict(shut=0.0), "shut=0.0 must be above 0"),
+        (dict(shut=1.0), "shut=1.0 must be above 0 and below 1"),
         (
             dict(trails=tp.TrailMap({tp.Site(0, tp.Tokens([90])): tp.trails.RED(DIM)})),
             r"Tokens.* chooses no token in the 300",
@@ -279,3 +286,77 @@ def test_with_its_own_rule_a_guard_need_not_know_the_task_s_other_tokens() -> No
     assert list(gates) == [AT]
     assert anywhere[OPEN].task < 0.5 < fits[AT].task
     assert fits[AT].other_share < 0.01
+
+
+KINDS = 4  # text k of `in_turn` is of kind k % KINDS; the last kind looks like the task
+
+
+def in_turn(count: int = 96) -> list[tp.Example]:
+    """Kinds of text in turn. The last one is the task's prompts in another guise, on which no gate may open."""
+    alike = [tp.Example((*e.ids[:6], CUE, 9, 9, 9, 9, 9), (False,) * 12) for e in task(count, seed=4)]
+    plain = other(count, seed=3)
+    return [alike[k] if k % KINDS == KINDS - 1 else plain[k] for k in range(count)]
+
+
+@pytest.mark.parametrize("most", [4096, 400])
+def test_kinds_of_text_in_turn_are_all_read_and_all_held_out(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every 4th text was held out, and of many every k-th was read: with 4 kinds in turn always the same kinds."""
+    seen: list[list[Text]] = []
+    monkeypatch.setattr(gates_file, "drawn", lambda *told: seen.append(drawn(*told)) or seen[-1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        guard(llama(), trained(), task(), in_turn(), most=most)
+    assert {text.held for text in seen[1] if text.example.ids[6] == CUE} == {True, False}
+    assert 0.15 < np.mean([text.example.ids[6] == CUE for text in seen[1]]) < 0.35
+    assert sum(len(text.example) for text in seen[1]) >= min(most, 96 * 12)
+
+
+def test_a_gate_tells_of_the_lookalike_that_it_opens_on() -> None:
+    """It told "open on 0.000 of other tokens" and was 0.94 open on a kind that `other` held."""
+    kinds = {"plain": other(), "alike": [tp.Example(e.ids[:7], (False,) * 7) for e in task(seed=4)]}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gates, fits = guard(llama(), trained(), task(), kinds)
+    assert "overlap" in str(caught[0].message)  # the very states of the task: nothing can tell them apart
+    plain, alike = (next(k for k in fits[OPEN].kinds if k.name == name) for name in kinds)
+    asked = torch.tensor([e.ids for e in kinds["alike"]])
+    opens = gates[OPEN].gate(llama().get_input_embeddings()(asked)).amax(-1) > 0
+    assert float(opens.double().mean()) <= alike.limit and plain.opened == alike.opened == 0
+
+
+def one(kinds: tuple[Kind, ...], name: str) -> Kind:
+    return next(kind for kind in kinds if kind.name == name)
+
+
+def test_a_guard_tells_what_it_read_and_what_it_promises() -> None:
+    kinds = {"long": other(100, seed=1), "short": other(40, seed=2)}
+    _, fits = guard(llama(), trained(), task(), kinds, shut=0.9, most=800)
+    found = fits[OPEN]
+    long, short, elsewhere = (one(found.kinds, name) for name in ("long", "short", "task, elsewhere"))
+    assert (long.texts, long.given, long.held, long.tokens) == (34, 100, 9, 34 * 12)  # 800 tokens, in turn
+    assert (short.texts, short.given, short.held) == (33, 40, 9)
+    assert long.promised == 0.9 and elsewhere.promised >= 0.9 and found.promised == 0.9
+    assert long.limit == pytest.approx(1 - 0.05 ** (1 / 9))
+    assert "long: read 34 of 100 texts, 408 tokens; a gate opens on 0 of 9 held-out texts" in str(found)
+    assert "keeps all gates shut with probability 0.900" in str(found)
+
+
+def test_unless_asked_for_a_level_the_held_out_texts_promise_what_they_can() -> None:
+    _, fits = guard(llama(), trained(), task(), other(40))
+    assert one(fits[OPEN].kinds, "other").promised == pytest.approx(10 / 11)
+    with pytest.raises(
+        ValueError, match=r"shut=0.99 cannot be promised of 'other': it takes 99 held-out.*10 were held"
+    ):
+        guard(llama(), trained(), task(400), other(40), shut=0.99, most=1 << 20)
+
+
+def test_whole_texts_stay_shut_as_often_as_was_promised() -> None:
+    """By simulation: of exchangeable texts the threshold leaves 1 - shut open, where a quantile of tokens left more."""
+    random = torch.Generator().manual_seed(0)
+    texts = [Text("a", 19, tp.Example((1,), (False,)), True)] * 19
+    over = 0
+    for _ in range(2000):
+        excess = torch.randn(20, 12, generator=random).amax(-1).double()  # one is unseen
+        (level,) = levels(texts, excess[:19], 0.9)
+        over += int(excess[19] > level.excess)
+    assert level.rank == 18 and over / 2000 == pytest.approx(0.1, abs=0.02)

@@ -21,12 +21,12 @@ from tiny import DIM, VOCAB, llama, make_examples, make_tokenizer, make_trails
 from torch import Tensor, nn
 
 import tokenpaths as tp
-from tokenpaths import Answer, Capped, Example, Imitate, Last, LoReFT, Replay, Scaled, Site, Stay, TrailMap
+from tokenpaths import Answer, Capped, Example, Imitate, Last, LoReFT, Replay, Site, Stay, TrailMap
 from tokenpaths.data import Question, collate, encode_parts
 from tokenpaths.drift import Meter, compare, kl
 from tokenpaths.engine.readings import Run
 from tokenpaths.testing import check_trail
-from tokenpaths.trails import Chain, Confined, Gated
+from tokenpaths.trails import Chain, Confined, Gated, Scaled
 from tokenpaths.training.objectives.align import Align, Attempts, sample_chains
 from tokenpaths.training.objectives.parts import ImitateParts
 from tokenpaths.training.objectives.waypoints import Waypoints, capture_states

@@ -13,8 +13,8 @@ from subjects import moving, tiny
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tokenpaths import All, LoReFT, Scaled, TrailMap, attach, sites
-from tokenpaths.trails import OrthonormalRows
+from tokenpaths import All, LoReFT, TrailMap, attach, sites
+from tokenpaths.trails import OrthonormalRows, Scaled
 from tokenpaths.trails.stiefel import prepare, release
 
 DIM, RANK = 12, 3

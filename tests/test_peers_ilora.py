@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +112,14 @@ def test_of_trails() -> None:
     assert not torch.equal(slow, fast)
 
 
+@pytest.mark.filterwarnings("ignore:DualMemory.*stay where they are:UserWarning")  # as they are meant to here
 def test_replay_knows_no_light_cone() -> None:
     """Of trails too, which have one: rows are run whole, and the losses are the same."""
     losses: list[list[float]] = []
     for cone in (True, False):
         model, trails = llama(), make_trails()
         goals = [ReplayNear(make_examples(4), memory=DualMemory(trails, 0.0))]
-        losses.append(train(model, trails, 3, goals=goals, cone=cone))
+        losses.append(train(model, trails, 3, goals=goals, cone=cone, lr=1e-3))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0][2] != losses[0][0]
 
@@ -292,3 +294,33 @@ def test_reservoir_refuses(tmp_path: Path) -> None:
         (tmp_path / "broken.json").write_text(broken)
         with pytest.raises(ValueError, match=r"broken.json is not a whole file of a Reservoir"):
             Reservoir.load(tmp_path / "broken.json")
+
+
+@pytest.mark.parametrize("followed", [True, False])
+def test_slow_weights_that_are_never_updated_are_warned_of(followed: bool) -> None:
+    model, adapter = make("LoRA")
+    memory = DualMemory(adapter)
+    goals = [Imitate(make_examples()), ReplayNear(make_examples(6), memory=memory, weight=0.5)]
+    options: dict[str, Any] = dict(steps=4, batch_size=2, accumulate=3, lr=1e-2, progress=False)
+
+    def train() -> None:
+        for _ in tp.steps(model, adapter, goals, **options):
+            if followed:
+                memory.update()
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        train()
+    assert [str(w.message).startswith("DualMemory: the adapter has been trained for two steps") for w in told] == (
+        [] if followed else [True]
+    )
+
+
+def test_an_adapter_that_is_trained_inside_slow_is_an_error() -> None:
+    _, adapter = make("LoRA")
+    memory = DualMemory(adapter, 0.5)
+    run(adapter, memory, 2)
+    with pytest.raises(RuntimeError, match=r"trained inside slow\(\), so its slow weights were changed"), memory.slow():
+        list(tp.steps(adapter.peft_model, adapter, [Imitate(make_examples())], steps=1, batch_size=4, progress=False))
+    with memory.slow(), torch.no_grad():  # what only reads is free to
+        adapter.peft_model(torch.arange(5, 9)[None])

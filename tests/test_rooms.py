@@ -18,8 +18,9 @@ import tokenpaths as tp
 PACKAGE = Path(__file__).parent.parent / "tokenpaths"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (  # from the ground up: a room imports from the floors below its own
-    "checking matching",
-    "tokens trails files",
+    "undo files scope",
+    "checking matching randomness",
+    "tokens trails",
     "data stats report demo",
     "site",
     "trailmap",

@@ -28,6 +28,7 @@ from subjects import MOVING, TRAILS
 from torch import Tensor, nn
 
 import tokenpaths
+from benchmarks.torture.mutants import packed
 from tokenpaths import (
     All,
     Answer,
@@ -222,6 +223,83 @@ def test_a_file_may_be_read_by_whom_the_umask_lets(tmp_path):
     finally:
         os.umask(old)
     assert (tmp_path / "t").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_folder_in_place_of_a_file_is_told_with_what_to_do(tmp_path):
+    trails = everything()
+    with pytest.raises(IsADirectoryError, match=f"is a folder, and a map is one file: save to {tmp_path}/trails.s"):
+        trails.save(tmp_path)
+    with pytest.raises(IsADirectoryError, match=f"is a folder: load {tmp_path}/trails.safetensors, or use TrailMap.f"):
+        TrailMap.load(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_the_version_before_has_no_checksums_and_is_loaded_without_a_word(tmp_path):
+    trails = everything()
+    trails.save(tmp_path / "t")
+    tensors, metadata = parts(tmp_path / "t")
+    note = json.loads(metadata["tokenpaths"])
+    del note["sha256"]
+    old = {"tokenpaths": json.dumps({**note, "version": 1}, sort_keys=True)}
+    (tmp_path / "t").write_bytes(safetensors.torch.save(tensors, old))
+    equal(trails, TrailMap.load(tmp_path / "t"))
+    trails.restore(tmp_path / "t")
+
+
+def test_every_flipped_bit_of_a_trail_file_is_noticed(tmp_path, unchecked):
+    path = tmp_path / "t"
+    TrailMap({Site(0): RED(2)}).save(path)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+        with pytest.raises(TrailFileError, match=re.escape(str(path))):
+            TrailMap.load(path)
+
+
+# ----------------------------------------------------------------------------- restore, and folders of one's own
+
+
+def test_restore_takes_no_nan_no_other_sites_and_no_other_trails(tmp_path):
+    trails = TrailMap({Site(0, Last()): LoReFT(4, 2), Site(1): own()})
+    trails.save(tmp_path / "t")
+    before = {name: tensor.clone() for name, tensor in trails.state_dict().items()}
+    trails.restore(tmp_path / "t")  # with a class of one's own
+    for other, message in (
+        (
+            with_tensors(tmp_path / "t", {"trails.0.W": before["trails.0.W"] * float("nan")}),
+            "trails.0.W holds NaN",
+        ),
+        ({Site(0, First()): LoReFT(4, 2), Site(1): own()}, "has trails at Site(layer=0, tokens=First(n=1)"),
+        ({Site(0, Last()): LoReFT(4, 1), Site(1): own()}, "tensor 'trails.0.W' has shape [1, 4] in the file, [2, 4]"),
+        ({Site(0, Last()): RED(4), Site(1): own()}, "the file lacks tensors that its note calls for: trails.0.W"),
+    ):
+        if isinstance(other, dict):
+            TrailMap(other).save(tmp_path / "t")
+        with pytest.raises(TrailFileError, match=re.escape(f"{tmp_path}/t") + ".*" + re.escape(message)):
+            trails.restore(tmp_path / "t")
+        assert all(torch.equal(tensor, before[name]) for name, tensor in trails.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "repo",
+    ["runs/best", "there/best", "./best", "/nowhere/best", "../x", "a/b/c", "~/best", "a\\b", "best/", "", "outputs/a"],
+)
+def test_the_hub_is_not_asked_for_a_folder_that_is_missing(tmp_path, monkeypatch, repo):
+    def ask(*_: object, **__: object) -> None:
+        raise AssertionError("the Hub is asked")
+
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", ask)
+    for name in [repo, Path("some/folder")]:
+        if not name:  # the folder here, without a file
+            continue
+        with pytest.raises(FileNotFoundError, match="there is no folder .* name it owner/name and give revision="):
+            TrailMap.from_pretrained(name)
+    for name, options in (("me/trails", {}), ("trails", {}), (repo or "x", dict(revision="main"))):
+        with pytest.raises(AssertionError, match="the Hub is asked"):
+            TrailMap.from_pretrained(name, **options)
 
 
 # ----------------------------------------------------------------------------- one's own classes
@@ -450,13 +528,13 @@ def parts(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def with_tensors(path: Path, changes: dict[str, Tensor]) -> Path:
     tensors, metadata = parts(path)
-    path.write_bytes(safetensors.torch.save({**tensors, **changes}, metadata))
+    path.write_bytes(packed({**tensors, **changes}, metadata))
     return path
 
 
 def with_note(path: Path, text: str) -> Path:
     tensors, _ = parts(path)
-    path.write_bytes(safetensors.torch.save(tensors, {"tokenpaths": text}))
+    path.write_bytes(packed(tensors, {"tokenpaths": text}))
     return path
 
 
@@ -484,6 +562,11 @@ def nothing_executed(tmp_path_factory) -> Callable[[], AbstractContextManager[No
     path = tmp_path_factory.mktemp("warm") / "t"
     everything().save(path)
     TrailMap.load(path)  # torch imports parts of itself when they are first used
+    content = path.read_bytes()
+    for place in (10, len(content) - 1):  # and types are compiled when a message is first told
+        path.write_bytes(content[:place] + b"!" + content[place + 1 :])
+        with pytest.raises(TrailFileError):
+            TrailMap.load(path)
     sys.addaudithook(report)
 
     @contextmanager
@@ -570,7 +653,7 @@ def set_in(*path: str | int, to: object) -> Callable[[dict], object]:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (set_in("version", to=2), "its note is of version 2, this tokenpaths reads version 1"),
+        (set_in("version", to=3), "its note is of version 3, this tokenpaths reads versions 1 to 2"),
         (lambda note: note.pop("version"), "its note is of no known version"),
         (lambda note: note.pop("base"), "its note has the keys blocks, sites, trails"),
         (set_in("more", to=1), "its note has the keys base, blocks, more, sites, trails"),
@@ -641,7 +724,7 @@ def test_other_files(small):
         ("{", "its note is not JSON"),
         ("[1]", "its note is of no known version"),
         ("[" * 100_000, "its note is not JSON"),
-        (good.replace('"version": 1', '"version": 1, "version": 1'), "a key stands twice in one object"),
+        (good.replace('"version": 2', '"version": 2, "version": 2'), "a key stands twice in one object"),
         (good.replace('"factor": 0.5', '"factor": 1e999'), "1e999 is not a finite number"),
         (good.replace('"factor": 0.5', '"factor": ' + "9" * 5000), "its note is not JSON"),
     ]:
@@ -796,7 +879,7 @@ def mutations(draw: st.DrawFn, content: bytes) -> bytes:
     else:
         others = [{}, {"format": "pt"}, {**metadata, "format": "pt"}, {"Tokenpaths": metadata["tokenpaths"]}]
         metadata = draw(st.sampled_from(others))
-    return safetensors.torch.save(tensors, metadata)
+    return packed(tensors, metadata)
 
 
 def sound(path: Path, trails: TrailMap) -> None:

@@ -11,9 +11,9 @@ from families import V5
 from subjects import MOVING, TRAILS, tiny
 from torch import Tensor
 
-from tokenpaths import All, Answer, First, Last, Scaled, Site, Trail, TrailMap, attach, width
+from tokenpaths import All, Answer, First, Last, Site, Trail, TrailMap, attach, width
 from tokenpaths.tokens import Rule
-from tokenpaths.trails import Chain
+from tokenpaths.trails import Chain, Scaled
 
 FAMILIES = ("gpt2", "llama")
 PLACES = (("embedding", 0), ("block", 1), ("attention", 1), ("mlp", 1), ("head", 1))

@@ -17,9 +17,9 @@ from subjects import MOVING, TRAILS, moving
 from torch import Tensor, nn
 
 import tokenpaths
-from tokenpaths import PSR, Additive, Capped, DiReFT, LoReFT, NoReFT, Scaled, Trail, TrailMap, sites
+from tokenpaths import PSR, Additive, Capped, DiReFT, LoReFT, NoReFT, Trail, TrailMap, sites
 from tokenpaths.testing import check_trail
-from tokenpaths.trails import RED, BiasReFT, Chain, ConstantReFT, DirectReFT, Gated, ReFTr1, arguments
+from tokenpaths.trails import RED, BiasReFT, Chain, ConstantReFT, DirectReFT, Gated, ReFTr1, Scaled, arguments
 
 REFT = {
     "loreft": LoReFT,

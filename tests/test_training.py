@@ -157,7 +157,7 @@ def test_a_run_learns_and_leaves_the_model_as_it_was(watch: Callable[[nn.Module]
     assert taken[-1].loss < taken[0].loss / 2
     assert taken[0].losses == (taken[0].loss,)
     assert taken[0].tokens == sum(map(len, make_examples(8)))
-    assert taken[0].lr == 0
+    assert [step.lr for step in taken[:7]] == pytest.approx([5e-2 * k / 6 for k in range(1, 7)] + [5e-2])
     assert max(step.lr for step in taken) == 5e-2
     assert all(step.grad_norm > 0 and step.seconds > 0 and step.drift is None for step in taken)
     assert not is_attached(model, trails)
@@ -195,7 +195,8 @@ def test_breaking_off_an_error_in_the_loop_and_an_error_inside_all_detach(
 def test_trails_that_are_attached_already_stay_as_they_are_attached() -> None:
     model, trails = llama(), make_trails()
     with attach(model, trails, strength=0.0):  # attached once more, they would move the model after all
-        (step,) = train(model, trails, [Imitate(make_examples())], steps=1)
+        with pytest.warns(UserWarning, match="attached at strength 0, where no gradient reaches them"):
+            (step,) = train(model, trails, [Imitate(make_examples())], steps=1)
         assert step.grad_norm == 0
         assert is_attached(model, trails)
     assert not is_attached(model, trails)
@@ -413,6 +414,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_trails_keep_their_last_
     assert all(parameter.grad is None for parameter in trails.parameters())
 
 
+@pytest.mark.parametrize("length", [dict(steps=1), dict(steps=None, epochs=1), dict(steps=4, warmup=100)])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"])
+def test_the_first_step_trains_however_short_the_run(schedule: str, length: dict[str, Any]) -> None:
+    trails = make_trails()
+    before = state(trails)
+    first = train(llama(), trails, [Imitate(make_examples())], batch_size=12, schedule=schedule, **length)[0]
+    share = 1 / 100 if "warmup" in length and schedule != "constant" else 1
+    assert first.lr == pytest.approx(1e-2 * share)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in state(trails).items())
+
+
 def test_clipping_bites() -> None:
     before = state(make_trails())
 
@@ -493,6 +505,7 @@ def at(rule: Any) -> TrailMap:
         (dict(batch_size=0), "batch_size=0 must be at least 1"),
         (dict(accumulate=-1), "accumulate=-1 must be at least 1"),
         (dict(optimizer=torch.optim.Adagrad), "leave lr= out"),
+        (dict(clip=0.0), "clip=0.0 must be above 0, or None"),
         (dict(save_every=2), "need checkpoint="),
         (dict(resume=True), "need checkpoint="),
         (dict(mixed_precision="fp16"), "for fp16 pass accelerator="),

@@ -414,7 +414,7 @@ def test_attention_is_looked_at_in_the_layers_of_the_targets_alone() -> None:
     forward = model.model.layers[0].forward
     model.model.layers[0].forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
     goal = WaypointsAttention(examples, targets=targets)
-    list(tp.steps(model, trails, [goal], steps=6, batch_size=4, progress=False, cone=cone))
+    list(tp.steps(model, trails, [goal], steps=6, batch_size=4, lr=1e-3, progress=False, cone=cone))
     assert cone.kept.used > 0
     assert len(calls) <= 5  # once for each row, and a short look
 

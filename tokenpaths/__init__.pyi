@@ -19,6 +19,8 @@ from . import trailmap as trailmap
 from . import trails as trails
 from . import training as training
 from .attachment.handle import attach as attach
+from .attachment.handle import attached as attached
+from .attachment.handle import detach as detach
 from .data.encoding import encode as encode
 from .data.encoding import encode_texts as encode_texts
 from .data.examples import Example as Example
@@ -54,8 +56,6 @@ from .trails.steering import PSR as PSR
 from .trails.steering import Additive as Additive
 from .trails.wrappers import Capped as Capped
 from .trails.wrappers import Confined as Confined
-from .trails.wrappers import Guarded as Guarded
-from .trails.wrappers import Scaled as Scaled
 from .training.foreign import trainable as trainable
 from .training.loop import steps as steps
 from .training.objectives.base import Objective as Objective

@@ -11,11 +11,14 @@ import importlib
 import re
 import sys
 import threading
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
+
+from tokenpaths.files import patterns
 
 State = TypeVar("State")
 Flags = tuple[bool, ...]
@@ -23,12 +26,11 @@ _STEPS = 8  # a row is known if one that is shorter by so much is: speculative d
 _TOKENS = 2**20  # how many tokens of rows are remembered
 
 
-@lru_cache(maxsize=256)
-def compiled(pattern: str) -> re.Pattern[str]:
-    """The pattern, ready to search with. Raises `ValueError` for what is no regular expression."""
+def check_pattern(pattern: str) -> None:
+    """Raise `ValueError` for what is no regular expression."""
     try:
-        return re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
+        patterns.check(pattern)
+    except ValueError as error:
         raise ValueError(f"Match({pattern!r:.80}) is not a regular expression: {error}") from None
 
 
@@ -89,23 +91,28 @@ class _Matched:
 
 
 def _go_on(pattern: str, texts: Sequence[str], given: Sequence[bool], before: _Matched) -> _Matched:
-    search, stops = compiled(pattern), _stops(pattern)
+    text = before.text + "".join(texts[len(before.chosen) :])
+    stops, until = _stops(pattern), time.thread_time() + patterns.SECONDS
+
+    def search(start: int, end: int) -> list[tuple[int, int]]:
+        found = patterns.finditer(pattern, text, until - time.thread_time(), start=start, end=end)
+        return [match.span() for match in found]
+
     chosen, known, since = list(before.chosen), len(before.chosen), before.since
-    text = before.text + "".join(texts[known:])
     ends = list(_ends(texts[known:], len(before.text)))
     prompt_end = max((end for end, prompt in zip(ends, given[known:], strict=True) if prompt), default=0)
     # an empty match chooses nothing
-    in_prompt = [m.span() for m in search.finditer(text, 0, prompt_end) if m.end() > m.start()] if prompt_end else []
-    last = [stop for _, stop in in_prompt]
+    in_prompt = [span for span in search(0, prompt_end) if span[1] > span[0]] if prompt_end else []
+    stop_of = [stop for _, stop in in_prompt]
     start = len(before.text)
     for end, prompt in zip(ends, given[known:], strict=True):
         if start == end:
             chosen.append(False)
         elif prompt:
-            first = bisect_right(last, start)
-            chosen.append(first < len(last) and in_prompt[first][0] < end)
+            first = bisect_right(stop_of, start)
+            chosen.append(first < len(stop_of) and in_prompt[first][0] < end)
         else:
-            chosen.append(any(max(m.start(), start) < m.end() for m in search.finditer(text, since, end)))
+            chosen.append(any(max(first, start) < last for first, last in search(since, end)))
         if stops is not None:
             since = next((i + 1 for i in range(end - 1, start - 1, -1) if stops(text[i])), since)
         start = end

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tokenpaths.randomness import own_randomness
 from tokenpaths.site import Site
 from tokenpaths.trailmap.notes import trail_to_note
 from tokenpaths.trailmap.trailmap import TrailMap
@@ -39,8 +40,7 @@ def check_trail(make: Callable[[int], Trail], dim: int = 16, *, seed: int = 0) -
     Raises:
         AssertionError: a promise is broken. The message names it and says what to do.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with own_randomness(seed):
         trail = make(dim)
         assert isinstance(trail, Trail), (  # pyright: ignore[reportUnnecessaryIsInstance]
             f"make({dim}) gave {trail!r:.80}, which is no Trail: let your class inherit from tokenpaths.Trail"

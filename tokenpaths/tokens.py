@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tokenpaths.matching import compiled, matched
+from tokenpaths.matching import check_pattern, matched
 from tokenpaths.matching import token_pieces as token_pieces
 
 _LARGEST = 2**63  # what an int64 tensor can be compared with
@@ -170,11 +170,13 @@ class Tokens(Rule):
 
 @dataclass(frozen=True)
 class Match(Rule):
-    """Every token that overlaps a match of a regular expression (Python `re`) in the decoded text.
+    """Every token that overlaps a match of a regular expression (as of Python's `re`) in the decoded text.
 
     The prompt is matched as a whole. A token of the answer is chosen if a match in the text *up to and including* it
     overlaps it, so that decoding token by token chooses the same tokens. A character whose bytes are spread over
     several tokens belongs to the last of them. The rule needs `attach(..., tokenizer=)`.
+
+    A pattern may come from a file, so a text that takes it longer than five seconds is refused, with `ValueError`.
 
     Raises `TypeError` for a pattern that is no string, and `ValueError` for one that `re` cannot compile.
     """
@@ -184,7 +186,7 @@ class Match(Rule):
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"Match takes a regular expression as a string, not {self.pattern!r}")
-        compiled(self.pattern)
+        check_pattern(self.pattern)
 
     def choose(self, context: Context) -> Bool[Tensor, "batch total"]:
         ids = _ids(self, context)

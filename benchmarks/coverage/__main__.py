@@ -1,12 +1,13 @@
-"""How often do the intervals of `tokenpaths.stats.intervals` hold the truth, at 8, 16 and 50 items?
+"""How often do the intervals of `tokenpaths.stats.intervals` hold the truth, at 4 to 128 items?
 
-    python -m benchmarks.coverage            # about seven minutes on one core
+    python -m benchmarks.coverage            # about four minutes on one core
     python -m benchmarks.coverage --times 200
 
 Data of known means are drawn in the kinds that the library measures (changes of right answers, of nats a token, KL,
 sums of nats over sums of tokens, areas in [0, 1]) and given to the functions themselves, 2,000 times a cell. Where few
 items differ from the rest (fewer than 5 are expected to), all may be equal: the interval is then (v, v) by rule, and no
-interval of this kind can cover. These cells are told apart.
+interval of this kind can cover. These cells are told apart. Those whose values lie within known bounds are read a
+second time, with these bounds given (`mean_interval(..., within=)`), and then none is set apart.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import numpy as np
 from benchmarks.common.record import Claim, write
 from tokenpaths.stats.intervals import difference_interval, mean_interval, streamed_interval
 
-ITEMS, TIMES, FEW, REPLICATES = (8, 16, 50), 2000, 5, 1000
+ITEMS, TIMES, FEW, REPLICATES = (4, 8, 16, 50, 128), 2000, 5, 1000
+STREAMED = ITEMS[1:4]
 Draw = Callable[[np.random.Generator, int], Any]
 
 
@@ -81,6 +83,9 @@ MEANS: dict[str, tuple[Draw, float, float]] = {
     "areas, beta(0.5, 0.5)": (lambda rng, n: rng.beta(0.5, 0.5, n), 0.5, 1),
     "areas, beta(2, 5)": (lambda rng, n: rng.beta(2, 5, n), 2 / 7, 1),
 }
+WITHIN = {
+    name: (0, 1) if name.startswith("areas") else (-1, 1) for name in MEANS if name.startswith(("areas", "right"))
+}
 RATIOS: dict[str, tuple[Draw, float]] = {
     "ratio, normal rate, tokens sigma 0.5, rho 0.2": normal_ratio(0.5, 0.2),
     "ratio, normal rate, tokens sigma 1, rho -0.2": normal_ratio(1.0, -0.2),
@@ -96,8 +101,7 @@ DIFFERENCES: dict[str, tuple[Draw, float]] = {
 }
 
 
-def streamed(v: np.ndarray, w: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
-    drawn = rng.poisson(1.0, (REPLICATES, len(v))).astype(np.float64)
+def streamed(v: np.ndarray, w: np.ndarray, drawn: np.ndarray) -> tuple[float, float]:
     return streamed_interval(float(v.sum()), float(w.sum()), drawn @ v, drawn @ w, len(v))
 
 
@@ -107,7 +111,10 @@ def cell(function: str, data: str, n: int, times: int) -> dict[str, Any]:
     draw, truth, *rest = {**MEANS, **RATIOS, **DIFFERENCES}[data]
     held = equal = 0
     widths: list[float] = []
-    for _ in range(times):
+    weights = np.ones((1, n))
+    for number in range(times):
+        if function == "streamed" and number % 20 == 0:  # they are independent of the data
+            weights = rng.poisson(1.0, (REPLICATES, n)).astype(np.float64)
         drawn = draw(rng, n)
         if function == "difference":
             low, high = difference_interval(*drawn)
@@ -115,9 +122,9 @@ def cell(function: str, data: str, n: int, times: int) -> dict[str, Any]:
             v, w = drawn if isinstance(drawn, tuple) else (drawn, None)
             equal += bool((v == v[0]).all())
             if function == "streamed":
-                low, high = streamed(v, np.ones(n) if w is None else w, rng)
+                low, high = streamed(v, np.ones(n) if w is None else w, weights)
             else:
-                low, high = mean_interval(v, w)
+                low, high = mean_interval(v, w, within=WITHIN[data] if function == "within" else None)
         held += low - 1e-12 <= truth <= high + 1e-12
         widths.append(high - low)
     differ = n * rest[0] if rest else float(n)
@@ -129,13 +136,17 @@ def claims(raw: list[dict[str, Any]], times: int) -> list[Claim]:
     made: list[Claim] = []
     for function, what in (
         ("mean", "`mean_interval` of a mean, a paired change or a ratio of sums"),
+        ("within", "`mean_interval(..., within=)` of changes of right answers and of areas"),
         ("streamed", "the streamed interval of the drift meter (texts, Poisson bootstrap)"),
         ("difference", "`difference_interval` of two independent means"),
     ):
-        for n in ITEMS:
+        for n in STREAMED if function == "streamed" else ITEMS:
             cells = [c for c in raw if c["function"] == function and c["n"] == n]
-            enough = sorted((c for c in cells if c["differ"] >= FEW), key=lambda c: c["coverage"])
-            few = sorted(c["coverage"] for c in cells if c["differ"] < FEW)
+            apart = [function != "within" and c["differ"] < min(FEW, n) for c in cells]
+            enough = sorted(
+                (c for c, alone in zip(cells, apart, strict=True) if not alone), key=lambda c: c["coverage"]
+            )
+            few = sorted(c["coverage"] for c, alone in zip(cells, apart, strict=True) if alone)
             middle = float(np.median([c["coverage"] for c in enough]))
             told = (
                 f"lowest coverage of {what}, 95 %, {n} items, over {len(enough)} kinds of data, {times} experiments "
@@ -156,11 +167,13 @@ if __name__ == "__main__":
     parser.add_argument("--times", type=int, default=TIMES, help="experiments a cell")
     options = parser.parse_args()
     raw: list[dict[str, Any]] = []
-    for function, kinds in (("mean", [*MEANS, *RATIOS]), ("streamed", [*MEANS, *RATIOS]), ("difference", DIFFERENCES)):
+    for function, kinds in (
+        ("mean", [*MEANS, *RATIOS]), ("within", WITHIN), ("difference", DIFFERENCES), ("streamed", [*MEANS, *RATIOS])
+    ):  # fmt: skip
         for data in kinds:
-            began = time.perf_counter()
-            raw += [cell(function, data, n, options.times) for n in ITEMS]
-            told = " ".join(f"{c['coverage']:.3f}" for c in raw[-len(ITEMS) :])
+            began, sizes = time.perf_counter(), STREAMED if function == "streamed" else ITEMS
+            raw += [cell(function, data, n, options.times) for n in sizes]
+            told = " ".join(f"{c['coverage']:.3f}" for c in raw[-len(sizes) :])
             print(f"{function:10} {data:55} {told}   {time.perf_counter() - began:.0f} s", flush=True)
     for made in claims(raw, options.times):
         print(made)

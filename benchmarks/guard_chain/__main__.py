@@ -8,6 +8,7 @@ is read on the same held-out questions, and perplexity on text that neither the 
 from __future__ import annotations
 
 import warnings
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ def measure(seed: int) -> dict[str, Any]:
         for kind, examples in kinds(tokenizer, 4, 128).items()
         if kind in UNSEEN
     }
-    found: dict[str, Any] = {"seed": seed, "fits": {site.layer: vars(fit) for site, fit in fits.items()}}
+    found: dict[str, Any] = {"seed": seed, "fits": {site.layer: asdict(fit) for site, fit in fits.items()}}
     for arm, laid in (
         ("frozen", None), ("trails", trails), ("guarded", guarded), ("guarded on all tokens", anywhere)
     ):  # fmt: skip

@@ -14,37 +14,32 @@ chosen nothing is gathered, and where none is, as while decoding under `Last(1)`
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import threading
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from tokenpaths.attachment.backward import NO_BACKWARD, at_the_end, in_backward, running_backward
+from tokenpaths.attachment.forgotten import no_longer, watch_for
 from tokenpaths.attachment.hooks import Hook
+from tokenpaths.attachment.mode import follow
 from tokenpaths.attachment.moment import Moment
-from tokenpaths.attachment.moving import (
-    Part,
-    Plan,
-    chooses,
-    flat_masks,
-    hook_place,
-    learns,
-    move_densely,
-    move_states,
-    rules_of,
-)
+from tokenpaths.attachment.moving import Part, Plan, chooses, hook_place, move_chosen, rules_of
+from tokenpaths.attachment.planning import Planner, Spans
+from tokenpaths.attachment.runs import close_runs
 from tokenpaths.attachment.watcher import Watcher
+from tokenpaths.scope import Scoped, in_main_thread, running_task
 from tokenpaths.site import Host, Place, Site
-from tokenpaths.tokens import Both, Context, Either, First, Last, Match, Prompt, Rule, Without, leaves, token_pieces
+from tokenpaths.tokens import Context, Match, leaves
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.trailmap.trailmap import TrailMap
 from tokenpaths.trails.base import Trail
 from tokenpaths.trails.stiefel import OrthonormalRows, prepare, release
-
-Spans = Mapping[str, Sequence[tuple[int, int]]]
+from tokenpaths.undo import Undo
 
 
 def attach(
@@ -55,6 +50,7 @@ def attach(
     rows: Sequence[int] | None = None,
     spans: Spans | None = None,
     tokenizer: Any = None,
+    everywhere: bool | None = None,
 ) -> Attachment:
     """Put trails to work in a model, in place, until the returned handle is removed or its `with` block ends.
 
@@ -70,37 +66,84 @@ def attach(
             own trails.
         spans: for `Span` rules, the (start, stop) of each row, counted in real tokens.
         tokenizer: for `Match` rules, which read the decoded text.
+        everywhere: whether forwards of all threads are moved (True), or of this thread or task of an event loop alone
+            (False), and of what takes its context along, as `asyncio.to_thread` does. Unless given, what the main
+            thread attaches moves all. What another thread attaches moves that thread's forwards, and a forward of a
+            third thread, of which it cannot be told whether it is meant, raises `RuntimeError`.
 
     Raises:
         TypeError: `trails` is no `TrailMap`.
         ValueError: a site that the model does not have or that is named twice, a trail of another width, or parameters
             that are not finite. Nothing is changed then.
+        RuntimeError: this very map is attached already, or another task has attached one. In a forward: a hooked
+            module was replaced.
     """
     if not isinstance(trails, TrailMap):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"attach takes a TrailMap, not {type(trails).__name__}: {_instead(trails)}")
-    return Attachment(Host.of(model, trails.blocks), trails, strength, rows, spans, tokenizer)
+    return Attachment(Host.of(model, trails.blocks), trails, strength, rows, spans, tokenizer, everywhere)
 
 
-def working(model: nn.Module, trails: Adapter, tokenizer: Any = None) -> AbstractContextManager[object]:
+def attached(model: nn.Module) -> list[Attachment]:
+    """The handles on all trails that are attached to a model, oldest first, whoever attached them."""
+    return attachments(model)
+
+
+def detach(model: nn.Module) -> None:
+    """Take away all trails that are attached to a model, whoever attached them, and end the runs that train over it."""
+    close_runs(model)
+    for attachment in reversed(attachments(model)):
+        attachment.remove()
+
+
+def working(
+    model: nn.Module, trails: Adapter, tokenizer: Any = None, *, everywhere: bool | None = False
+) -> AbstractContextManager[object]:
     """Inside, trails are attached, unless they are already. An adapter of another kind must lie in the model by itself.
+
+    They move the forwards of this thread alone, unless `everywhere` says otherwise, as in `attach`.
 
     Raises `ValueError` as `attach` and `Adapter.check` do.
     """
     if isinstance(trails, Adapter) and not isinstance(trails, TrailMap):  # pyright: ignore[reportUnnecessaryIsInstance]
         trails.check(model)
         return nullcontext()
-    return nullcontext() if is_attached(model, trails) else attach(model, trails, tokenizer=tokenizer)
+    if is_attached(model, trails):
+        return nullcontext()
+    return attach(model, trails, tokenizer=tokenizer, everywhere=everywhere)
 
 
 def is_attached(model: nn.Module, trails: Adapter) -> bool:
-    """Whether this very map is attached to the model."""
-    return any(attachment.trails is trails for attachment in attachments(model))
+    """Whether this very map is attached to the model, and moves the forwards of this thread."""
+    return any(attachment.trails is trails and attachment.acts() for attachment in attachments(model))
 
 
 def attachments(model: nn.Module) -> list[Attachment]:
     """The attachments of a model."""
     listeners = [listener for watcher in Watcher.known(model) for listener in watcher.listeners]
     return [listener for listener in listeners if isinstance(listener, Attachment)]
+
+
+class _Now(threading.local):
+    """What an attachment does in the forward that one thread runs."""
+
+    plan: Plan | None = None  # None outside of a forward, and while the trails are off
+    awake: bool = False
+    backward: int = NO_BACKWARD  # the backward that this forward is part of
+
+
+class _PlaceHook(Hook):
+    """The hook at one place. Where there is nothing to do in the running thread it does nothing, in the least time."""
+
+    def __init__(self, call: Callable[..., Any], now: _Now) -> None:
+        super().__init__(call)
+        self.now = now
+
+    def __call__(self, *args: Any) -> Any:
+        return self.call(*args) if self.now.awake or in_backward() else None
+
+
+_NUMBERS = itertools.count(1)
+_HERE: Scoped[Attachment] = Scoped("tokenpaths: trails attached in one thread or task")
 
 
 class Attachment:
@@ -114,34 +157,58 @@ class Attachment:
         rows: Sequence[int] | None,
         spans: Spans | None,
         tokenizer: Any,
+        everywhere: bool | None,
     ) -> None:
         self.host = host
         self.trails = trails
         self.strength = strength
         self.rows = None if rows is None else tuple(rows)
-        self.spans = spans or {}
-        self._pieces = None if tokenizer is None else token_pieces(tokenizer)
-        self._rules = list(dict.fromkeys(site.tokens for site in trails.sites))
-        self._prompt_only = all(_within_prompt(rule) for rule in self._rules)
-        self._hooks: list[Hook] = []
-        self.plan: Plan | None = None  # what is done in this forward; None while the trails are off
+        self.number = next(_NUMBERS)
+        self.everywhere = in_main_thread() if everywhere is None else everywhere
+        self.unclear = everywhere is None and not self.everywhere
+        self.task = running_task()
+        self._planner = Planner([site.tokens for site in trails.sites], self.rows, spans or {}, tokenizer)
+        self._now = _Now()
+        self._again: dict[int, Plan | None] = {}  # by number: the plans of forwards whose backward is going on
         self._rotations = [module for module in trails.modules() if isinstance(module, OrthonormalRows)]
-        self._handles: list[RemovableHandle] = []
+        self._undo = Undo()
         places = self._locate()  # refuses before anything is changed
-        self._unions = list(dict.fromkeys(rules_of(parts) for _, parts in places))
+        self._planner.places = list(dict.fromkeys(rules_of(parts) for _, parts in places))
         self._watcher = Watcher.of(host)
-        self._watcher.join(self, compiled=host.compiled)
-        for place, parts in places:
-            handle, hook = hook_place(place, self._mover(parts))
-            self._handles.append(handle)
-            self._hooks.append(hook)
+        _check_company(self, attachments(host.model))
+        self._edges = _edges(host, [place.module for place, _ in places])
+        try:
+            self._undo.add(self._leave)
+            if not self.everywhere:
+                _HERE.add(self)
+            self._watcher = self._watcher.join(self)
+            for place, parts in places:
+                hook_place(self._undo, place, self._mover(parts), functools.partial(_PlaceHook, now=self._now))
+            follow(trails, host.blocks)
+            watch_for(self)
+        except BaseException:
+            self.remove()
+            raise
 
     def remove(self) -> None:
         """Take the trails away and leave the model as it was. Removing twice does no harm."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        with self._undo:  # whose end takes everything back
+            pass
+
+    def _leave(self) -> None:
+        _HERE.discard(self)
         self._watcher.leave(self)
+        no_longer(self)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it has not been removed."""
+        return any(listener is self for listener in self._watcher.listeners)
+
+    @property
+    def plan(self) -> Plan | None:
+        """What is done in the forward that the running thread is inside of."""
+        return self._now.plan
 
     def __enter__(self) -> Attachment:
         return self
@@ -150,18 +217,26 @@ class Attachment:
         self.remove()
 
     def __repr__(self) -> str:
-        state = "attached" if self._handles else "removed"
-        return f"<{state}: {len(self.trails)} sites, strength {self.strength}>"
+        state = "attached" if self.is_on else "removed"
+        where = "" if self.everywhere else ", in one thread"
+        return f"<{state}: {len(self.trails)} sites, strength {self.strength}{where}>"
+
+    def acts(self) -> bool:
+        """Whether it moves states in the running thread or task."""
+        return self.everywhere or any(each is self for each in _HERE.entries())
 
     def _go(self, plan: Plan | None) -> None:
         """Take up a plan. Where it chooses no token and no gradients are recorded, the hooks do nothing."""
-        self.plan = plan
-        awake = plan is not None and (plan.learns or chooses(plan))
-        for hook in self._hooks:
-            hook.awake = awake
+        now = self._now
+        now.plan = plan
+        now.awake = plan is not None and (plan.learns or chooses(plan))
 
     def begin(self, moment: Moment | None) -> None:
         """A forward begins: choose its tokens."""
+        if not torch.compiler.is_compiling():
+            self._now.backward = running_backward()
+            self._check_places()
+        follow(self.trails, self.host.blocks)
         if not self.trails.enabled:
             self._go(None)
             return
@@ -170,45 +245,48 @@ class Attachment:
         if chooses(plan):  # else R may not be needed
             prepare(self._rotations)
 
-    def end(self) -> None:
-        """The forward is over, or has failed. The plan stays, for blocks that a backward computes again."""
+    def end(self, before: Plan | None) -> None:
+        """The forward is over, or has failed; `before` is the plan of one that it was inside of."""
         release(self._rotations)
+        self._go(before)
 
-    def resume(self, plan: Plan | None) -> None:
-        """A backward begins through the forward that had this plan."""
+    def resume(self, plan: Plan | None, backward: int) -> None:
+        """A backward begins through the forward that had this plan: blocks that it computes again follow it."""
         inside = any(site.stream in ("attention", "mlp") for site in self.trails)  # these a block computes again
-        if not self._handles and inside and self._watcher.checkpointing():
+        if not self.is_on and inside and self._watcher.checkpointing():
             raise RuntimeError("the trails were removed before backward(), which gradient checkpointing needs them for")
-        self._go(plan)
+        follow(self.trails, self.host.blocks)
+        self._again[backward] = plan
+        at_the_end(functools.partial(self._again.pop, backward, None))
+
+    def _plan_here(self) -> Plan | None:
+        """The plan of the running forward, or of the one whose blocks the running backward computes again."""
+        if torch.compiler.is_compiling() or (backward := running_backward()) == self._now.backward:
+            return self._now.plan
+        if backward not in self._again:
+            raise RuntimeError(
+                "a block is computed again in a backward (gradient checkpointing) whose forward is not known: call "
+                "backward() on what came of the model's own output"
+            )
+        return self._again[backward]
+
+    def _check_places(self) -> None:
+        """Raise `RuntimeError` if a module that is hooked was replaced: nothing would be moved there."""
+        for parent, name, child in self._edges:
+            if vars(parent)["_modules"].get(name) is not child:
+                raise RuntimeError(
+                    f"{type(parent).__name__}.{name} was replaced while trails are attached to it or inside of it (as "
+                    "PEFT's merge_and_unload and get_peft_model, or a quantiser, do): remove the trails "
+                    "(tp.detach(model)), and attach them to the model as it is now"
+                )
 
     def _plan(self, moment: Moment) -> Plan:
-        """The masks of a forward and the chosen tokens of all places, found with one wait for the device."""
-        if self._prompt_only and moment.written:
-            none = moment.context.real.new_zeros((len(moment.context.real), moment.length))
-            nowhere = dict.fromkeys(self._unions, none.new_empty(0, dtype=torch.long))
-            return Plan([none] * len(self._rules), nowhere, self.strength)
-        masks = self.masks(moment)
-        if torch.compiler.is_compiling():  # numbers that depend on values cannot be traced
-            return Plan(masks, None, self.strength)
-        unions = [functools.reduce(torch.logical_or, (masks[rule] for rule in rules)) for rules in self._unions]
-        chosen: dict[tuple[int, ...], Tensor | None] = {}
-        for rules, union in zip(self._unions, torch.stack(unions).flatten(1).cpu(), strict=True):
-            numbers = union.nonzero().squeeze(1)
-            chosen[rules] = None if len(numbers) == len(union) else numbers.to(masks[0].device)
-        return Plan(masks, chosen, self.strength)
+        cached = moment.movers is not None and self.number not in moment.movers
+        return self._planner.plan(moment, self.strength, moves_none_cached=cached)
 
     def masks(self, moment: Moment) -> list[Tensor]:
         """The chosen tokens of a forward, one mask a rule."""
-        context, repeats = moment.context, moment.repeats
-        context = replace(context, pieces=self._pieces, spans={**context.spans, **self._span_masks(context, repeats)})
-        masks = [rule.mask(context)[:, moment.past : moment.past + moment.length] for rule in self._rules]
-        if self.rows is None:
-            return masks
-        count = len(context.real) // repeats
-        if any(not 0 <= row < count for row in self.rows):
-            raise ValueError(f"rows={self.rows} names a row that the batch of {count} does not have")
-        chosen = torch.tensor([row // repeats in self.rows for row in range(len(context.real))])
-        return [mask & chosen.to(mask.device)[:, None] for mask in masks]
+        return self._planner.masks(moment)
 
     def _locate(self) -> list[tuple[Place, list[Part]]]:
         """The places of all sites, with what moves there. Sites at one place read the same state."""
@@ -228,53 +306,25 @@ class Attachment:
             for name, tensor in trail.state_dict().items():
                 if not tensor.is_meta and not bool(tensor.isfinite().all()):
                     raise ValueError(f"{found}: parameter {name!r} of its trail holds NaN or infinity")
-            if self._pieces is None and any(isinstance(rule, Match) for rule in leaves(site.tokens)):
+            if self._planner.pieces is None and any(isinstance(rule, Match) for rule in leaves(site.tokens)):
                 raise ValueError(f"{found} reads the decoded text: give attach(..., tokenizer=your_tokenizer)")
             key = (place.module, place.side, found.head)
-            grouped.setdefault(key, (place, []))[1].append(Part(found, trail, self._rules.index(site.tokens)))
+            grouped.setdefault(key, (place, []))[1].append(Part(found, trail, self._planner.rules.index(site.tokens)))
         return list(grouped.values())
 
     def _mover(self, parts: list[Part]) -> Callable[[Tensor], Tensor]:
         rules = rules_of(parts)
 
         def move(h: Tensor) -> Tensor:
-            plan = self.plan
+            plan = self._plan_here()
             if plan is None:
-                return h
-            nowhere = plan.chosen is not None and (rows := plan.chosen[rules]) is not None and not len(rows)
-            if nowhere and not learns(parts):  # as while decoding under Last(1): nothing else is done to the state
                 return h
             if plan.masks is None:  # no tokens, but the patches of an image: all are real and given
                 real = torch.ones(h.shape[:2], dtype=torch.bool)
                 plan = self._plan(Moment(Context(real=real, prompt=real), 0, h.shape[1]))
-                assert plan.masks is not None
-            if plan.masks[0].numel() != h.shape[:-1].numel():
-                raise ValueError(
-                    f"{parts[0].site}: the states there have shape {list(h.shape)}, which is not one for each of the "
-                    f"{list(plan.masks[0].shape)} tokens of this forward"
-                )
-            if plan.chosen is None or torch.compiler.is_compiling():
-                return move_densely(parts, [plan.masks[part.rule] for part in parts], h, plan.strength)
-            rows = plan.chosen[rules]
-            if rows is None:
-                return move_states(parts, flat_masks(parts, plan.masks, None), h.flatten(0, -2), plan.strength).view(
-                    h.shape
-                )
-            rows, states = rows.to(h.device), h.flatten(0, -2)
-            moved = move_states(parts, flat_masks(parts, plan.masks, rows), states.index_select(0, rows), plan.strength)
-            return states.index_copy(0, rows, moved).view(h.shape)
+            return move_chosen(parts, rules, plan, h)
 
         return move
-
-    def _span_masks(self, context: Context, repeats: int) -> dict[str, Tensor]:
-        masks: dict[str, Tensor] = {}
-        for name, pairs in self.spans.items():
-            if len(pairs) * repeats != len(context.real):
-                raise ValueError(f"spans[{name!r}] has {len(pairs)} rows, the batch {len(context.real) // repeats}")
-            bounds = torch.tensor(list(pairs), device=context.real.device).repeat_interleave(repeats, 0)
-            position = context.real.cumsum(1) - 1
-            masks[name] = (position >= bounds[:, :1]) & (position < bounds[:, 1:])
-        return masks
 
 
 def _instead(given: object) -> str:
@@ -286,12 +336,38 @@ def _instead(given: object) -> str:
     return "wrap a dict as TrailMap({...})"
 
 
-def _within_prompt(rule: Rule) -> bool:
-    """Whether a rule can choose tokens of the prompt only, whatever the tokens are."""
-    if isinstance(rule, Either):
-        return _within_prompt(rule.left) and _within_prompt(rule.right)
-    if isinstance(rule, Both):
-        return _within_prompt(rule.left) or _within_prompt(rule.right)
-    if isinstance(rule, Without):
-        return _within_prompt(rule.left)
-    return isinstance(rule, (First, Last, Prompt))
+def _check_company(new: Attachment, others: Sequence[Attachment]) -> None:
+    """Raise `RuntimeError` where a state would be moved twice by one map, or by maps of two tasks."""
+    for other in others:
+        if not (other.acts() or new.everywhere):
+            continue
+        overlap = new.rows is None or other.rows is None or not set(new.rows).isdisjoint(other.rows)
+        if other.trails is new.trails and overlap:
+            raise RuntimeError(
+                "this map is attached to the model already, and would move its states twice: go on with the handle "
+                "that is there (tp.attached(model)), or take it away first (tp.detach(model))"
+            )
+        busy = other.task is not None and not other.task.done()
+        if busy and new.task is not None and other.task is not new.task and other.everywhere:
+            raise RuntimeError(
+                "another task of the event loop has trails attached to this model, and its forwards would be moved by "
+                "both: attach(..., everywhere=False) in both keeps each to its own task"
+            )
+
+
+def _edges(host: Host, hooked: Sequence[nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
+    """The steps (parent, name, child) from the block list down to the modules that are hooked."""
+    wanted, found = {id(module) for module in hooked}, list[tuple[nn.Module, str, nn.Module]]()
+
+    def reaches(module: nn.Module) -> bool:
+        below = [(name, child) for name, child in module.named_children() if reaches(child)]
+        found.extend((module, name, child) for name, child in below)
+        return bool(below) or id(module) in wanted
+
+    reaches(host.blocks)
+    names = list(host.path)
+    for outer, inner in itertools.pairwise(names):
+        found.append((host.path[outer], inner.rpartition(".")[2], host.path[inner]))
+    holder = host.path[names[-1]]
+    found += [(holder, name, child) for name, child in holder.named_children() if child is host.blocks]
+    return found

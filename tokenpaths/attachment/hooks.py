@@ -3,30 +3,46 @@
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from collections.abc import Callable, Generator, Iterable
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+
+from tokenpaths.undo import Undo
 
 
 class Hook:
     """A hook that stays behind when its model is copied or pickled: the copy is the frozen model.
 
-    While it is not `awake` it does nothing, in the least time.
+    It acts in the thread that made it: what measures a model in one thread sees no forward of another.
     """
 
     awake: bool = True
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self.call = call
+        self.thread = threading.get_ident()
 
     def __call__(self, *args: Any) -> Any:
-        return self.call(*args) if self.awake else None
+        return self.call(*args) if self.awake and self.is_here() else None
+
+    def is_here(self) -> bool:
+        """Whether the running thread is the one that made it. What torch.compile traces is for all threads."""
+        return torch.compiler.is_compiling() or threading.get_ident() == self.thread
 
     def __reduce__(self) -> Any:
         return _inert, ()
+
+
+class EveryThread(Hook):
+    """A hook that acts in every thread."""
+
+    def __call__(self, *args: Any) -> Any:
+        return self.call(*args)
 
 
 class Observer(Hook):
@@ -40,32 +56,76 @@ def _inert() -> Callable[..., None]:
 def _do_nothing(*args: Any) -> None: ...
 
 
-def shadow(module: nn.Module, name: str, replacement: Callable[..., Any]) -> Callable[[], None]:
-    """Let a bound method, set on the instance, stand before a method of its class; returns what undoes it.
+def shadow(undo: Undo, module: nn.Module, name: str, replacement: Callable[..., Any]) -> None:
+    """Let `replacement(original, *args)` stand before a method of a module, until `undo` runs.
 
-    A deep copy of the model takes it along: there it does nothing.
+    Several may stand before one method, and be taken away in any order. A deep copy of the model takes them along:
+    there they do nothing.
     """
-    before, method = vars(module).get(name), getattr(type(module), name)
+    with _lock:
+        there: Any = vars(module).get(name)
+        ours = isinstance(there, types.MethodType) and there.__self__ is module
+        layers: list[_Layer] | None = getattr(there.__func__, _LAYERS, None) if ours else None
+        if layers is None:
+            layers = _stand(module, name, there)
+        layer = _Layer(replacement)
+        undo.add(_take_away, module, name, layers, layer)
+        layers.append(layer)
+
+
+_LAYERS = "_tokenpaths_layers"
+_lock = threading.RLock()
+
+
+class _Layer:
+    """One replacement that stands before a method."""
+
+    def __init__(self, replacement: Callable[..., Any]) -> None:
+        self.replacement = replacement
+
+
+def _stand(module: nn.Module, name: str, before: Callable[..., Any] | None) -> list[_Layer]:
+    """Put a bound method before that of the class, or before what was set on the instance; gives its layers."""
+    method, layers = getattr(type(module), name), list[_Layer]()
 
     @functools.wraps(method)
     def standing(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        original = functools.partial(method, self) if before is None else before
-        return replacement(original, *args, **kwargs) if self is module else original(*args, **kwargs)
+        call = functools.partial(method, self) if before is None else before
+        for layer in tuple(layers) if self is module else ():
+            call = functools.partial(layer.replacement, call)
+        return call(*args, **kwargs)
 
+    setattr(standing, _LAYERS, layers)
+    standing.__dict__["_before"] = before
     setattr(module, name, types.MethodType(standing, module))
+    return layers
 
-    def undo() -> None:
-        delattr(module, name)
-        if before is not None:
+
+def _take_away(module: nn.Module, name: str, layers: list[_Layer], layer: _Layer) -> None:
+    with _lock:
+        layers[:] = [other for other in layers if other is not layer]
+        there: Any = vars(module).get(name)
+        if layers or getattr(getattr(there, "__func__", None), _LAYERS, None) is not layers:
+            return
+        before = there.__func__.__dict__["_before"]
+        if before is None:
+            delattr(module, name)
+        else:
             setattr(module, name, before)
-
-    return undo
 
 
 @contextmanager
 def forwards(modules: Iterable[nn.Module], call: Callable[..., Any]) -> Generator[None]:
-    """Inside, `modules[i].forward(...)` is `call(i, forward, ...)`. Hooks run as ever, since they are around it."""
-    with ExitStack() as stack:
+    """Inside, `modules[i].forward(...)` is `call(i, forward, ...)`, in this thread.
+
+    Hooks run as ever, since they are around it.
+    """
+    here = Hook(call)
+
+    def standing(number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return call(number, forward, *args, **kwargs) if here.is_here() else forward(*args, **kwargs)
+
+    with Undo() as undo:
         for number, module in enumerate(modules):
-            stack.callback(shadow(module, "forward", functools.partial(call, number)))
+            shadow(undo, module, "forward", functools.partial(standing, number))
         yield

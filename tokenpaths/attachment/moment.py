@@ -17,6 +17,11 @@ class Moment:
 
     `repeats` rows of the batch stand for one row that the user gave: beams, or several returned sequences.
     All columns of a `written` forward are known, by their place, to lie behind the prompt: it decodes.
+    `restarts` are the real tokens whose position falls back behind that of the token before: a packed row begins anew.
+    `prompt_given` tells that the user has said which tokens are the prompt, of each of them.
+    `movers` are the numbers of the attachments that moved the cached tokens, and of those that move these; None for a
+    cache in which nobody moves any.
+    Where the upper blocks see only the last tokens, as whose logits alone are asked for, `kept` is their number.
     """
 
     context: Context
@@ -24,19 +29,40 @@ class Moment:
     length: int
     repeats: int = 1
     written: bool = False
+    restarts: Tensor | None = None
+    prompt_given: bool = False
+    movers: frozenset[int] | None = frozenset()
+    kept: int = 0
 
 
 @runtime_checkable
 class Listener(Protocol):
-    """An attachment, as the watcher sees it. A moment of None: the model reads no tokens, but images for instance."""
+    """An attachment, as the watcher sees it. A moment of None: the model reads no tokens, but images for instance.
 
-    plan: Any
+    Its `plan` is that of the forward of the running thread. Its `number` is its own, and of no other one.
+    """
+
+    number: int
+
+    unclear: bool
+    """Whether it cannot be told if it is meant for threads in which it does not act."""
+
+    @property
+    def plan(self) -> Any: ...
+
+    def acts(self) -> bool:
+        """Whether it hears of the forwards of the running thread, or task."""
+        ...
 
     def begin(self, moment: Moment | None) -> None: ...
 
-    def end(self) -> None: ...
+    def end(self, before: Any) -> None:
+        """The forward is over, or has failed; `before` is the plan of the forward that it was inside of, or None."""
+        ...
 
-    def resume(self, plan: Any) -> None: ...
+    def resume(self, plan: Any, backward: int) -> None:
+        """The backward of this number begins, through the forward that had this plan."""
+        ...
 
 
 def context_of(real: Tensor, prompt: Tensor, ids: Tensor | None = None) -> Context:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from tokenpaths.attachment.hooks import Hook, Observer
 from tokenpaths.site import Site
 from tokenpaths.site.host import Place
 from tokenpaths.trails.base import Trail
+from tokenpaths.undo import Undo
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,12 +22,13 @@ class Plan:
     """What an attachment does in one forward: a mask for each rule (none known for images), and the strength.
 
     `chosen` numbers the tokens that the rules of one place choose, row after row of the batch; None is all of them.
-    It is not known at all for images and inside torch.compile.
+    It is not known at all for images and inside torch.compile. Some layers may see the last `kept` tokens alone.
     """
 
     masks: list[Tensor] | None
     chosen: Mapping[tuple[int, ...], Tensor | None] | None
     strength: float
+    kept: int = 0
     learns: bool = field(default_factory=torch.is_grad_enabled)  # in its forward, whatever asks for it again
 
 
@@ -66,6 +67,43 @@ def flat_masks(parts: list[Part], masks: list[Tensor], rows: Tensor | None) -> l
     return flat if rows is None else [mask.to(rows.device).index_select(0, rows) for mask in flat]
 
 
+def move_chosen(parts: list[Part], rules: tuple[int, ...], plan: Plan, h: Tensor) -> Tensor:
+    """The states at a place, with those of the chosen tokens moved. Where none is chosen, h itself."""
+    assert plan.masks is not None
+    if plan.kept == h.shape[1] and plan.masks[0].shape[1] > plan.kept:
+        plan = _of_the_last(plan)
+        assert plan.masks is not None
+    nowhere = plan.chosen is not None and (rows := plan.chosen[rules]) is not None and not len(rows)
+    if nowhere and not learns(parts):  # as while decoding under Last(1): nothing else is done to the state
+        return h
+    if plan.masks[0].numel() != h.shape[:-1].numel():
+        raise ValueError(
+            f"{parts[0].site}: the states there have shape {list(h.shape)}, which is not one for each of the "
+            f"{list(plan.masks[0].shape)} tokens of this forward"
+        )
+    if plan.chosen is None or torch.compiler.is_compiling():
+        return move_densely(parts, [plan.masks[part.rule] for part in parts], h, plan.strength)
+    rows = plan.chosen[rules]
+    if rows is None:
+        return move_states(parts, flat_masks(parts, plan.masks, None), h.flatten(0, -2), plan.strength).view(h.shape)
+    rows, states = rows.to(h.device), h.flatten(0, -2)
+    moved = move_states(parts, flat_masks(parts, plan.masks, rows), states.index_select(0, rows), plan.strength)
+    return states.index_copy(0, rows, moved).view(h.shape)
+
+
+def _of_the_last(plan: Plan) -> Plan:
+    """The plan of layers that see the last tokens only: those that share keys and values with layers below them."""
+    assert plan.masks is not None
+    masks, chosen = [mask[:, -plan.kept :] for mask in plan.masks], None
+    if plan.chosen is not None:
+        chosen = {rules: _numbers(masks, rules) for rules in plan.chosen}
+    return replace(plan, masks=masks, chosen=chosen, kept=0)
+
+
+def _numbers(masks: list[Tensor], rules: tuple[int, ...]) -> Tensor:
+    return functools.reduce(torch.logical_or, (masks[rule] for rule in rules)).flatten().nonzero().squeeze(1)
+
+
 def move_densely(parts: list[Part], masks: list[Tensor], h: Tensor, strength: float) -> Tensor:
     """Move all tokens and keep the chosen ones. torch.compile cannot trace a gather whose size depends on values."""
     masks = [mask.to(h.device).reshape(h.shape[:-1]) for mask in masks]
@@ -101,7 +139,9 @@ def move_states(parts: list[Part], masks: list[Tensor], h: Tensor, strength: flo
         return torch.add(wide, total, alpha=strength).to(h.dtype)
 
 
-def hook_place(place: Place, move: Callable[[Tensor], Tensor]) -> tuple[RemovableHandle, Hook]:
+def hook_place(
+    undo: Undo, place: Place, move: Callable[[Tensor], Tensor], made: Callable[[Callable[..., Any]], Hook]
+) -> None:
     """Hook a place. Our hooks run before all others there, so whoever reads the module reads the moved states."""
 
     def change(h: Tensor) -> Tensor:
@@ -123,14 +163,12 @@ def hook_place(place: Place, move: Callable[[Tensor], Tensor]) -> tuple[Removabl
             return (change(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
 
+    hooks: Any  # an OrderedDict
     if place.side == "output":
-        hooks: dict[int, Any] = vars(place.module)["_forward_hooks"]
-        made = Hook(after)
-        handle = place.module.register_forward_hook(made)
+        hooks = vars(place.module)["_forward_hooks"]
+        undo.hook(place.module.register_forward_hook, made(after))
     else:
         hooks = vars(place.module)["_forward_pre_hooks"]
-        made = Hook(before)
-        handle = place.module.register_forward_pre_hook(made, with_kwargs=True)
+        undo.hook(place.module.register_forward_pre_hook, made(before), with_kwargs=True)
     for key in [key for key, hook in hooks.items() if not isinstance(hook, Hook) or isinstance(hook, Observer)]:
-        hooks[key] = hooks.pop(key)
-    return handle, made
+        hooks.move_to_end(key)

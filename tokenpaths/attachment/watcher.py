@@ -1,79 +1,77 @@
-"""Which tokens a forward is about: found once per forward, before the blocks run, for all attachments of a model.
+"""Who listens to a model: each forward is looked at once, before the blocks run, for all attachments.
 
-A forward shows its new tokens and little else. The rest is put together from what came before it:
-
-    padding   the attention mask
-    prompt    `prompt_mask` if given; else the running `generate` call; else labels (the prompt ends at the first one);
-              else the forward that filled the cache; else, with an empty cache, everything
-    ids       the tokens of this forward, behind those of the forwards that filled the cache
-
-To an encoder everything is prompt; to the decoder of an encoder-decoder nothing is.
+What is known of a forward belongs to the thread that runs it. So threads may run one model at once.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections import ChainMap
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from types import FrameType
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from tokenpaths.attachment.hooks import Hook, shadow
-from tokenpaths.attachment.moment import Listener, Moment, context_of, fit, merged
-from tokenpaths.site.host import Host, is_compiled
-from tokenpaths.tokens import Context
+from tokenpaths.attachment import caches
+from tokenpaths.attachment.finding import PACKED, Generation, Step, moment_of, prompt_of
+from tokenpaths.attachment.hooks import EveryThread, shadow
+from tokenpaths.attachment.moment import Listener, Moment, context_of
+from tokenpaths.site.host import Host
+from tokenpaths.undo import Undo
 
-
-@dataclass
-class _Generation:
-    """A running `generate` call: the prompt it was given, and what it has prepared for the next forward."""
-
-    prompt: Context
-    step: _Step | None = None
+_OURS = ("prompt_mask", "spans")  # what no model takes
+_TOLD = (*_OURS, "labels", "attention_mask", "input_ids", "logits_to_keep", *PACKED)
 
 
-@dataclass(frozen=True, eq=False)
-class _Step:
-    """The tokens of a step of `generate`, cached ones included, and its attention mask: none if it has no padding."""
+@dataclass(eq=False)
+class _Call:
+    """A module that is running: what it was given, and what was at work around it."""
 
-    ids: Tensor
-    mask: Tensor | None
+    module: nn.Module
+    frame: FrameType | None
+    given: dict[str, Any]
+    around: tuple[Moment | None, list[tuple[Listener, Any]]] | None = None
+
+
+@dataclass(eq=False)
+class _Thread(threading.local):
+    """What one thread runs now."""
+
+    given: dict[str, Any] = field(default_factory=dict[str, Any])
+    calls: list[_Call] = field(default_factory=list[_Call])
+    generation: Generation | None = None
+    now: Moment | None = None
 
 
 class Watcher:
     """Hooks a model, on the way from its root to its blocks, while it has listeners."""
 
     _all: ClassVar[WeakValueDictionary[int, Watcher]] = WeakValueDictionary()
-    _caches: ClassVar[WeakKeyDictionary[Any, Moment]] = WeakKeyDictionary()
+    _lock: ClassVar[threading.RLock] = threading.RLock()
 
     @classmethod
     def of(cls, host: Host) -> Watcher:
         """The watcher of a block list; one, whether it is reached through a wrapper (PEFT, DDP) or from inside it."""
-        found = cls._all.get(id(host.blocks))
-        if found is None:
-            found = cls._all[id(host.blocks)] = cls(host.path, id(host.blocks))
-        return found
+        with cls._lock:
+            found = cls._all.get(id(host.blocks))
+            if found is None:
+                found = cls._all[id(host.blocks)] = cls(host.path, id(host.blocks))
+            return found
 
     @classmethod
     def known(cls, model: nn.Module) -> list[Watcher]:
         """The watchers at work inside a model."""
-        return [cls._all[id(module)] for module in model.modules() if id(module) in cls._all]
-
-    @classmethod
-    def remember(cls, cache: Any, moment: Moment) -> None:
-        """A cache was filled by someone else: what is known of its tokens."""
-        cls._caches[cache] = moment
+        return [found for module in model.modules() if (found := cls._all.get(id(module))) is not None]
 
     def __init__(self, path: Mapping[str, nn.Module], key: int) -> None:
         self.key = key
         self.root = path[""]
-        self.compiled = False
         self.arguments = {module: list(inspect.signature(module.forward).parameters) for module in path.values()}
         takes_ids = [module for module, names in self.arguments.items() if "input_ids" in names]
         self.reads_tokens = bool(takes_ids)
@@ -81,57 +79,61 @@ class Watcher:
         configs = [getattr(module, "config", None) for module in path.values()]
         two_sided = any(getattr(config, "is_encoder_decoder", False) for config in configs)
         self.decodes = two_sided and any("decoder" in name for name in path)
-        methods = (
-            "generate",
-            "prepare_inputs_for_generation",
-        )  # transformers 4 gives BERT the second, without the first
+        # transformers 4 gives BERT the second, without the first
+        methods = ("generate", "prepare_inputs_for_generation")
         writers = [module for module in path.values() if all(hasattr(type(module), name) for name in methods)]
         # an encoder neither writes nor reads labels
         self.writer = writers[-1] if writers and (self.decodes or not two_sided) else None
-        self.listeners: list[Listener] = []
-        self.given: dict[str, Any] = {}
-        self.generation: _Generation | None = None
-        self.now: Moment | None = None
-        self.undo: list[Callable[[], None]] = []
+        encoders = ("attention_mask", "input_ids") if self.decodes else ()  # these are of the text that was encoded
+        self._told = tuple(name for name in _TOLD if name not in encoders)
+        self.listeners: tuple[Listener, ...] = ()
+        self.here = _Thread()
+        self._undo: Undo | None = None
 
-    def join(self, listener: Listener, *, compiled: bool) -> None:
-        """Let a listener hear of each forward. `compiled` tells whether a part of the model is compiled."""
-        if not self.listeners:
-            self._install()
-        self.listeners.append(listener)
-        self._forget_graphs(compiled)
+    @property
+    def now(self) -> Moment | None:
+        """The forward that the running thread is inside of."""
+        return self.here.now
+
+    def join(self, listener: Listener) -> Watcher:
+        """Let a listener hear of each forward. Gives the watcher to leave: another one may watch the model by now."""
+        with self._lock:
+            watcher = self._all.setdefault(self.key, self)
+            if not watcher.listeners:
+                watcher._undo = watcher._installed()
+            watcher.listeners = (*watcher.listeners, listener)
+            _forget_graphs()
+            return watcher
 
     def leave(self, listener: Listener) -> None:
-        if listener in self.listeners:
-            self.listeners.remove(listener)
-            self._forget_graphs(is_compiled(self.root))
-        if not self.listeners and self.undo:
-            for undo in self.undo:
-                undo()
-            self.undo.clear()
-            del self._all[self.key]
+        """Let it hear of none. Leaving twice does no harm."""
+        with self._lock:
+            self.listeners = tuple(other for other in self.listeners if other is not listener)
+            _forget_graphs()
+            if not self.listeners and self._undo is not None:
+                self._undo.run()
+                if self._all.get(self.key) is self:
+                    del self._all[self.key]
 
-    def _install(self) -> None:
-        handles: list[RemovableHandle] = []
+    def _installed(self) -> Undo:
+        undo = Undo()
         for module, names in self.arguments.items():
-            take = Hook(functools.partial(self._take, names))
-            handles.append(module.register_forward_pre_hook(take, with_kwargs=True, prepend=True))
-            handles.append(module.register_forward_hook(Hook(self._drop), always_call=True))
+            take = EveryThread(functools.partial(self._take, names))
+            undo.hook(module.register_forward_pre_hook, take, with_kwargs=True, prepend=True)
             if module is self.reader:
-                before, after = (Hook(functools.partial(f, names)) for f in (self._before, self._after))
-                handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-                handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+                before, after = (EveryThread(functools.partial(f, names)) for f in (self._before, self._after))
+                undo.hook(module.register_forward_pre_hook, before, with_kwargs=True)
+                undo.hook(module.register_forward_hook, after, with_kwargs=True, always_call=True)
+            undo.hook(module.register_forward_hook, EveryThread(self._drop), always_call=True)
+            if module is self.reader:
                 break
-        self.undo += [handle.remove for handle in handles]
         if self.writer is not None:
-            self.undo.append(shadow(self.writer, "generate", self._generate))
-            self.undo.append(shadow(self.writer, "prepare_inputs_for_generation", self._prepare))
-
-    def _forget_graphs(self, compiled: bool) -> None:
-        """What torch.compile made of the model does not notice that hooks come and go: let it compile anew."""
-        if self.compiled or compiled:
-            torch.compiler.reset()
-            self.compiled = False
+            shadow(undo, self.writer, "generate", self._generate)
+            shadow(undo, self.writer, "prepare_inputs_for_generation", self._prepare)
+            for name in dir(type(self.writer)):
+                if name == "generate_batch" or "continuous_batching" in name and not name.startswith("_"):
+                    shadow(undo, self.writer, name, functools.partial(_refuse, name))
+        return undo
 
     def takes(self, argument: str) -> bool:
         """Whether the model that reads tokens takes an argument of this name."""
@@ -141,131 +143,103 @@ class Watcher:
         """Whether a backward computes blocks again."""
         return any(m.training and getattr(m, "gradient_checkpointing", False) for m in self.root.modules())
 
+    def acting(self) -> list[Listener]:
+        """Those that hear of the forwards of the running thread."""
+        return [listener for listener in self.listeners if listener.acts()]
+
     def _take(self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Take what is meant for the rules out of the arguments, and note the labels."""
-        named = {**dict(zip(names, args, strict=False)), **kwargs}
-        for name in ("prompt_mask", "spans", "labels"):
-            if named.get(name) is not None:
-                self.given[name] = named[name]
-        return args, {name: value for name, value in kwargs.items() if name not in ("prompt_mask", "spans")}
+        """Take what is meant for the rules out of the arguments, and note what inner modules may not be told."""
+        here, named = self.here, {**dict(zip(names, args, strict=False)), **kwargs}
+        if not torch.compiler.is_compiling():
+            if getattr(module, "_is_replica", False):
+                raise RuntimeError(
+                    "nn.DataParallel runs copies of the model in threads, to each of which the token rules would mean "
+                    "another batch: start one process for each device (accelerate launch, torchrun), or let the "
+                    "process see one device (CUDA_VISIBLE_DEVICES=0)"
+                )
+            self._forget_interrupted()
+            anew = not here.calls or self._is_outside(module, here.calls[-1].module)
+            here.calls.append(_Call(module, _calling_frame(), here.given))
+            here.given = {} if anew else dict(here.given)
+        for name in self._told:
+            value = named.get(name)
+            if value is None or (name == "attention_mask" and not (isinstance(value, Tensor) and value.ndim == 2)):
+                continue
+            here.given[name] = value
+        return args, {name: value for name, value in kwargs.items() if name not in _OURS}
+
+    def _is_outside(self, module: nn.Module, other: nn.Module) -> bool:
+        """Whether a module is not inside the one that was called before it: then it is called anew."""
+        order = list(self.arguments)
+        return order.index(module) <= order.index(other)
+
+    def _forget_interrupted(self) -> None:
+        """Drop the calls that a KeyboardInterrupt has ended: it runs no hooks."""
+        here = self.here
+        while here.calls and not _is_running(here.calls[-1].frame):
+            self._close(here.calls.pop())
 
     def _drop(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.given = {}
+        here = self.here
+        if torch.compiler.is_compiling():
+            here.given = {}
+            return
+        while here.calls:
+            call = here.calls.pop()
+            self._close(call)
+            if call.module is module:
+                break
+
+    def _close(self, call: _Call) -> None:
+        self.here.given = call.given
+        if call.around is not None:
+            self.here.now, plans = call.around
+            for listener, plan in plans:
+                listener.end(plan)
+            call.around = None
 
     def _before(self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.now = self._moment({**dict(zip(names, args, strict=False)), **kwargs}) if self.reads_tokens else None
-        for listener in self.listeners:
-            listener.begin(self.now)
+        here, acting = self.here, self.acting()
+        if not torch.compiler.is_compiling():
+            _check_meant(self.listeners, acting)
+        if here.calls and not torch.compiler.is_compiling():
+            here.calls[-1].around = here.now, [(listener, listener.plan) for listener in acting]
+        if self.reads_tokens and any(listener.number for listener in acting):
+            named = {**dict(zip(names, args, strict=False)), **kwargs}
+            writes = self.writer is not None
+            here.now = moment_of(named, here.given, here.generation, decodes=self.decodes, writes=writes)
+        else:
+            here.now = None
+        for listener in acting:
+            listener.begin(here.now)
 
     def _after(
         self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        for listener in self.listeners:
-            listener.end()
+        here = self.here
         if torch.compiler.is_compiling():
-            self.compiled = True
+            for listener in self.acting():
+                listener.end(listener.plan)
             return
-        if output is None:
-            return
-        cache = {**dict(zip(names, args, strict=False)), **kwargs}.get("past_key_values")
-        if cache is None and isinstance(output, Mapping):
-            cache = output.get("past_key_values")
-        if self.now is not None and hasattr(cache, "get_seq_length"):
-            self.remember(cache, self.now)
-        if torch.is_grad_enabled():
-            plans = [(listener, listener.plan) for listener in self.listeners]
-            for tensor in _tensors(output):
-                if tensor.requires_grad:
-                    tensor.register_hook(functools.partial(_resume, plans))
-
-    def _moment(self, named: dict[str, Any]) -> Moment:
-        ids, cache = named.get("input_ids"), named.get("past_key_values")
-        new = ids if ids is not None else named.get("inputs_embeds")
-        if new is None:
-            raise ValueError("the model was called with neither input_ids nor inputs_embeds")
-        length = new.shape[1]
-        step = None
-        if self.generation is not None:
-            step, self.generation.step = self.generation.step, None
-        if step is not None and step.mask is not None:
-            past, real = step.mask.shape[1] - length, step.mask.bool()
-        else:
-            past = 0 if cache is None else int(cache.get_seq_length())
-            real = self._real(None if step else named.get("attention_mask"), new, past)
-        before = self._cached(cache, past, len(new))
-        known_ids = step.ids if step is not None and step.ids.shape == real.shape else None
-        if known_ids is None and ids is not None:  # not so in `generate` when the start of the prompt was cached before
-            earlier = ids[:, :0] if before is None or before.ids is None else before.ids
-            known_ids = torch.cat([fit(earlier, past, -1), ids], 1)
-        if step and self.generation and not self.decodes and "prompt_mask" not in self.given:
-            whole = self.generation.prompt
-        else:
-            whole = self._prompt(real, past, length, before)
-        spans = {name: fit(mask.bool(), real.shape[1], False) for name, mask in self.given.get("spans", {}).items()}
-        given_rows = len(real) if self.generation is None else len(self.generation.prompt.real)
-        repeats = len(real) // given_rows if len(real) % given_rows == 0 else 1
-        written = whole.prompt.shape[1] <= past
-        return Moment(merged(real, known_ids, whole, spans), past, length, repeats, written)
-
-    def _real(self, mask: Any, new: Tensor, past: int) -> Tensor:
-        """The tokens that are not padding, cached ones first."""
-        total = past + new.shape[1]
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            if mask.shape[1] < total:
-                raise ValueError(
-                    f"attention_mask has {mask.shape[1]} columns, but there are {past} cached and {new.shape[1]} new "
-                    "tokens: token rules need the mask of all of them"
-                )
-            return mask[:, :total].bool()
-        if mask is not None and "prompt_mask" not in self.given:
-            raise ValueError(
-                "token rules need a 2-D attention_mask (batch x tokens); with a mask of another form, give prompt_mask "
-                "(batch x tokens, True for the prompt) as well"
-            )
-        return torch.ones(len(new), total, dtype=torch.bool, device=new.device)
-
-    def _prompt(self, real: Tensor, past: int, length: int, before: Context | None) -> Context:
-        """The prompt outside `generate`: as wide as it is known, which may be wider than this forward."""
-        mask, labels = self.given.get("prompt_mask"), self.given.get("labels")
-        if mask is not None:
-            if mask.ndim != 2 or len(mask) != len(real) or mask.shape[1] < real.shape[1]:
-                raise ValueError(
-                    f"prompt_mask has shape {list(mask.shape)}, but must be {len(real)} x at least {real.shape[1]} "
-                    "tokens, cached ones included"
-                )
-            return context_of(mask.bool(), mask.bool())
-        if self.decodes:
-            return context_of(real, torch.zeros_like(real))
-        if not past:
-            if self.writer is not None and labels is not None and labels.ndim == 2 and labels.shape[1] == length:
-                return context_of(real, (labels != -100).cumsum(1) == 0)
-            return context_of(real, real)
-        if before is None:
-            raise ValueError(
-                "the cache was not filled by this model with trails attached, so the prompt is not known: give "
-                "prompt_mask (batch x tokens, cached ones included, True for the prompt)"
-            )
-        return before
-
-    def _cached(self, cache: Any, past: int, batch: int) -> Context | None:
-        """What is known of a cache's tokens; of the rest of the prompt too, if the cache holds its beginning."""
-        if not past or cache is None or torch.compiler.is_compiling():
-            return None
-        filled = self._caches.get(cache)
-        if filled is None or len(filled.context.real) != batch:
-            return None
-        known = filled.context
-        if filled.past + filled.length == past:
-            return known
-        return context_of(
-            known.real[:, :past], known.prompt[:, :past], None if known.ids is None else known.ids[:, :past]
-        )
+        call = here.calls[-1]
+        if output is not None:
+            plans = [(listener, listener.plan) for listener in self.acting()]
+            if here.now is not None:
+                cache = caches.cache_in({**dict(zip(names, args, strict=False)), **kwargs})
+                if cache is None and isinstance(output, Mapping):
+                    cache = caches.cache_in(output)
+                caches.remember(cache, _moved_by(here.now, plans))
+            if torch.is_grad_enabled():
+                for tensor in _tensors(output):
+                    if tensor.requires_grad:
+                        tensor.register_hook(functools.partial(_resume, plans))
+        self._close(call)
 
     def _generate(
         self, original: Callable[..., Any], *args: Any, prompt_mask: Tensor | None = None, **kwargs: Any
     ) -> Any:
         """Stands before `generate`. Tokens that `prompt_mask` leaves out count as written already."""
-        prompt = self._prompt_of(*args, **kwargs)
+        prompt = prompt_of(*args, defaults=getattr(self.writer, "generation_config", None), **kwargs)
         if prompt_mask is not None:
             if prompt_mask.shape != prompt.real.shape:
                 raise ValueError(
@@ -273,47 +247,76 @@ class Watcher:
                     f"{list(prompt.real.shape)} tokens: give one entry for each"
                 )
             prompt = context_of(prompt.real, prompt_mask.bool(), prompt.ids)
-        before, self.generation = self.generation, _Generation(prompt)
+        embedded = prompt.ids is None and kwargs.get("inputs_embeds") is not None
+        before, self.here.generation = self.here.generation, Generation(prompt, embedded)
         try:
             return original(*args, **kwargs)
         finally:
-            self.generation = before
-
-    def _prompt_of(
-        self, inputs: Tensor | None = None, generation_config: Any = None, *_: Any, **kwargs: Any
-    ) -> Context:
-        """The prompt that a `generate` call is given."""
-        ids = inputs if inputs is not None else kwargs.get("input_ids")
-        mask, embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
-        if mask is not None and mask.ndim == 2:
-            real = mask.bool()
-        elif ids is not None and ids.ndim == 2:
-            # as transformers infers it: padding counts as such unless it is an end-of-text token too
-            sources = [
-                kwargs,
-                *(vars(c) for c in (generation_config, getattr(self.writer, "generation_config", None)) if c),
-            ]
-            settings = ChainMap(*({name: v for name, v in source.items() if v is not None} for source in sources))
-            pad, end = settings.get("pad_token_id"), settings.get("eos_token_id", [])
-            no_padding = pad is None or pad in torch.atleast_1d(torch.as_tensor(end)).tolist()
-            real = torch.ones_like(ids, dtype=torch.bool) if no_padding else ids != pad
-        else:
-            shown = ids if ids is not None else embeds
-            real = torch.ones((1, 1) if shown is None else shown.shape[:2], dtype=torch.bool)
-        return context_of(real, torch.ones_like(real), ids if ids is not None and ids.shape == real.shape else None)
+            self.here.generation = before
 
     def _prepare(self, original: Callable[..., Any], input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         prepared = original(input_ids, *args, **kwargs)
         mask = kwargs.get("decoder_attention_mask" if self.decodes else "attention_mask")
-        if self.generation is not None and (mask is None or mask.ndim == 2):
-            self.generation.step = _Step(input_ids, mask)
+        if self.here.generation is not None and (mask is None or mask.ndim == 2):
+            self.here.generation.step = Step(input_ids, mask)
         return prepared
+
+
+def _check_meant(listeners: tuple[Listener, ...], acting: list[Listener]) -> None:
+    """Raise `RuntimeError` where a forward moves nothing, and it cannot be told whether that is meant."""
+    if any(listener.number for listener in acting) or not any(listener.unclear for listener in listeners):
+        return
+    raise RuntimeError(
+        "another thread has attached trails to this model, and it cannot be told whether they are meant for the "
+        "forwards of this one: attach(..., everywhere=True) moves those of all threads, attach(..., everywhere=False) "
+        "those of the attaching thread alone"
+    )
+
+
+def _moved_by(moment: Moment, plans: list[tuple[Listener, Any]]) -> Moment:
+    """The moment, with those that moved its tokens among the movers of the cache."""
+    numbers = {listener.number for listener, plan in plans if plan is not None}
+    return replace(moment, movers=(moment.movers or frozenset()) | numbers, restarts=None)
 
 
 def _resume(plans: list[tuple[Listener, Any]], grad: Tensor) -> None:
     """A backward begins: blocks that it computes again, for checkpointing, are moved as they were in their forward."""
+    backward = torch._C._current_graph_task_id()  # pyright: ignore[reportPrivateUsage]
     for listener, plan in plans:
-        listener.resume(plan)
+        listener.resume(plan, backward)
+
+
+def _refuse(name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError(
+        f"{name} packs the tokens of many prompts into one row, in which token rules cannot tell them apart: take the "
+        "trails away (tp.detach(model)), or use generate"
+    )
+
+
+def _forget_graphs() -> None:
+    """What torch.compile made does not notice that hooks come and go, and may call the model from anywhere."""
+    frames = sys.modules.get("torch._dynamo.convert_frame")
+    compiled = getattr(frames, "input_codes", None)
+    if frames is not None and (compiled is None or compiled.seen):
+        torch.compiler.reset()
+
+
+def _calling_frame() -> FrameType | None:
+    """The frame in which torch runs the module whose hook is being called."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__") != nn.Module.__module__:
+        frame = frame.f_back
+    return frame
+
+
+def _is_running(frame: FrameType | None) -> bool:
+    """Whether the running thread is inside a call."""
+    inner = inspect.currentframe()
+    while inner is not None:
+        if inner is frame:
+            return True
+        inner = inner.f_back
+    return False
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

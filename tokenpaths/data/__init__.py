@@ -18,3 +18,4 @@ from tokenpaths.data.items import Text as Text
 from tokenpaths.data.mixing import Mix as Mix
 from tokenpaths.data.mixing import MixedStream as MixedStream
 from tokenpaths.data.mixing import mix as mix
+from tokenpaths.data.splitting import split_texts as split_texts

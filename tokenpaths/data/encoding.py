@@ -130,9 +130,8 @@ def encode_parts(pairs: Sequence[tuple[str, Mapping[str, str]]], tokenizer: Any,
     check_tokenizer(tokenizer)
     end = _end(tokenizer, eos)
     examples: list[Example] = []
-    given_pairs: Sequence[Any] = pairs
-    for number, item in enumerate(given_pairs):
-        if not (isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[1], Mapping)):
+    for number, item in enumerate(pairs):
+        if not (isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[1], Mapping)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
                 f'item {number} is {item!r:.80}, but must be a prompt and its parts: ("2 + 3 =", {{"answer": " 5"}})'
             )

@@ -50,9 +50,9 @@ class Example:
             )
         if self.answer[0]:
             raise ValueError("the first token cannot be of the answer: there is nothing before it to predict it from")
-        spans: dict[str, Any] = dict(self.spans)
-        for name, span in spans.items():
-            if not (isinstance(span, (tuple, list)) and len(span) == 2 and all(isinstance(at, int) for at in span)):
+        for name, span in dict(self.spans).items():
+            pair = isinstance(span, (tuple, list)) and len(span) == 2  # pyright: ignore[reportUnnecessaryIsInstance]
+            if not (pair and all(isinstance(at, int) for at in span)):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TypeError(f"span {name!r} is {quoted(span)}, but must be (start, stop), counted in tokens")
             start, stop = span
             if not 0 <= start <= stop <= len(self):

@@ -24,10 +24,9 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-from tokenpaths.files import strict_json, write_text
+from tokenpaths.files import TrailFileError, read_lines, strict_json, write_json
 
 T = TypeVar("T")
 
@@ -103,28 +102,27 @@ class Task:
         return "text" if isinstance(self.items[0], Text) else "choice"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the task to one JSONL file, whole or not at all."""
+        """Write the task to one JSONL file with a checksum in its header, whole or not at all."""
         header = {"kind": self.kind, "name": self.name, "note": self.note}
         items = ({key: value for key, value in asdict(item).items() if value != ""} for item in self.items)
-        lines = (json.dumps(line, ensure_ascii=False) for line in (header, *items))
-        write_text(path, "".join(f"{line}\n" for line in lines))
+        write_json(path, header, items)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Task:
-        """Read what `save` wrote, or any file of the form above.
+        """Read what `save` wrote, or any file of the form above. One without a checksum is read unchecked.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is not of that form; names the line.
+            IsADirectoryError: it is a folder.
+            TrailFileError: the file is not of that form, and the error names the line; or it was changed since it was
+                written. It is a `ValueError`.
         """
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-        if lines[-1] == "":
-            lines.pop()
+        lines = read_lines(path)
         number, items = 1, list[Item]()
         try:
-            if not lines:
+            if lines == [""]:
                 raise ValueError('the file is empty: it should begin with {"kind": "text" or "choice", "name": ...}')
-            header = _record(lines[0], {"kind", "name"}, {"note"})
+            header = _record(lines[0], {"kind", "name"}, {"note", "sha256"})
             if header["kind"] not in ("text", "choice"):
                 raise ValueError(f'kind is {header["kind"]!r}, but must be "text" or "choice"')
             for line in lines[1:]:
@@ -135,7 +133,7 @@ class Task:
                     items.append(Choice(**_record(line, {"options", "right"}, {"prompt"})))
             return cls(header["name"], tuple(items), header.get("note", ""))
         except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}, line {number}: {error}") from error
+            raise TrailFileError(f"{os.fspath(path)}, line {number}: {error}") from error
 
 
 def spaced(items: Sequence[T], n: int | None) -> list[T]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator, Iterable
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -27,6 +27,7 @@ from tokenpaths.engine.divergence import at_least_float32, jensen_shannon
 from tokenpaths.engine.readings import Reading, Run, evaluating, read
 from tokenpaths.engine.states import attention_map
 from tokenpaths.site.host import attentions
+from tokenpaths.undo import Undo
 
 See: TypeAlias = Callable[[str, int, Tensor, Tensor], None]
 
@@ -106,9 +107,9 @@ def _calls(modules: Iterable[nn.Module]) -> Generator[dict[nn.Module | None, lis
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.setdefault(module, []).append(_Call(module, args, kwargs))
 
-    with ExitStack() as stack:
+    with Undo() as undo:
         for module in modules:
-            stack.callback(module.register_forward_pre_hook(keep, with_kwargs=True).remove)
+            undo.hook(module.register_forward_pre_hook, keep, with_kwargs=True)
         yield calls
 
 

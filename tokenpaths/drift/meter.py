@@ -51,9 +51,11 @@ from tokenpaths.drift.totals import Totals
 from tokenpaths.engine.batches import by_length, shown
 from tokenpaths.engine.cone.cone import Cone
 from tokenpaths.engine.forwards import check_known
+from tokenpaths.engine.reach import reached
 from tokenpaths.engine.readings import Reading, Run, read, runs
 from tokenpaths.site.host import check_model
 from tokenpaths.trailmap.adapter import Adapter, check_adapter
+from tokenpaths.undo import tidy
 
 Measure: TypeAlias = Callable[[Reading, Reading], Tensor]
 Quantity: TypeAlias = Callable[[Reading], Tensor]
@@ -141,6 +143,7 @@ class Meter:
             pairs = read_attention(self.before, self.after, batch, see)
         else:
             pairs = read(self.before, self.after, batch)
+        self.totals.counts["reached"] += int(reached(self.before, self.after, batch).sum())
         for row in range(len(pairs)):
             before, after = pairs.pop(0)  # so that the log-probabilities of one text live at a time
             self._add(before, after, {**self._measure(before, after), **self._by_head(seen.get(row, {}))})
@@ -176,6 +179,7 @@ class Meter:
             massive=totals.counts["massive"] / tokens,
             tokens=tokens,
             texts=totals.counts["texts"],
+            reached=max(totals.counts["reached"], totals.counts["moved"]) / tokens,
         )
 
     def _measure(self, before: Reading, after: Reading) -> _Named:
@@ -240,6 +244,7 @@ class Meter:
         return found
 
 
+@tidy
 def measure_drift(
     model: nn.Module,
     trails: Adapter,
@@ -261,8 +266,9 @@ def measure_drift(
     Args:
         model: the model.
         trails: a `TrailMap`, attached or not, or an adapter of another kind that lies in the model.
-        texts: a string is prompt throughout. An `Example` (from `encode`) keeps its border between prompt and answer,
-            so that rules such as `Answer()` find their tokens.
+        texts: a string is prompt throughout: `Last(1) | Answer()` moves its last token only, and the report then says
+            "cannot tell". An `Example` keeps its border between prompt and answer; `data.split_texts` makes such of
+            texts, and `encode` of pairs. LoRA moves every token: compare on examples.
         tokenizer: for strings, and for `Match` rules.
         max_length: strings are cut to this many tokens.
         batch_size: texts in one forward.
@@ -290,6 +296,7 @@ def measure_drift(
         return _measured(meter, texts, tokenizer, max_length, batch_size, progress)
 
 
+@tidy
 def compare(
     before: nn.Module | Run,
     after: nn.Module | Run,

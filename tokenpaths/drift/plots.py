@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 
 from tokenpaths.engine.readings import Reading
+from tokenpaths.report.escaping import mathtext
 from tokenpaths.report.figures import COLOURS, empty_figure, grid
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def draw_layers(panels: Mapping[str, Lines], title: str) -> Figure:
             axes.fill_between(places, low, high, where=np.isfinite(high - low), color=colour, alpha=0.2, linewidth=0)
         if len(lines) > 1:
             axes.legend(frameon=False)
-        axes.set_ylabel(UNITS.get(name, name))
+        axes.set_ylabel(UNITS.get(name) or mathtext(name))
         grid(axes)
     _name_layers(every[-1].xaxis, layers)
     every[-1].set_xlabel("layer (numbers are blocks)")
@@ -145,7 +146,7 @@ def plot_path(before: Reading, after: Reading, token: int = -1) -> Figure:
         colours += [colour] * len(layers)
     for i in _apart(points):
         name = _short(layers[i % len(layers)])
-        axes.annotate(name, points[i], (5, 4), textcoords="offset points", fontsize=9, color=colours[i])
+        axes.annotate(mathtext(name), points[i], (5, 4), textcoords="offset points", fontsize=9, color=colours[i])
     axes.set_xlabel(f"first principal component ({held[0]:.0%} of the frozen path's variance)")
     axes.set_ylabel(f"second principal component ({held[1]:.0%})")
     axes.set_aspect("equal", adjustable="datalim")
@@ -162,7 +163,7 @@ def _name_layers(axis: Any, layers: Sequence[str]) -> None:
     shown = [i for i, name in enumerate(names) if not name.isdigit() or int(name) % step == 0]
     if step > 1:  # a word takes the room of its neighbours
         shown = [i for i in shown if not names[i].isdigit() or all(n.isdigit() for n in names[i - 1 : i + 2])]
-    axis.set_ticks(shown, [names[i] for i in shown])
+    axis.set_ticks(shown, [mathtext(names[i]) for i in shown])
 
 
 def _apart(points: Float[np.ndarray, "n 2"]) -> list[int]:
@@ -203,7 +204,7 @@ def _heat_map(
     )
     axes.set_facecolor("0.85")
     extend = "neither" if not beyond else "both" if signed else "max"
-    figure.colorbar(image, ax=axes, label=UNITS.get(name, name), extend=extend)
+    figure.colorbar(image, ax=axes, label=UNITS.get(name) or mathtext(name), extend=extend)
     _name_layers(axes.yaxis, layers)
     axes.set_ylabel("layer (numbers are blocks)")
     return figure, axes

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from tokenpaths.drift.plots import draw_heads, draw_layers, draw_positions
+from tokenpaths.report.escaping import terminal
 from tokenpaths.report.records import Record
 from tokenpaths.report.tables import markdown_table
+from tokenpaths.stats.verdicts import LEAST_MOVED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -147,6 +149,9 @@ class Drift(Record):
         massive: the share of tokens with massive activations, which set measures leave out.
         tokens: the number of tokens.
         texts: the number of texts.
+        reached: the share of tokens that the run moves: those that it can change, as `engine.reach` tells, a shut gate
+            and a fresh trail included. All means are over all tokens, so below `LEAST_MOVED` of `stats.verdicts` the
+            report says "cannot tell". NaN in files of earlier versions.
     """
 
     what: ClassVar[str] = "a drift report"
@@ -159,6 +164,7 @@ class Drift(Record):
     massive: float
     tokens: int
     texts: int
+    reached: float = math.nan
 
     def __getitem__(self, name: str) -> Any:
         if runs := self._named.get(name):
@@ -241,7 +247,8 @@ class Drift(Record):
         layers = dict.fromkeys(layer for column in columns.values() for layer in column)
         layered = [["layer", *columns], *([layer, *(c.get(layer, "") for c in columns.values())] for layer in layers)]
         tables = [markdown_table(rows) for rows in ([plain, layered] if columns else [plain])]
-        return "\n\n".join([*tables, f"{self._moved()}; {self.massive:.2%} of them have massive activations."])
+        told = self.too_little or self._moved()
+        return "\n\n".join([*tables, f"{told}; {self.massive:.2%} of them have massive activations."])
 
     def plot(self, names: Sequence[str] = ("displacement",)) -> Figure:
         """Measures by layer, averaged over tokens: a panel for each name, the 95 % interval over texts as a band.
@@ -306,18 +313,32 @@ class Drift(Record):
             means[layers.index(layer), int(head)] = mean
         return draw_heads(means, layers, name, f"Drift of attention: mean over {self.tokens:,} tokens")
 
+    @property
+    def too_little(self) -> str:
+        """Why the means say little, in words; "" if enough of the tokens were moved."""
+        if not self.reached < LEAST_MOVED:
+            return ""
+        return (
+            f"cannot tell: {self.reached:.1%} of {self.tokens} tokens in {self.texts} texts moved, of the "
+            f"{LEAST_MOVED:.0%} that a mean over all needs (give texts a prompt and an answer, as split_texts does)"
+        )
+
     def __str__(self) -> str:
-        return ", ".join([*self._said(), self._moved()])
+        if self.too_little:
+            return terminal(", ".join([self.too_little, *self._said()]))
+        return terminal(", ".join([*self._said(), self._moved()]))
 
     def _moved(self) -> str:
         return f"{self.moved:.1%} of {self.tokens} tokens in {self.texts} texts moved"
 
     def _said(self) -> Iterator[str]:
+        """The main figures. Where few tokens were moved, the perplexity is that of the others, and is left out."""
         if "kl" in self._named:
             kl: Summary = self["kl"]
             low, high = kl.interval
-            yield f"KL {kl.mean:.4f} [{low:.4f}, {high:.4f}] nats a token (p99 {kl.p99:.3f}, max {kl.max:.3f})"
-        if "nll" in self._named:
+            each = f", {kl.mean / self.reached:.4f} a moved one" if self.too_little and self.reached else ""
+            yield f"KL {kl.mean:.4f} [{low:.4f}, {high:.4f}] nats a token{each} (p99 {kl.p99:.3f}, max {kl.max:.3f})"
+        if "nll" in self._named and not self.too_little:
             ppl = self.perplexity
             yield f"perplexity {ppl.before:.4g} -> {ppl.after:.4g} ({ppl.ratio:.3f}x)"
         if "flips" in self._named:

@@ -4,6 +4,8 @@ from tokenpaths.engine.forwards import answer_logits as answer_logits
 from tokenpaths.engine.forwards import answers as answers
 from tokenpaths.engine.logits import Logits as Logits
 from tokenpaths.engine.logits import logits_at as logits_at
+from tokenpaths.engine.reach import reached as reached
+from tokenpaths.engine.reach import share_reached as share_reached
 from tokenpaths.engine.readings import Reading as Reading
 from tokenpaths.engine.readings import Run as Run
 from tokenpaths.engine.readings import evaluating as evaluating

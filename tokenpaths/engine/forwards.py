@@ -16,6 +16,7 @@ from tokenpaths.data.examples import IGNORED, Batch, Example, check_examples
 from tokenpaths.engine.cone.prefix import inputs_of, narrowed
 from tokenpaths.engine.logits import Logits, logits_at
 from tokenpaths.site.host import output_embedding, two_sided, vocabulary
+from tokenpaths.undo import Undo
 
 
 def answer_logits(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "answers vocab"], Int[Tensor, " answers"]]:
@@ -90,8 +91,6 @@ def _without_leftovers(model: nn.Module) -> Generator[None]:
     def drop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return args, {name: value for name, value in kwargs.items() if name not in ("prompt_mask", "spans")}
 
-    handle = model.register_forward_pre_hook(Hook(drop), with_kwargs=True)
-    try:
+    with Undo() as undo:
+        undo.hook(model.register_forward_pre_hook, Hook(drop), with_kwargs=True)
         yield
-    finally:
-        handle.remove()

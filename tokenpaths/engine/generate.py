@@ -25,7 +25,9 @@ from tokenpaths.attachment.watcher import Watcher
 from tokenpaths.data.examples import Example, collate
 from tokenpaths.engine.batches import batches, by_length
 from tokenpaths.engine.readings import evaluating
+from tokenpaths.randomness import own_randomness
 from tokenpaths.site.host import output_embedding
+from tokenpaths.undo import Undo, tidy
 
 Ids = tuple[int, ...]
 
@@ -42,6 +44,7 @@ class Written:
     text: str
 
 
+@tidy
 def generate(
     model: Any,
     prompts: Sequence[Example],
@@ -93,7 +96,7 @@ def generate(
     with (
         torch.no_grad(),
         evaluating(model),
-        nullcontext() if seed is None else _seeded(model, seed),
+        nullcontext() if seed is None else own_randomness(seed, model.device),
         _generates_as(model, config),
         _head_is_given_no_slice(model),
     ):
@@ -111,14 +114,6 @@ def generate(
                 said = ids[:-1] if ids and ids[-1] in ends else ids
                 written[i] = Written(ids, cut(tokenizer.decode(list(said), skip_special_tokens=True), stop_strings))
     return [written[i] for i in range(len(prompts))]
-
-
-@contextmanager
-def _seeded(model: Any, seed: int) -> Generator[None]:
-    """Inside, torch's random numbers follow from the seed; afterwards the user's go on."""
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -164,14 +159,11 @@ def _until(row: list[int], ends: Sequence[int], tokenizer: Any, stop_strings: st
 def _generates_as(model: Any, config: Any) -> Generator[None]:
     """Inside, the model's generation settings are these alone: its own would fill up any that `generate` is given."""
     # PEFT's wrapper shows the settings of the model inside, and writes its own over them
-    before = [(m, vars(m)["generation_config"]) for m in model.modules() if "generation_config" in vars(m)]
-    try:
-        for module, _ in before:
-            module.generation_config = config
+    before = [module for module in model.modules() if "generation_config" in vars(module)]
+    with Undo() as undo:
+        for module in before:
+            undo.set(module, "generation_config", config)
         yield
-    finally:
-        for module, settings in before:
-            module.generation_config = settings
 
 
 @contextmanager
@@ -185,8 +177,6 @@ def _head_is_given_no_slice(model: Any) -> Generator[None]:
         yield
         return
     copy = Hook(lambda module, args: (args[0].contiguous(), *args[1:]))
-    handle = head.register_forward_pre_hook(copy, prepend=True)
-    try:
+    with Undo() as undo:
+        undo.hook(head.register_forward_pre_hook, copy, prepend=True)
         yield
-    finally:
-        handle.remove()

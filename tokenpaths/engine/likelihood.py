@@ -6,6 +6,7 @@ cut back to it, and once for each option where it cannot.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,9 +23,10 @@ from tokenpaths.data.examples import IGNORED, Batch, Example, collate
 from tokenpaths.data.items import Choice
 from tokenpaths.engine.batches import batches
 from tokenpaths.engine.divergence import at_least_float32
-from tokenpaths.engine.forwards import answer_logits
-from tokenpaths.engine.logits import logits_at
+from tokenpaths.engine.forwards import answers
+from tokenpaths.engine.logits import cross_entropy, logits_at
 from tokenpaths.site.host import forward_arguments
+from tokenpaths.undo import tidy
 
 Ids = tuple[int, ...]
 Options = tuple[Example, ...]
@@ -32,6 +34,9 @@ Options = tuple[Example, ...]
 
 def encode_choices(items: Sequence[Choice], tokenizer: Any) -> list[Options]:
     """The options of each item, as examples.
+
+    Of whole sentences without a prompt, what all begin with is the prompt, and the rest the answer. Their likelihoods
+    then differ as those of the sentences do, and a trail that lies on the answer lies on what is compared.
 
     Raises:
         ValueError: an item's sentences, which follow no prompt, begin with different tokens, of which no model tells
@@ -50,10 +55,19 @@ def encode_choices(items: Sequence[Choice], tokenizer: Any) -> list[Options]:
                 )
             if shortest := [option for option in item.options if len(encode_texts([option], tokenizer)[0]) < 2]:
                 raise ValueError(f"item {number}: {shortest[0]!r:.40} is one token: there is nothing in it to predict")
+            options = _behind_their_beginning(options)
         encoded.append(tuple(options))
     return encoded
 
 
+def _behind_their_beginning(options: Sequence[Example]) -> list[Example]:
+    """Sentences as examples whose prompt is what all begin with, short of the last token of the shortest."""
+    columns = zip(*(option.ids[:-1] for option in options), strict=False)
+    alike = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+    return [Example.of(option.ids[:alike], option.ids[alike:]) for option in options]
+
+
+@tidy
 @torch.no_grad()
 def nats(
     model: nn.Module, examples: Sequence[Example], max_batch_tokens: int, *, from_token: Sequence[int] | None = None
@@ -77,13 +91,15 @@ def nats(
             scored = torch.arange(batch.labels.shape[1]) >= begins
             batch = replace(batch, labels=batch.labels.where(scored, IGNORED))
         batch = batch.to(next(model.parameters()).device)
-        logits, targets = answer_logits(model, batch)
-        losses = F.cross_entropy(at_least_float32(logits), targets, reduction="none").double().cpu().numpy()
+        logits, targets = answers(model, batch)
+        losses = torch.cat([cross_entropy(logits[chunk], targets[chunk]) for chunk in logits.chunks()])
+        losses = losses.double().cpu().numpy()
         counts[rows] = (batch.labels != IGNORED).sum(1).cpu().numpy()
         sums[rows] = [part.sum() for part in np.split(losses, np.cumsum(counts[rows])[:-1])]
     return _finite(sums), counts
 
 
+@tidy
 def option_scores(
     model: nn.Module, contexts: Sequence[Example], options: Sequence[Sequence[Ids]], max_batch_tokens: int
 ) -> list[Float[np.ndarray, " options"]]:
@@ -117,6 +133,7 @@ def option_scores(
     return scores
 
 
+@tidy
 def log_likelihoods(
     model: nn.Module, items: Sequence[Options], max_batch_tokens: int
 ) -> list[Float[np.ndarray, " options"]]:
@@ -140,6 +157,7 @@ def right(scores: Sequence[Float[np.ndarray, " options"]], items: Sequence[Choic
     return np.array([hit[item.right] / hit.sum() for hit, item in zip(best, items, strict=True)])
 
 
+@tidy
 def likeliest(
     model: nn.Module, contexts: Sequence[Example], options: Sequence[Sequence[Ids]], max_batch_tokens: int
 ) -> list[int]:

@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from tokenpaths.attachment.hooks import Hook
 from tokenpaths.site.host import is_compiled_itself, output_embedding
+from tokenpaths.undo import Undo
 
 CHUNK = 64 * 2**20  # bytes of float32 logits at one time
 
@@ -44,6 +46,11 @@ class Logits:
         """The logits of a stretch of tokens, in float32 at least. `logits[:]` is all of them, at once."""
         logits = self.head(self.states[rows])
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def chunks(self, at_once: int | None = None) -> list[slice]:
+        """Stretches of at most `at_once` tokens, or as many as fill 64 MiB in float32, that are all tokens in turn."""
+        size = at_once or max(1, CHUNK // (4 * self.vocab))
+        return [slice(start, start + size) for start in range(0, len(self), size)]
 
     def sum(
         self, term: Callable[..., Tensor], *targets: Tensor | Logits, at_once: int | None = None
@@ -70,9 +77,8 @@ class Logits:
             needs = target if isinstance(target, Tensor) else target.states
             if torch.is_grad_enabled() and needs.requires_grad:
                 raise ValueError("a target requires a gradient, which it would not get: detach it")
-        states, size = self.states, at_once or max(1, CHUNK // (4 * self.vocab))
+        states, chunks = self.states, self.chunks(at_once)
         parts = [target.to(states.device) if isinstance(target, Tensor) else target for target in targets]
-        chunks = [slice(start, start + size) for start in range(0, len(self), size)]
 
         def value(some: Tensor, chunk: slice) -> Tensor:
             each = term(Logits(some, self.head, self.vocab)[:], *(part[chunk] for part in parts))
@@ -248,12 +254,10 @@ def _choosing(head: nn.Module | None, rows: Bool[Tensor, "batch seq"], later: bo
         result.learning = torch.is_grad_enabled()
         return result
 
-    handles = [head.register_forward_pre_hook(choose), head.register_forward_hook(stand_in)]
-    try:
+    with Undo() as undo:
+        undo.hook(head.register_forward_pre_hook, Hook(choose))
+        undo.hook(head.register_forward_hook, Hook(stand_in))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _as_now(head: nn.Module, kind: str) -> Callable[[Tensor], Tensor]:

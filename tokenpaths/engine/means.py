@@ -11,8 +11,10 @@ from torch import Tensor
 from tokenpaths.data.examples import Example, collate
 from tokenpaths.engine.batches import batches
 from tokenpaths.engine.readings import Run, read_one
+from tokenpaths.undo import tidy
 
 
+@tidy
 def mean_states(
     run: Run,
     examples: Sequence[Example],

@@ -9,12 +9,11 @@ site is the same in both, and is computed once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +25,12 @@ from tokenpaths.attachment.watcher import Watcher
 from tokenpaths.data.examples import IGNORED, Batch
 from tokenpaths.engine.cone.repeated import Repeated
 from tokenpaths.engine.states import block_places, recording
+from tokenpaths.scope import Scoped
 from tokenpaths.site import Host, Place
 from tokenpaths.site.host import check_model, forward_arguments, two_sided
 from tokenpaths.trailmap.adapter import Adapter, check_adapter
 from tokenpaths.trailmap.trailmap import TrailMap
+from tokenpaths.undo import Undo, tidy
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +92,15 @@ class Reading:
         return torch.stack([_norm(state) for state in self.states.values()])
 
 
-_RESTING: WeakKeyDictionary[TrailMap, bool] = WeakKeyDictionary()
-"""Maps that `Run.ready` has attached and switched off, and whether they were on before."""
+@dataclass(eq=False)
+class _Resting:
+    """A map that `Run.ready` has attached and switched off, and whether it was on before."""
+
+    trails: TrailMap
+    on: bool
+
+
+_RESTING: Scoped[_Resting] = Scoped("tokenpaths: trails that rest between readings")
 
 
 def runs(model: nn.Module, trails: Adapter, *, tokenizer: Any = None) -> tuple[Run, Run]:
@@ -106,20 +114,21 @@ def runs(model: nn.Module, trails: Adapter, *, tokenizer: Any = None) -> tuple[R
         if not isinstance(trails, TrailMap) or is_attached(model, trails):
             yield
             return
-        with working(model, trails, tokenizer):
-            _RESTING[trails] = trails.enabled
-            try:
-                with trails.off():
-                    yield
-            finally:
-                del _RESTING[trails]
+        resting = _Resting(trails, trails.enabled)
+        with working(model, trails, tokenizer), Undo() as undo:
+            undo.add(_RESTING.discard, resting)
+            _RESTING.add(resting)
+            with trails.switched(False):
+                yield
 
     @contextmanager
     def steered() -> Generator[None]:
         with ExitStack() as stack:
             stack.enter_context(working(model, trails, tokenizer))
-            if isinstance(trails, TrailMap) and trails in _RESTING:
-                stack.enter_context(trails.switched(_RESTING[trails]))
+            if isinstance(trails, TrailMap) and (
+                resting := [each for each in _RESTING.entries() if each.trails is trails]
+            ):
+                stack.enter_context(trails.switched(resting[-1].on))
             stack.enter_context(evaluating(trails))
             yield
 
@@ -137,10 +146,12 @@ def frozen(model: nn.Module, trails: Adapter | None = None) -> Generator[None]:
         if trails is not None:
             stack.enter_context(trails.off())
         for attachment in attachments(model):
-            stack.enter_context(attachment.trails.off())
+            if attachment.acts():
+                stack.enter_context(attachment.trails.switched(False))
         yield
 
 
+@tidy
 def read(before: Run, after: Run, batch: Batch) -> list[tuple[Reading, Reading]]:
     """Run two runs over a batch, in evaluation mode and without gradients: a pair of readings a row, padding cut off.
 
@@ -164,6 +175,7 @@ def read(before: Run, after: Run, batch: Batch) -> list[tuple[Reading, Reading]]
     return pairs
 
 
+@tidy
 def read_one(run: Run, batch: Batch) -> list[Reading]:
     """One run over a batch, as `read` reads it: a reading a row."""
     texts = _stretches(batch)
@@ -179,12 +191,15 @@ def read_one(run: Run, batch: Batch) -> list[Reading]:
 def evaluating(model: nn.Module) -> Generator[None]:
     """Evaluation mode while it lasts; afterwards each module is in the mode that it was in."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with Undo() as undo:
+        undo.add(_train, training)
+        model.eval()
         yield
-    finally:
-        for module in training:
-            module.training = True
+
+
+def _train(modules: Sequence[nn.Module]) -> None:
+    for module in modules:
+        module.training = True
 
 
 @dataclass(frozen=True, eq=False)

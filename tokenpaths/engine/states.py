@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Generator, Hashable, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tokenpaths.attachment.hooks import Hook, Observer
 from tokenpaths.site.host import Host, Place, attentions
+from tokenpaths.undo import Undo
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -31,18 +32,17 @@ def observing(
 ) -> Generator[None]:
     """Inside, `see(key, states)` is called for each place at each forward, with states [batch, tokens, width]."""
     kind = Hook if entering else Observer
-    with ExitStack() as stack:
+    with Undo() as undo:
         for key, place in places.items():
             look = functools.partial(_look, see, key, place)
             if place.side == "input":
                 before = kind(
                     lambda module, args, kwargs, look=look: look(args[0] if args else kwargs["hidden_states"])
                 )
-                handle = place.module.register_forward_pre_hook(before, with_kwargs=True)
+                undo.hook(place.module.register_forward_pre_hook, before, with_kwargs=True)
             else:
                 after = kind(lambda module, args, out, look=look: look(out[0] if isinstance(out, tuple) else out))
-                handle = place.module.register_forward_hook(after)
-            stack.callback(handle.remove)
+                undo.hook(place.module.register_forward_hook, after)
         yield
 
 
@@ -75,11 +75,10 @@ def recording_maps(
     def see(number: int, module: nn.Module, args: Any, output: Any) -> None:
         maps[number] = attention_map(output, module, number)
 
-    with ExitStack() as stack:
+    with Undo() as undo:
         for number in range(len(host.blocks)) if blocks is None else blocks:
             for module in attentions(host.blocks[number])[:1]:  # self-attention is defined before cross-attention
-                hook = Observer(functools.partial(see, number))
-                stack.callback(module.register_forward_hook(hook).remove)
+                undo.hook(module.register_forward_hook, Observer(functools.partial(see, number)))
         yield maps
 
 

@@ -4,6 +4,7 @@ from tokenpaths.limits.directions import confine as confine
 from tokenpaths.limits.gates import Gates as Gates
 from tokenpaths.limits.gates import Guard as Guard
 from tokenpaths.limits.gates import guard as guard
+from tokenpaths.limits.kinds import Kind as Kind
 from tokenpaths.limits.strength import AtStrength as AtStrength
 from tokenpaths.limits.strength import strength_curve as strength_curve
 from tokenpaths.limits.strength import strength_within as strength_within

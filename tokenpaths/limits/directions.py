@@ -15,8 +15,10 @@ from tokenpaths.limits.states import entering
 from tokenpaths.site import Site
 from tokenpaths.trailmap.trailmap import TrailMap
 from tokenpaths.trails.wrappers import Confined
+from tokenpaths.undo import tidy
 
 
+@tidy
 def confine(
     model: nn.Module,
     trails: TrailMap,

@@ -13,6 +13,7 @@ from tokenpaths.drift.meter import measure_drift
 from tokenpaths.drift.report import Drift
 from tokenpaths.limits.states import attached_at
 from tokenpaths.trailmap.trailmap import TrailMap
+from tokenpaths.undo import tidy
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class AtStrength:
     drift: Drift
 
 
+@tidy
 def strength_curve(
     model: nn.Module,
     trails: TrailMap,
@@ -53,6 +55,7 @@ def strength_curve(
     return found
 
 
+@tidy
 def strength_within(
     model: nn.Module,
     trails: TrailMap,
@@ -77,14 +80,18 @@ def strength_within(
         halvings: how often the interval is halved: the result is less than 2^-halvings below the largest strength.
 
     Raises:
-        ValueError: a budget below 0, the trails are attached already, or as `measure_drift`.
+        ValueError: a budget below 0, texts without a prompt of which the trails move less than half, the trails are
+            attached already, or as `measure_drift`.
     """
     if not budget >= 0:
         raise ValueError(f"budget={budget} must be at least 0 nats a token")
 
     def within(strength: float) -> bool:
         with attached_at(model, trails, strength, tokenizer):
-            return measure_drift(model, trails, texts, tokenizer)["kl"].mean <= budget
+            found = measure_drift(model, trails, texts, tokenizer)
+        if found.too_little and not found.answers:
+            raise ValueError(f"no strength can be told to keep the budget: {found.too_little}")
+        return found["kl"].mean <= budget
 
     if within(1.0):
         return 1.0

@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from tokenpaths.report.escaping import mathtext
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -22,7 +24,7 @@ GREY = "#999999"
 
 
 def empty_figure(title: str, height: float, *, width: float = 8.0) -> Figure:
-    """A matplotlib figure with a title; inches, of 100 pixels each.
+    """A matplotlib figure with a title, which may hold text from anywhere; inches, of 100 pixels each.
 
     Raises `ImportError` where matplotlib is missing.
     """
@@ -40,7 +42,7 @@ def empty_figure(title: str, height: float, *, width: float = 8.0) -> Figure:
             return picture.getvalue()
 
     figure = Shown(figsize=(width, height), dpi=100, layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(mathtext(title), fontsize=11)
     return figure
 
 
@@ -64,7 +66,7 @@ def forest(
         bar = [[below], [above]]
         axes.errorbar(value, row, xerr=bar, fmt="o", color=colour, capsize=3, elinewidth=1)
     axes.axvline(0, color="0.3", linewidth=1)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), list(map(mathtext, names)))
     axes.set_ylim(len(names) - 0.5, -0.5)
     grid(axes)
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from html import escape
 from typing import TypeAlias
 
+from tokenpaths.report.escaping import html as escape
 from tokenpaths.report.tables import Rows
 
 Number: TypeAlias = "float | int"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import Field, asdict, fields, is_dataclass
-from pathlib import Path
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from typing import Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from tokenpaths import files
@@ -28,19 +26,28 @@ class Record:
     """Names of properties that are written before the fields, for a reader of the file. Reading passes over them."""
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write everything to one JSON file, whole or not at all."""
+        """Write everything to one JSON file with its checksum, whole or not at all."""
         told = {name: getattr(self, name) for name in self.derived} | asdict(cast("Any", self))
-        files.write_text(path, json.dumps(finite(told), indent=1, allow_nan=False) + "\n")
+        files.write_json(path, finite(told), indent=1)
 
     @classmethod
     def from_json(cls: type[R], path: str | os.PathLike[str]) -> R:
-        """Read what `to_json` wrote. Raises `FileNotFoundError`, and `ValueError` for any other file."""
-        text = Path(path).read_text(encoding="utf-8")
+        """Read what `to_json` wrote.
+
+        A file without a checksum, as earlier versions and people write, is read too.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            IsADirectoryError: it is a folder.
+            TrailFileError: it is any other file, or was changed since it was written. It is a `ValueError`.
+        """
         try:
-            found = {key: value for key, value in files.strict_json(text).items() if key not in cls.derived}
+            found = {key: value for key, value in files.read_json(path).items() if key not in cls.derived}
             return cast("R", _built(cls, found))
-        except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{os.fspath(path)} is not {cls.what} as to_json writes it: {error}") from error
+        except OSError:
+            raise
+        except Exception as error:  # what is damaged may fail in any way
+            raise files.TrailFileError(f"{os.fspath(path)} is not {cls.what} as to_json writes it: {error}") from error
 
 
 def finite(value: Any) -> Any:
@@ -56,9 +63,11 @@ def _built(kind: Any, value: Any) -> Any:
     """What `finite` made JSON of, built again by the annotations of a dataclass or of its parts."""
     if is_dataclass(kind):
         hints, make = get_type_hints(kind), cast("Callable[..., Any]", kind)
-        if set(value) != {field.name for field in fields(kind)}:
+        needed = {field.name for field in fields(kind) if field.default is MISSING}  # others came to older files later
+        if not needed <= set(value) <= {field.name for field in fields(kind)}:
             raise ValueError(f"its keys are {', '.join(sorted(value)):.200}")
-        return make(**{field.name: _field(field, hints[field.name], value[field.name]) for field in fields(kind)})
+        given = [field for field in fields(kind) if field.name in value]
+        return make(**{field.name: _field(field, hints[field.name], value[field.name]) for field in given})
     origin, parts = get_origin(kind), get_args(kind)
     if kind == tuple[float, float]:
         low, high = value

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tokenpaths.report.escaping import mathtext
 from tokenpaths.report.figures import COLOURS, MARKERS, empty_figure, error_bars, grid
 
 if TYPE_CHECKING:
@@ -61,13 +62,17 @@ def frontier(
             "xerr": error_bars(x, [p.drift_interval for p in mine]),
             "yerr": error_bars(y, [p.task_interval for p in mine]),
         }
-        axes.errorbar(x, y, **bars, fmt=marker + "-", color=colour, label=series, capsize=3, elinewidth=1, alpha=0.9)
+        axes.errorbar(
+            x, y, **bars, fmt=marker + "-", color=colour, label=mathtext(series), capsize=3, elinewidth=1, alpha=0.9
+        )
         for point in mine:
-            axes.annotate(point.label, (point.drift, point.task), (5, 5), textcoords="offset points", fontsize=9)
+            axes.annotate(
+                mathtext(point.label), (point.drift, point.task), (5, 5), textcoords="offset points", fontsize=9
+            )
     if log:
         axes.set_xscale("log")
-    axes.set_xlabel(drift)
-    axes.set_ylabel(task)
+    axes.set_xlabel(mathtext(drift))
+    axes.set_ylabel(mathtext(task))
     axes.legend(frameon=False)
     axes.margins(0.08)
     grid(axes)

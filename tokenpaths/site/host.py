@@ -69,8 +69,13 @@ class Host:
 
     @property
     def device(self) -> torch.device:
-        """The device of the model's first parameter."""
-        return next(self.model.parameters()).device
+        """The device that the model is given its tokens on: of its first parameter, or where accelerate brings that."""
+        first = next(self.model.parameters()).device
+        if first.type != "meta":
+            return first
+        hooks = [hook for module in self.model.modules() if (hook := vars(module).get("_hf_hook")) is not None]
+        runs = [getattr(each, "execution_device", None) for hook in hooks for each in getattr(hook, "hooks", (hook,))]
+        return torch.device(next((device for device in runs if device is not None), "cpu"))
 
     def locate(self, site: Site) -> tuple[Site, Place]:
         """The site with its layer counted from 0, and its place. Raises `ValueError` for a site that is not there."""
@@ -80,6 +85,12 @@ class Host:
         dim = int(getattr(config, "hidden_size", 0))
         if not dim:
             raise ValueError(f"{found}: cannot tell the width of {_name(self.model)}: it has no config.hidden_size")
+        several = max(getattr(config, name, None) or 1 for name in _RESIDUAL_STREAMS)
+        if several > 1 and site.stream in ("embedding", "block"):
+            raise ValueError(
+                f"{found}: {_name(self.inner)} carries {several} residual streams side by side, so there is no one "
+                'state of a token between its blocks: use stream "attention" or "mlp"'
+            )
         if site.stream == "embedding":
             return found, Place(block, "input", None, dim)
         if site.stream == "block":
@@ -104,6 +115,9 @@ class Host:
         """
         found = [(_in_range(site.layer, len(self.blocks), site), site.stream) for site in sites]
         return min((layer + (stream == "block") for layer, stream in found), default=0)
+
+
+_RESIDUAL_STREAMS = ("altup_num_inputs", "hc_mult")  # Gemma 3n; hyper-connections, as of DeepSeek V4
 
 
 def sites(

@@ -7,11 +7,11 @@ Which test and which interval, by what the outcomes are:
 
     outcomes             test                                  interval of the mean difference
     0 and 1              McNemar's, exact (1947)               Tango's score interval (1998)
-    any numbers          sign flips (Fisher 1935)              on each side the wider of Student's t and BCa
+    any numbers          sign flips (Fisher 1935)              on each side the wider of Student's t and Hall's
     an arm with seeds    Cochran and Cox (1950), both random   the same, inverted
 
 At 50 items these intervals cover the truth 93 to 97 times of 100 wherever 5 items or more are expected to differ, as
-the benchmark of the A/B test measures. Wald's interval and BCa alone cover it less often. Where fewer items differ,
+the benchmark of the A/B test measures. Wald's interval and t alone cover it less often. Where fewer items differ,
 counts are too few for an interval or an exact test of 0/1 outcomes to be that precise: both err on the safe side.
 """
 
@@ -105,7 +105,7 @@ def effect(a: np.ndarray, b: np.ndarray, *, confidence: float = 0.95, seed: int 
         names, spread = (MCNEMAR, "Tango's score interval"), True
         interval, p = tango(wins, losses, len(d), confidence), mcnemar(wins, losses)
     else:
-        names = "sign flips", "the wider of Student's t and BCa"
+        names = "sign flips", "the wider of Student's t and Hall's"
         interval, p = mean_interval(d, confidence=confidence), sign_flips(d, seed)
     if not spread:
         interval, names = UNKNOWN, (names[0], "none: all differences are equal, and their spread unknown")

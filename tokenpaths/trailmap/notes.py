@@ -51,6 +51,12 @@ def named(classes: Sequence[type[Trail]]) -> dict[str, type[Trail]]:
     return known
 
 
+def foreign(module: nn.Module) -> tuple[type[Trail], ...]:
+    """The classes of the trails in a module that are not tokenpaths' own."""
+    kinds = {type(part) for part in module.modules() if isinstance(part, Trail)}
+    return tuple(kinds - set(_TRAILS.values()))
+
+
 def trail_to_note(trail: Trail, depth: int = 0) -> dict[str, Any]:
     """The class name and constructor arguments of a trail, and of the trails inside it.
 
@@ -146,9 +152,7 @@ def load_parameters(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give a module the tensors of a file, in the file's dtype. Raises `TrailFileError` unless all are sound."""
     expected = module.state_dict()
     check_shapes(expected, tensors)
-    for name, tensor in expected.items():
-        if tensors[name].dtype not in (_FLOATS if tensor.is_floating_point() else (tensor.dtype,)):
-            raise TrailFileError(f"tensor {name!r} is {tensors[name].dtype} in the file, {tensor.dtype} by the note")
+    check_numbers(expected, tensors)
     module.load_state_dict(dict(tensors), assign=True)
     if found := fault(module):
         raise TrailFileError(found)
@@ -164,6 +168,15 @@ def check_shapes(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) 
         if tensor.shape != tensors[name].shape:
             shapes = f"{list(tensors[name].shape)} in the file, {list(tensor.shape)} by the note"
             raise TrailFileError(f"tensor {name!r} has shape {shapes}")
+
+
+def check_numbers(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raise `TrailFileError` for tensors of a file that are of another kind than expected, or not finite."""
+    for name, tensor in expected.items():
+        if tensors[name].dtype not in (_FLOATS if tensor.is_floating_point() else (tensor.dtype,)):
+            raise TrailFileError(f"tensor {name!r} is {tensors[name].dtype} in the file, {tensor.dtype} by the note")
+        if not bool(tensors[name].isfinite().all()):
+            raise TrailFileError(f"{name} holds NaN or infinity")
 
 
 @torch.no_grad()

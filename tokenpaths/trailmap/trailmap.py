@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -16,13 +18,30 @@ from torch import nn
 from tokenpaths import files
 from tokenpaths.checking import quoted
 from tokenpaths.files import TrailFileError
+from tokenpaths.randomness import own_randomness
+from tokenpaths.scope import Scoped, in_main_thread
 from tokenpaths.site import Host, Site
 from tokenpaths.site.fingerprint import describe
 from tokenpaths.trailmap import notes
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.trails.base import Trail, instead_of
+from tokenpaths.undo import tidy
 
 FILE_NAME = "trails.safetensors"
+
+
+@dataclass(eq=False)
+class _Switch:
+    """Inside of it a map is on or off."""
+
+    trails: TrailMap
+    on: bool
+    open: bool = True
+
+
+_SWITCHES: Scoped[_Switch] = Scoped("tokenpaths: trails switched on or off")
+_OFF_IN_MAIN: list[_Switch] = []
+"""Maps that the main thread has switched off. Threads that it starts meanwhile do not know of it."""
 
 
 class TrailMap(Adapter):
@@ -46,13 +65,13 @@ class TrailMap(Adapter):
         self, trails: Mapping[Site, Trail] | Iterable[tuple[Site, Trail]], *, blocks: str | None = None
     ) -> None:
         super().__init__()
+        _SWITCHES.begin()
         pairs = _pairs(trails)
         self.sites = tuple(site for site, _ in pairs)
         number = {trail: i for i, trail in enumerate(dict.fromkeys(trail for _, trail in pairs))}
         self.trails = nn.ModuleList(number)
         self.index = tuple(number[trail] for _, trail in pairs)
         self.blocks = blocks
-        self.enabled = True
 
     def items(self) -> list[tuple[Site, Trail]]:
         """Each site with its trail, in the order given."""
@@ -82,18 +101,51 @@ class TrailMap(Adapter):
         """The number of parameters, also of those that are not trained now."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def off(self) -> AbstractContextManager[None]:
-        """Inside `with trails.off():`, a model that the map is attached to is the frozen one."""
-        return self.switched(False)
+    @property
+    def enabled(self) -> bool:
+        """Whether the trails move states, in the running thread or task.
+
+        Raises `RuntimeError` in a thread of which that cannot be told: the main thread is inside `off()`.
+        """
+        for switch in reversed(_SWITCHES.entries()):
+            if switch.trails is self and switch.open:
+                return switch.on
+        if any(s.trails is self for s in _OFF_IN_MAIN) and not (in_main_thread() or _SWITCHES.is_known()):
+            raise RuntimeError(
+                "the main thread is inside trails.off(), and it cannot be told whether this thread was started to run "
+                "the frozen model as well: enter off() in this thread too, or run it in contextvars.copy_context(), as "
+                "asyncio.to_thread does; if it is to be steered, let another thread than the main one enter off()"
+            )
+        return True
+
+    @contextmanager
+    def off(self) -> Generator[None]:
+        """Inside `with trails.off():`, a model that the map is attached to is the frozen one.
+
+        It is so in the thread, or the task of an event loop, that is inside: other threads are steered as before.
+        """
+        switch = _Switch(self, False)
+        try:
+            if in_main_thread():
+                _OFF_IN_MAIN.append(switch)
+            with self.switched(False):
+                yield
+        finally:
+            _OFF_IN_MAIN[:] = [each for each in _OFF_IN_MAIN if each is not switch]
 
     @contextmanager
     def switched(self, on: bool) -> Generator[None]:
-        """Inside, the trails move states of a model that the map is attached to (`on`), or leave them alone."""
-        before, self.enabled = self.enabled, on
+        """Inside, the trails move states of a model that the map is attached to (`on`), or leave them alone.
+
+        As `off`, for code that starts no threads of its own.
+        """
+        switch = _Switch(self, on)
         try:
+            _SWITCHES.add(switch)
             yield
         finally:
-            self.enabled = before
+            switch.open = False
+            _SWITCHES.discard(switch)
 
     def check(self, model: nn.Module) -> None:
         """Raise `ValueError` for a site that the model does not have. `attach` checks widths and rules."""
@@ -112,7 +164,13 @@ class TrailMap(Adapter):
             TypeError: an argument of a trail is not of JSON, or a rule is not of `tokenpaths.tokens`.
             ValueError: a parameter is shared inside the trails, a number is not finite, rows span no subspace of their
                 number, or something is nested more than 64 deep.
+            IsADirectoryError: the path is a folder.
+            OSError: the file cannot be written.
         """
+        if Path(path).is_dir():
+            raise IsADirectoryError(
+                f"{os.fspath(path)} is a folder, and a map is one file: save to {Path(path) / FILE_NAME}"
+            )
         parameters = list(self.named_parameters(remove_duplicate=False))
         if len({id(parameter) for _, parameter in parameters}) < len(parameters):
             raise ValueError(
@@ -130,12 +188,23 @@ class TrailMap(Adapter):
 
     @torch.no_grad()
     def restore(self, path: str | os.PathLike[str]) -> None:
-        """Copy the numbers of a file of these trails into this map's parameters. Raises as `load` does."""
-        tensors, _ = files.read(path)
-        notes.check_shapes(self.state_dict(), tensors)
-        self.load_state_dict(tensors)
+        """Copy the numbers of a file of these trails into this map's parameters.
+
+        Raises as `load` does, and `TrailFileError` for a file of other trails, or of trails at other sites. Then
+        nothing has changed.
+        """
+        loaded = TrailMap.load(path, *notes.foreign(self))
+        if (loaded.sites, loaded.index) != (self.sites, self.index):
+            there, here = (", ".join(map(str, each.sites)) for each in (loaded, self))
+            raise TrailFileError(f"{os.fspath(path)} has trails at {there:.300}, and this map at {here:.300}")
+        try:
+            notes.check_shapes(self.state_dict(), loaded.state_dict())
+        except TrailFileError as error:
+            raise TrailFileError(f"{os.fspath(path)}: {error}") from None
+        self.load_state_dict(loaded.state_dict())
 
     @classmethod
+    @tidy
     def load(cls, path: str | os.PathLike[str], *classes: type[Trail], model: nn.Module | None = None) -> TrailMap:
         """Read a file that `save` wrote.
 
@@ -146,16 +215,22 @@ class TrailMap(Adapter):
 
         Raises:
             FileNotFoundError: there is no such file.
+            IsADirectoryError: the path is a folder.
             TrailFileError: the file is not whole and sound, or holds a trail of a class that is not known.
             TypeError: one of `classes` is no `Trail` class.
             ValueError: two classes have one name.
         """
         known = notes.named(classes)
+        if Path(path).is_dir():
+            raise IsADirectoryError(
+                f"{os.fspath(path)} is a folder: load {Path(path) / FILE_NAME}, or use "
+                f"TrailMap.from_pretrained({os.fspath(path)!r})"
+            )
         with torch.device("cpu"):
             tensors, note = files.read(path)
         try:
             base = notes.check_map(note)
-            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            with own_randomness(), torch.device("cpu"):
                 # first without memory: a damaged note may ask for any size
                 try:
                     with torch.device("meta"):
@@ -171,8 +246,11 @@ class TrailMap(Adapter):
             raise TrailFileError(f"{os.fspath(path)}: {error}") from error.__cause__
         if model is not None and base is not None and base["fingerprint"] != (here := describe(model))["fingerprint"]:
             warnings.warn(
-                f"{os.fspath(path)} was made for {base['name']} (weights {base['fingerprint']}), but the model given "
-                f"is {here['name']} (weights {here['fingerprint']}): measure before you trust the trails on it",
+                files.printable(
+                    f"{os.fspath(path)} was made for {base['name']} (weights {base['fingerprint']}), but the model "
+                    f"given is {here['name']} (weights {here['fingerprint']}): measure before you trust the trails on "
+                    "it"
+                ),
                 stacklevel=2,
             )
         return loaded
@@ -226,6 +304,10 @@ class TrailMap(Adapter):
     ) -> TrailMap:
         """Load `trails.safetensors` from a folder, or from the Hugging Face Hub.
 
+        The Hub is not asked for a folder that is missing, where a stranger's repository of that name might answer. What
+        is no name of a repository (`owner/name`) is a folder; so is a `Path`, what lies in a folder that is there, and
+        what begins as a folder of runs mostly does ("runs/best", "outputs/a"). With a `revision` it is the Hub.
+
         Args:
             repo: a folder, or else a repository on the Hub.
             classes: your own `Trail` classes, as for `load`.
@@ -234,11 +316,27 @@ class TrailMap(Adapter):
 
         Raises as `load` does, and `huggingface_hub.errors.HfHubHTTPError` if the Hub does not have it.
         """
-        if Path(repo).is_dir():
+        if revision is None and Path(repo).is_dir():
             return cls.load(Path(repo) / FILE_NAME, *classes, model=model)
+        if revision is None and _is_local(repo):
+            raise FileNotFoundError(
+                f"there is no folder {os.fspath(repo)}. If a repository on the Hub is meant, name it owner/name and "
+                'give revision="main"'
+            )
         from huggingface_hub import hf_hub_download
 
         return cls.load(hf_hub_download(str(repo), FILE_NAME, revision=revision), *classes, model=model)
+
+
+_OF_RUNS = ("checkpoints", "experiments", "models", "out", "output", "outputs", "results", "runs", "tmp", "trails")
+
+
+def _is_local(repo: str | os.PathLike[str]) -> bool:
+    """Whether a name can only be that of a folder, or is so much like one that the Hub is not asked."""
+    if not isinstance(repo, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", repo, re.ASCII):
+        return True
+    owner, slash, _ = repo.partition("/")
+    return bool(slash) and (owner in _OF_RUNS or Path(owner).is_dir())
 
 
 def _pairs(trails: Any) -> list[tuple[Site, Trail]]:

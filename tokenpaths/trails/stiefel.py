@@ -10,9 +10,11 @@ computes them for all layers at once: it stacks the matrices of equal shape into
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -32,12 +34,11 @@ class OrthonormalRows(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(nn.init.orthogonal_(torch.empty(rank, dim)))
         self._factors: tuple[Tensor, Tensor, Tensor] | None = None  # the weight they were made of, R, triangle
-        self._prepared = False
 
     def forward(self) -> Float[Tensor, "rank dim"]:
         if torch.compiler.is_compiling():
             return _thin_qr(_at_least_float32(self.weight))[0]
-        if self._factors is None or not (self._prepared or _is_current(self._factors[0], self.weight)):
+        if self._factors is None or not (_is_prepared(self) or _is_current(self._factors[0], self.weight)):
             _factorise([self])
         assert self._factors is not None
         _, rows, triangle = self._factors
@@ -57,6 +58,28 @@ class OrthonormalRows(nn.Module):
         return self
 
 
+class _Prepared(threading.local):
+    """The matrices whose factors are current in the forward that this thread runs, and their weights' versions.
+
+    An interrupted forward cannot release them. What it leaves here is of no use to a weight that was written since.
+    """
+
+    def __init__(self) -> None:
+        self.versions: WeakKeyDictionary[OrthonormalRows, int] = WeakKeyDictionary()
+
+
+_PREPARED = _Prepared()
+
+
+def _version(weight: Tensor) -> int:
+    """How often a tensor was written to; inference tensors do not count it."""
+    return -1 if weight.is_inference() else weight._version
+
+
+def _is_prepared(module: OrthonormalRows) -> bool:
+    return _PREPARED.versions.get(module) == _version(module.weight)
+
+
 def prepare(modules: Sequence[OrthonormalRows]) -> None:
     """Factorise all matrices that changed, batched by shape. Until `release`, no forward compares them again."""
     if torch.compiler.is_compiling():
@@ -71,13 +94,13 @@ def prepare(modules: Sequence[OrthonormalRows]) -> None:
         if not current or not _is_current(torch.stack(made_of), torch.stack([m.weight.detach() for m in group])):
             _factorise(group)
     for module in modules:
-        module._prepared = True  # pyright: ignore[reportPrivateUsage]
+        _PREPARED.versions[module] = _version(module.weight)
 
 
 def release(modules: Sequence[OrthonormalRows]) -> None:
     """Let every forward compare the factors with the weight again: after this, weights may change."""
     for module in modules:
-        module._prepared = False  # pyright: ignore[reportPrivateUsage]
+        _PREPARED.versions.pop(module, None)
 
 
 @torch.inference_mode(False)  # factors made while generating must serve a later training step

@@ -1,5 +1,6 @@
 """Train trails: objectives, the loop, trails under the loop of another library, texts that the frozen model writes."""
 
+from tokenpaths.training.beside import load_also as load_also
 from tokenpaths.training.foreign import trainable as trainable
 from tokenpaths.training.loop import Step as Step
 from tokenpaths.training.loop import steps as steps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,28 +14,33 @@ from tokenpaths.attachment.handle import working
 from tokenpaths.attachment.hooks import Hook
 from tokenpaths.site.host import check_model
 from tokenpaths.trailmap.adapter import Adapter, check_adapter
+from tokenpaths.undo import Undo
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
 @contextmanager
-def frozen_base(model: nn.Module, trails: Adapter) -> Generator[None]:
-    """Inside, the parameters of the trails learn and no others; afterwards `requires_grad` and modes are as before."""
+def frozen_base(model: nn.Module, trails: Adapter, also: Collection[nn.Parameter] = ()) -> Generator[None]:
+    """Inside, the parameters of the trails and `also` learn and no others; afterwards flags and modes are as before."""
     check_model(model)
     own = {id(parameter) for parameter in trails.parameters()}
+    beside = {id(parameter) for parameter in also}
     base = [(p, p.requires_grad) for p in model.parameters() if id(p) not in own]
     modes = [(module, module.training) for part in (model, trails) for module in part.modules()]
-    try:
+    with Undo() as undo:
+        undo.add(_as_before, base, modes)
         for parameter, _ in base:
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(id(parameter) in beside)
         with _checkpoints_pass_gradients(model):
             yield
-    finally:
-        for parameter, learned in base:
-            parameter.requires_grad_(learned)
-        for module, training in modes:
-            module.training = training
+
+
+def _as_before(parameters: list[tuple[nn.Parameter, bool]], modes: list[tuple[nn.Module, bool]]) -> None:
+    for parameter, learned in parameters:
+        parameter.requires_grad_(learned)
+    for module, training in modes:
+        module.training = training
 
 
 @contextmanager
@@ -43,7 +48,7 @@ def laid(model: nn.Module, trails: Adapter, tokenizer: Any, accelerator: Acceler
     """Inside, the base is frozen, and the trails are attached, all on the accelerator's device."""
     with frozen_base(model, trails):
         _move(model, trails, accelerator)
-        with working(model, trails, tokenizer):
+        with working(model, trails, tokenizer, everywhere=None):
             yield
 
 
@@ -94,8 +99,6 @@ def _checkpoints_pass_gradients(model: nn.Module) -> Generator[None]:
         if torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
             output.requires_grad_()
 
-    handle = embedding.register_forward_hook(Hook(ask))
-    try:
+    with Undo() as undo:
+        undo.hook(embedding.register_forward_hook, Hook(ask))
         yield
-    finally:
-        handle.remove()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -13,18 +15,26 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from tokenpaths.attachment.forgotten import trains_what_was_named
+from tokenpaths.attachment.mode import learning
+from tokenpaths.attachment.runs import holding
 from tokenpaths.engine.batches import bar
 from tokenpaths.engine.cone.cone import Cone
-from tokenpaths.site.fingerprint import fingerprint
+from tokenpaths.site.identity import exact_key
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.training.checkpoints import Checkpoints
 from tokenpaths.training.checks import check, check_options, span_names
-from tokenpaths.training.descent import Descent, HeldStep, MakeOptimizer
+from tokenpaths.training.descent import KEPT, Descent, HeldStep, MakeOptimizer
 from tokenpaths.training.feed import Feed
 from tokenpaths.training.frozen import laid, trained
 from tokenpaths.training.losses import Losses, describe_goal
 from tokenpaths.training.objectives.base import Objective
 from tokenpaths.training.plan import plan
+from tokenpaths.training.processes import agree, by_the_first, share_start
+from tokenpaths.training.rate import Alarm
+from tokenpaths.training.reach import Reach, standstill
+from tokenpaths.training.run import Run
+from tokenpaths.undo import tidy
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -51,7 +61,7 @@ class Step:
         lr: the learning rate, of the optimizer's first group.
         grad_norm: the norm of the gradient before clipping.
         tokens: tokens without padding, of all goals and processes.
-        seconds: the time that it took.
+        seconds: the time that it took, with the writing of its checkpoint, without the reading of `drift`.
         drift: what `drift` returned, in the steps in which it is measured.
         kept: with `trust`, the share of the step that was taken.
         trust: with `trust`, the measure of what was taken.
@@ -119,11 +129,13 @@ def steps(
         accumulate: forwards of each goal in one step.
         seed: of the order of examples and of dropout. Torch's own random state is left alone.
 
-        lr: the learning rate of AdamW without weight decay; 1e-3 unless given.
+        lr: the learning rate of AdamW without weight decay. Unless given, the run has the rate at which its first step,
+            without warm-up, moves the states by 0.3 of their length (`training.rate.Found`): so it holds on
+            models of other scales. It costs three or four losses of the first goal on 8 examples before the first step.
         optimizer: or a function from the list of parameters to an optimizer: `lambda p: torch.optim.SGD(p, lr=0.1)`.
         schedule: a name that `transformers.get_scheduler` knows.
-        warmup: the steps of the schedule's warm-up; below 1, their share of all steps. As in transformers, the first
-            step of a warm-up has learning rate 0.
+        warmup: the steps of the schedule's warm-up; below 1, their share of all steps. Step k of w of them, counted
+            from 1, has k/w of the learning rate, so the first step trains (in transformers it has k - 1 of w, and not).
         clip: the largest norm of the gradient; None for any.
         trust: a bound on how far one step may take the model, such as `limits.TrustRegion`.
 
@@ -132,7 +144,8 @@ def steps(
         resume: continue from the newest checkpoint, bit for bit as if the run had never stopped.
 
         progress: show a progress bar.
-        explain: print the plan before the first step: what is left out, what is kept, and the FLOPs of a step.
+        explain: print the plan before the first step: what is left out, what is kept, and the FLOPs of a step; and
+            after it the learning rate, if it was sought, and why.
         drift: a function that is called after every `drift_every` steps and at the end, such as
             `lambda: measure_drift(model, trails, texts)["kl"].mean`.
         drift_every: in steps.
@@ -158,17 +171,17 @@ def steps(
     check_options(
         counts | dict(drift_every=drift_every), dict(epochs=epochs, lr=lr, warmup=warmup, clip=clip), optimizer
     )
-    _check_options(steps, epochs, batch_size, accumulate, mixed_precision, checkpoint, save_every, resume)
+    _check_options(steps, epochs, batch_size, accumulate, mixed_precision, checkpoint, save_every, resume, clip)
     used = _cone_of(cone, trails)
     accelerator = _accelerator(accelerator)
     feed = Feed(goals, span_names(trails), batch_size, accumulate, seed, accelerator)
     total = steps or max(1, math.ceil((epochs or 0) * len(goals[0].examples) / feed.in_a_step(0)))
-    descent = Descent(parameters, optimizer, lr, schedule, warmup, clip, total, accelerator)
+    descent = Descent(parameters, optimizer, lr, schedule, warmup, clip, total, accelerator, explain)
     losses = Losses(model, trails, feed, seed, mixed_precision)
-    saved: Checkpoints | None = None
-    if checkpoint is not None:
+    settings: dict[str, Any] = {}
+    if checkpoint is not None or accelerator.num_processes > 1:
         settings = {
-            "model": fingerprint(model, trails.parameters()),
+            "model": exact_key(model, trails.parameters()),
             "trails": repr(trails),
             "goals": [describe_goal(goal) for goal in goals],
             "optimizer": descent.describe(),
@@ -176,39 +189,56 @@ def steps(
             **dict(schedule=schedule, warmup=warmup, clip=clip, mixed_precision=mixed_precision, seed=seed),
             "trust": None if trust is None else repr(trust),
         }
-        saved = Checkpoints(Path(checkpoint), settings, save_every, resume)
+    saved = None if checkpoint is None else Checkpoints(Path(checkpoint), settings, save_every, resume)
+    name = f"steps(steps={total})"
 
-    def iterate() -> Generator[Step]:
+    def iterate(close: Callable[[], None]) -> Generator[Step]:
+        begun = None if saved is None or saved.newest is None else saved.newest.name
+        agree(accelerator, {**settings, "checkpoint": checkpoint is not None, "every": save_every, "resumed": begun})
         with (
+            holding(model, trails, name, close),
             laid(model, trails, tokenizer, accelerator),
             losses.inside(used, total, keep_all=isinstance(cone, Cone)),
             descent.ready(),
         ):
+            trains_what_was_named(descent.optimizer)
+            stands = standstill(model, trails)
+            if stands is not None:
+                warnings.warn(stands, stacklevel=3)
             if explain:
                 in_a_step = [feed.in_a_step(place) for place in range(len(goals))]
-                accelerator.print(plan(model, trails, goals, in_a_step, used, losses.pays))
-            done = 0 if saved is None else saved.restore(trails, descent.optimizer, losses.weights)
-            _share_start(trails, accelerator)
+                with learning(trails):
+                    accelerator.print(plan(model, trails, goals, in_a_step, used, losses.pays))
+            done = 0 if saved is None else saved.restore(trails, descent.optimizer, losses.weights, descent.rates)
+            share_start(trails, accelerator)
             descent.held = None if trust is None else trust.begin(model, trails, parameters)
+            reach = Reach(trails, told=stands is not None)
+            alarm = Alarm(parameters, tuple(losses.weights), descent.advice)
             with bar("training", progress and accelerator.is_main_process, done=done, total=total) as shown:
                 for number in range(done, total):
                     began, last = time.perf_counter(), number + 1 == total
-                    step = _take(number, losses, descent)
-                    if saved is not None and accelerator.is_main_process and saved.due(step.step, last):
-                        saved.write(step.step, trails, model, descent.optimizer, losses.weights)
-                    measured = drift() if drift and (last or step.step % drift_every == 0) else None
-                    step = replace(step, drift=measured, seconds=time.perf_counter() - began)
+                    step = _take(number, losses, descent, reach, alarm)
+                    if saved is not None and saved.due(step.step, last):
+                        state = (trails, model, descent.optimizer, losses.weights, descent.rates)
+                        by_the_first(accelerator, partial(saved.write, step.step, *state))
+                    step = replace(step, seconds=time.perf_counter() - began)
+                    if drift and (last or step.step % drift_every == 0):
+                        step = replace(step, drift=drift())
                     _show(shown, step)
                     yield step
+            reach.end(feed.draws(0, total) >= 1)
 
-    return iterate()
+    return Run(iterate, name)
 
 
-def _take(number: int, losses: Losses, descent: Descent) -> Step:
+@tidy
+def _take(number: int, losses: Losses, descent: Descent, reach: Reach, alarm: Alarm) -> Step:
     """Take step `number`, counted from 0. The time is not measured yet."""
     weights, feed = tuple(losses.weights), losses.feed
     parts = losses.of_step(number)
-    rate, norm, kept, went = descent.step(number)
+    alarm.hear(step=number + 1, parts=parts, again=lambda: losses.again(number))
+    reach.step()
+    rate, norm, kept, went = _step_soundly(number, losses, descent)
     losses.reweigh(number, parts)
     return Step(
         step=number + 1,
@@ -224,6 +254,18 @@ def _take(number: int, losses: Losses, descent: Descent) -> Step:
     )
 
 
+def _step_soundly(number: int, losses: Losses, descent: Descent) -> tuple[float, float, float | None, float | None]:
+    """Take the optimizer's step `number`; take it back if it breaks the trails, as no later loss may tell."""
+    before = [parameter.detach().clone() for parameter in descent.parameters]
+    taken = descent.step(number, lambda: losses.ruler(number))
+    if not bool(torch.stack([p.isfinite().all().to(before[0].device) for p in descent.parameters]).all()):
+        with torch.no_grad():
+            for parameter, good in zip(descent.parameters, before, strict=True):
+                parameter.copy_(good)
+        raise FloatingPointError(f"step {number + 1}: the optimizer made the trails infinite or NaN. {KEPT}")
+    return taken
+
+
 def _check_options(
     steps: int | None,
     epochs: int | float | None,
@@ -233,6 +275,7 @@ def _check_options(
     checkpoint: object,
     save_every: int | None,
     resume: bool,
+    clip: int | float | None,
 ) -> None:
     if (steps is None) == (epochs is None) or (epochs is not None and epochs <= 0):
         raise ValueError("say how long to train: give either steps= or epochs=, more than 0")
@@ -240,6 +283,8 @@ def _check_options(
         raise ValueError("resume= and save_every= need checkpoint=, the folder of the run")
     if mixed_precision not in (None, "no", "bf16"):
         raise ValueError(f"mixed_precision={mixed_precision!r} must be 'no' or 'bf16'; for fp16 pass accelerator=")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip={clip} must be above 0, or None for gradients of any norm: nothing would be learned")
     for name, value in dict(steps=steps, batch_size=batch_size, accumulate=accumulate, save_every=save_every).items():
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
@@ -247,11 +292,8 @@ def _check_options(
 
 def _cone_of(cone: Cone | bool, trails: Adapter) -> Cone | None:
     """The cone of a run; none for an adapter without sites, which may change every state."""
-    if not isinstance(cone, (Cone, bool)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"cone={cone!r:.80} must be a Cone, True or False")
-    if not trails.sites:
-        return None
-    return Cone() if cone is True else cone or None
+    found = Cone.of(cone)
+    return found if trails.sites else None
 
 
 def _accelerator(given: Accelerator | None) -> Accelerator:
@@ -262,16 +304,6 @@ def _accelerator(given: Accelerator | None) -> Accelerator:
     if given.gradient_accumulation_steps != 1:
         raise ValueError("give steps(accumulate=...), and not an Accelerator that accumulates as well")
     return given
-
-
-@torch.no_grad()
-def _share_start(trails: Adapter, accelerator: Accelerator) -> None:
-    """All processes start from the trails of the first."""
-    if accelerator.num_processes > 1:
-        from accelerate.utils import broadcast
-
-        for tensor in trails.state_dict().values():
-            tensor.copy_(broadcast(tensor.clone()))
 
 
 def _show(bar: Any, step: Step) -> None:

@@ -7,22 +7,25 @@ import math
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tokenpaths.attachment.mode import learning
+from tokenpaths.data.examples import collate
 from tokenpaths.engine.cone.cone import ActiveCone, Cone, active_cone
 from tokenpaths.engine.cone.prefix import common_prefix
+from tokenpaths.engine.cone.room import Room
+from tokenpaths.engine.states import block_places, observing
+from tokenpaths.randomness import own_randomness
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.training.checks import checked_loss
 from tokenpaths.training.descent import KEPT, sum_over_processes
 from tokenpaths.training.feed import Feed, seed_of
-from tokenpaths.training.objectives.base import Objective
-from tokenpaths.training.plan import pays
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from tokenpaths.training.objectives.base import Objective, host_of
+from tokenpaths.training.plan import pays, rooms_of
+from tokenpaths.training.rate import RULED, Ruler, See
 
 
 class Losses:
@@ -44,7 +47,7 @@ class Losses:
         self.mixed_precision = mixed_precision
         self.weights = [goal.weight for goal in feed.goals]
         self.cone: ActiveCone | None = None
-        self.pays = [True] * len(feed.goals)
+        self.pays, self.rooms = [True] * len(feed.goals), [Room()] * len(feed.goals)
 
     @contextmanager
     def inside(self, cone: Cone | None, steps: int, keep_all: bool) -> Generator[None]:
@@ -55,6 +58,7 @@ class Losses:
         with nullcontext() if cone is None else cone.over(self.model, self.trails.blocks) as self.cone:
             if self.cone is not None:
                 self.cone.shared = [common_prefix(goal.examples) for goal in self.goals]
+                self.rooms = rooms_of(self.cone, self.goals, self.pays)
             yield
 
     def of_step(self, number: int) -> tuple[float, ...]:
@@ -64,12 +68,41 @@ class Losses:
             FloatingPointError: a loss is not finite.
             ValueError: a loss is not one number, or does not depend on the trails.
         """
-        losses = torch.zeros(len(self.goals), device=self.accelerator.device, dtype=torch.float32)
-        with _own_randomness(self.accelerator, self.seed, number), _learning(self.trails):
-            for place, batch, share in self.feed.batches(number):
-                weighs = self.weights[place] > 0
+        parts = self._run(number, learn=True)
+        _check_finite(number, self.goals, parts)
+        return parts
+
+    def again(self, number: int) -> tuple[float, ...]:
+        """The loss of each goal in step `number`, with the parameters as they are now; only read."""
+        return self._run(number, learn=False)
+
+    def ruler(self, number: int) -> Ruler:
+        """What tells how far states go from where they are now, on the first examples of the first goal in a step.
+
+        All processes run the same ones, however a step is split.
+        """
+        examples = self.feed.examples(0, number)[:RULED]
+        batch = collate(examples, spans=self.feed.spans).to(self.accelerator.device)
+        places = block_places(host_of(self.model, self.trails))
+
+        @torch.no_grad()
+        def look(see: See) -> None:
+            with self._as_in_step(number), self._precision(), observing(places, see):
                 if self.cone is not None:
-                    self.cone.rests = not self.pays[place]
+                    self.cone.rests = True
+                self.goals[0].loss(self.model, self.trails, batch)
+                if self.cone is not None:
+                    self.cone.rests = False
+
+        return Ruler(look, batch, lambda tensor: sum_over_processes(tensor, self.accelerator))
+
+    def _run(self, number: int, learn: bool) -> tuple[float, ...]:
+        losses = torch.zeros(len(self.goals), device=self.accelerator.device, dtype=torch.float32)
+        with self._as_in_step(number):
+            for place, batch, share in self.feed.batches(number):
+                weighs = learn and self.weights[place] > 0
+                if self.cone is not None:
+                    self.cone.rests, self.cone.room = not self.pays[place], self.rooms[place]
                 with self._precision(), torch.set_grad_enabled(weighs):
                     loss = share * checked_loss(
                         self.goals[place].loss(self.model, self.trails, batch), self.goals[place], place
@@ -79,16 +112,21 @@ class Losses:
                     self.accelerator.backward(self.weights[place] * loss)  # before the next forward changes the masks
                 losses[place] += loss.detach()
         if self.cone is not None:
-            self.cone.rests = False
-        parts = tuple(sum_over_processes(losses, self.accelerator).tolist())
-        _check_finite(number, self.goals, parts)
-        return parts
+            self.cone.rests, self.cone.room = False, Room()
+        return tuple(sum_over_processes(losses, self.accelerator).tolist())
 
     def reweigh(self, number: int, parts: Sequence[float]) -> None:
         """Let the weight of each goal that was due in step `number` follow its loss."""
         for place, (goal, part) in enumerate(zip(self.goals, parts, strict=True)):
             if self.feed.due(place, number):
                 self.weights[place] = goal.reweigh(self.weights[place], part)
+
+    @contextmanager
+    def _as_in_step(self, number: int) -> Generator[None]:
+        """Inside, random numbers are those of a step on this process, and the trails learn."""
+        seed = seed_of(self.seed, number, self.accelerator.process_index, -1)
+        with own_randomness(seed, self.accelerator.device), learning(self.trails):
+            yield
 
     def _precision(self) -> AbstractContextManager[Any]:
         # Accelerate's own precision is one for the whole process, and a second run may want another
@@ -98,34 +136,26 @@ class Losses:
 
 
 def describe_goal(goal: Objective) -> dict[str, Any]:
-    """What a checkpoint notes of a goal: its class, a digest of its examples, and its settings."""
+    """What a checkpoint notes of a goal: its class, a digest of its examples, and its settings.
+
+    Of a setting with a `checksum` of its own, such as `Targets`, that is noted; of tensors a digest of their numbers.
+    """
     digest = hashlib.sha256()
     for example in goal.examples:
         digest.update(repr(example).encode())
     rest = {f.name: getattr(goal, f.name) for f in fields(goal) if f.name != "examples"}
-    plain = {k: v if isinstance(v, (bool, int, float, str, dict)) else type(v).__name__ for k, v in rest.items()}
+    plain = {k: v if isinstance(v, (bool, int, float, str, dict)) else _told(v) for k, v in rest.items()}
     return {"class": type(goal).__name__, "examples": f"{len(goal.examples)} ({digest.hexdigest()[:16]})", **plain}
 
 
-@contextmanager
-def _own_randomness(accelerator: Accelerator, seed: int, number: int) -> Generator[None]:
-    """Inside, torch's random numbers are those of this step on this process; afterwards the user's go on."""
-    devices = list(range(torch.cuda.device_count())) if accelerator.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed_of(seed, number, accelerator.process_index, -1))
-        yield
-
-
-@contextmanager
-def _learning(trails: Adapter) -> Generator[None]:
-    """Inside, the trails are in training mode; afterwards each of their modules is in the mode that it was in."""
-    modes = [(module, module.training) for module in trails.modules()]
-    trails.train()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def _told(value: Any) -> Any:
+    """What a checkpoint notes of a setting that JSON does not have."""
+    if isinstance(value, (list, tuple)):
+        return [v if v is None or isinstance(v, (bool, int, float, str)) else _told(v) for v in value]
+    told = getattr(value, "checksum", "")
+    if isinstance(value, Tensor):
+        told = hashlib.sha256(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
+    return f"{type(value).__name__} {told}".rstrip()
 
 
 def _check_reaches(loss: Tensor, goals: Sequence[Objective], place: int) -> None:

@@ -10,8 +10,10 @@ from torch import nn
 
 from tokenpaths.attachment.handle import Attachment
 from tokenpaths.data.examples import IGNORED, Example, collate
-from tokenpaths.engine.cone.cone import Cone, active_cone
+from tokenpaths.data.mixing import Mix
+from tokenpaths.engine.cone.cone import ActiveCone, Cone, active_cone
 from tokenpaths.engine.cone.prefix import WORTHWHILE, common_prefix, starts
+from tokenpaths.engine.cone.room import Need, Room, need_of, rooms, token_bytes
 from tokenpaths.site import Host
 from tokenpaths.site.host import text_config
 from tokenpaths.trailmap.adapter import Adapter
@@ -36,6 +38,9 @@ class GoalPlan:
         flops: of a step from the second epoch on, when everything to be kept is there.
         flops_in_full: of a step without a cone.
         pays: whether examples come often enough to be kept.
+        room: which part of it the budget holds.
+        state_bytes: of a token's hidden state.
+        pair_bytes: of a token's keys and values in all blocks that are run.
     """
 
     name: str
@@ -46,6 +51,20 @@ class GoalPlan:
     flops: float
     flops_in_full: float
     pays: bool = True
+    room: Room = Room()
+    state_bytes: int = 0
+    pair_bytes: int = 0
+
+    def _kept(self, budget: int) -> str:
+        """What is kept of the goal, in words."""
+        a_token = [f"{_bytes(self.pair_bytes)} of keys and values a token"] if self.run < self.tokens else []
+        a_token += [f"{_bytes(self.state_bytes)} a hidden state"]
+        words = (
+            f"kept: {_bytes(self.kept_bytes)} for all examples ({', '.join(a_token)}), of a budget of {_bytes(budget)}"
+        )
+        if self.room.share < 1 and self.run == self.tokens:
+            words += f"; that holds the states of {self.room.share:.2f} of them, the others are run in each step"
+        return words
 
 
 @dataclass(frozen=True)
@@ -98,10 +117,7 @@ class Plan:
                     f"    {goal.tokens - goal.run:.0f} of them are unmoved: kept as keys and values{front}; "
                     f"{goal.run:.0f} are run"
                 )
-            lines.append(
-                f"    kept: {_bytes(goal.kept_bytes)} for all examples, of a budget of {_bytes(self.budget)}"
-                + (" (the rest is computed in each step)" if goal.kept_bytes > self.budget else "")
-            )
+            lines.append(f"    {goal._kept(self.budget)}")  # pyright: ignore[reportPrivateUsage]
             share = goal.flops / goal.flops_in_full
             lines.append(
                 f"    a step: {goal.flops / 1e9:.3g} GFLOP from the second epoch on, instead of "
@@ -119,6 +135,36 @@ def pays(goal: Objective, draws: float) -> bool:
 def _some(goal: Objective) -> list[Example]:
     """At least 256 examples of a goal, evenly spaced; all of them if there are fewer."""
     return list(goal.examples[:: max(1, len(goal.examples) // 256)])
+
+
+def rooms_of(worker: ActiveCone, goals: Sequence[Objective], pays: Sequence[bool]) -> list[Room]:
+    """What the cone has room for, of the examples of each goal."""
+    below = worker.below()
+    behind = worker.attached() if worker.whole_rows() is None else None
+    needs: list[Need] = []
+    for goal, kept in zip(goals, pays, strict=True):
+        some = _some(goal)
+        mean = sum(map(len, some)) / len(some)
+        count = len(goal.examples) / (goal.examples.epochs if isinstance(goal.examples, Mix) else 1)
+        before = _before(goal, some, behind)
+        seen = bool(below) + isinstance(goal, Stay)
+        need = need_of(worker.host, count, mean, below, seen, before, len(common_prefix(goal.examples)))
+        needs.append(need if kept else Need(0.0))
+    return rooms(needs, worker.cone.budget)
+
+
+def _before(goal: Objective, some: Sequence[Example], behind: Sequence[Attachment] | None) -> float:
+    """The tokens of an example that are not run, on average; 0 where rows are run whole."""
+    if behind is None or not isinstance(goal, Imitate):
+        return 0.0
+    cuts: list[int] = []
+    for start in range(0, len(some), 32):
+        batch = collate(some[start : start + 32])
+        needed = F.pad(batch.labels[:, 1:] != IGNORED, (0, 1))
+        cuts += starts(behind, batch, needed)
+    mean = sum(map(len, some)) / len(some)
+    before = sum(cuts) / len(cuts)
+    return before if mean - before <= WORTHWHILE * mean else 0.0
 
 
 def plan(
@@ -143,6 +189,7 @@ def plan(
     below = host.blocks_below(trails.sites)
     on = worker is not None and cone is not None
     in_full = worker.whole_rows() if worker is not None else None
+    found = rooms_of(worker, goals, pays) if worker is not None and on else [Room()] * len(goals)
     planned = [
         _goal(
             host,
@@ -153,8 +200,9 @@ def plan(
             below,
             worker.attached() if worker is not None and on and kept and in_full is None else None,
             kept,
+            room,
         )
-        for goal, count, kept in zip(goals, in_a_step, pays, strict=True)
+        for goal, count, kept, room in zip(goals, in_a_step, pays, found, strict=True)
     ]
     budget = cone.budget if on and cone is not None else None
     boundless = None if trails.sites else type(trails).__name__
@@ -170,35 +218,33 @@ def _goal(
     below: int,
     behind: Sequence[Attachment] | None,
     pays: bool,
+    room: Room,
 ) -> GoalPlan:
     """The plan of one goal. `behind`: the attachments whose unmoved prefix is kept, None where rows are run whole."""
     examples = _some(goal)
     mean = sum(map(len, examples)) / len(examples)
     answers = sum(sum(example.answer) for example in examples) / len(examples)
-    before = 0.0
-    if behind is not None and isinstance(goal, Imitate):
-        cuts: list[int] = []
-        for start in range(0, len(examples), 32):
-            batch = collate(examples[start : start + 32])
-            needed = F.pad(batch.labels[:, 1:] != IGNORED, (0, 1))
-            cuts += starts(behind, batch, needed)
-        before = sum(cuts) / len(cuts)
-    if mean - before > WORTHWHILE * mean:
-        before = 0.0
-    run, shared = mean - before, len(common_prefix(goal.examples)) if before else 0
-    rows = answers if isinstance(goal, Imitate) else mean
+    shared = len(common_prefix(goal.examples))
+    before = _before(goal, examples, behind)
     cost = _Cost.of(host, trails)
+    if not room.prefixes:  # as the cone does
+        behind_front = mean - shared <= WORTHWHILE * mean and shared * cost.blocks > mean * left_out
+        before = min(before, shared) if behind_front else 0.0
+    run, shared, share = mean - before, shared if before else 0, 1.0 if before else room.share
+    rows = answers if isinstance(goal, Imitate) else mean
     learned = range(below, cost.blocks)
     full = cost.forward(range(cost.blocks), mean, mean) + cost.backward(learned, mean, mean) + cost.head(rows, True)
     ours = cost.forward(range(left_out, cost.blocks), run, mean) + cost.backward(learned, run, mean)
-    ours += cost.head(rows, True)
+    ours += cost.head(rows, True) + (1 - share) * cost.forward(range(left_out), mean, mean)
     if isinstance(goal, Stay):  # the frozen forward: its last states are kept as well
-        full += cost.forward(range(cost.blocks), mean, mean) + cost.head(rows, False)
-        ours += (0 if left_out else cost.forward(range(cost.blocks), mean, mean)) + cost.head(rows, False)
+        frozen = cost.forward(range(cost.blocks), mean, mean)
+        full += frozen + cost.head(rows, False)
+        ours += (1 - share if left_out else 1) * frozen + cost.head(rows, False)
     states = (run if before else mean) * cost.state_bytes * (bool(left_out) + isinstance(goal, Stay))
     pairs = max(before - shared, 0) * cost.pair_bytes * (cost.blocks - left_out)
     kept = (states + pairs) * len(goal.examples) + shared * cost.pair_bytes * cost.blocks
-    return GoalPlan(type(goal).__name__, mean, run, shared, kept, ours * count, full * count, pays)
+    sizes = dict(state_bytes=cost.state_bytes, pair_bytes=cost.pair_bytes * (cost.blocks - left_out))
+    return GoalPlan(type(goal).__name__, mean, run, shared, kept, ours * count, full * count, pays, room, **sizes)
 
 
 @dataclass(frozen=True)
@@ -218,17 +264,16 @@ class _Cost:
         config = text_config(host.inner)
         heads = int(config.num_attention_heads)
         size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-        pairs = int(getattr(config, "num_key_value_heads", None) or heads)
         own = {id(p) for p in trails.parameters()}
         weights = sum(p.numel() for p in layers.parameters() if p.ndim > 1 and id(p) not in own) / len(layers)
-        item = next(host.model.parameters()).element_size()
+        state, pair = token_bytes(host)
         return cls(
             blocks=len(layers),
             weights=weights,
             width=heads * size,
             embedding=int(config.vocab_size) * int(config.hidden_size),
-            state_bytes=int(config.hidden_size) * item,
-            pair_bytes=2 * pairs * size * item,
+            state_bytes=state,
+            pair_bytes=pair or 0,
         )
 
     def forward(self, blocks: range, tokens: float, keys: float) -> float:

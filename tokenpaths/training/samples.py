@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -46,8 +45,10 @@ from tokenpaths.engine.readings import frozen
 from tokenpaths.site import host
 from tokenpaths.site.fingerprint import fingerprint
 from tokenpaths.site.host import check_model
+from tokenpaths.site.identity import exact_key
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.training.checkpoints import differences
+from tokenpaths.undo import tidy
 
 BUCKETS = 8
 """The openings of `BUCKETS` batches are drawn together, and those of like length are put into one batch."""
@@ -55,10 +56,11 @@ BARREN = 10
 """Drawing ends after this many batches in a row that bring nothing new."""
 
 
-class SampleFileError(ValueError):
+class SampleFileError(files.TrailFileError):
     """A file that is not a whole file of samples."""
 
 
+@tidy
 def self_samples(
     model: nn.Module,
     tokenizer: Any,
@@ -117,7 +119,8 @@ def self_samples(
     _check(model, max(map(len, prompts)), count, settings)
     with frozen(model, trails), bar("self-samples", progress, total=count) as shown:
         asked = f"{len(prompts)} ({hashlib.sha256(repr(prompts).encode()).hexdigest()[:16]})"
-        kept, note = _begin(path, {"model": fingerprint(model), "openings": asked, **settings}, model)
+        whose = {"model": fingerprint(model), "key": exact_key(model)}
+        kept, note = _begin(path, {**whose, "openings": asked, **settings}, model)
         seen = {run for example in kept for run in _runs(example)}
         barren = 0
         while len(kept) < count:
@@ -156,13 +159,16 @@ def load_samples(path: str | os.PathLike[str], *, model: nn.Module | None = None
 
     Raises:
         FileNotFoundError: there is no such file.
-        SampleFileError: it is not a whole file of samples.
+        IsADirectoryError: it is a folder.
+        SampleFileError: it is not a whole file of samples, or was changed since it was written.
     """
     kept, note = _read(Path(path))
     if model is not None and note["settings"].get("model") != (here := fingerprint(model)):
         warnings.warn(
-            f"{os.fspath(path)} was written by {note['name']} (weights {note['settings'].get('model')}), but the model "
-            f"given has the weights {here}: these samples are not of its own distribution",
+            files.printable(
+                f"{os.fspath(path)} was written by {note['name']} (weights {note['settings'].get('model')}), but the "
+                f"model given has the weights {here}: these samples are not of its own distribution"
+            ),
             stacklevel=2,
         )
     return kept
@@ -266,7 +272,8 @@ def _begin(path: Any, settings: dict[str, Any], model: Any) -> tuple[list[Exampl
     """The samples that the file holds already, and the note to go on with."""
     if path is not None and Path(path).exists():
         kept, note = _read(Path(path))
-        if different := differences(note["settings"], settings):
+        now = {name: value for name, value in settings.items() if name != "key" or name in note["settings"]}
+        if different := differences(note["settings"], now):  # files of 0.1 have no exact key
             raise ValueError(
                 f"{path} holds samples made otherwise ({different}): give another path, or take the file away"
             )
@@ -277,29 +284,45 @@ def _begin(path: Any, settings: dict[str, Any], model: Any) -> tuple[list[Exampl
     return [], {**note, **dict(batches=0, drawn=0, alike=0, empty=0)}
 
 
+_NOTE = {"name", "dtype", "versions", "settings", "batches", "drawn", "alike", "empty", "kept"}
+
+
 def _save(path: Path, note: dict[str, Any], kept: Sequence[Example], tokenizer: Any) -> None:
     """Write the file whole or not at all: a line that says how it was made, then a line a sample."""
-    lines: list[dict[str, Any]] = [{"tokenpaths samples": 1, **note, "kept": len(kept)}]
+    lines: list[dict[str, Any]] = []
     for example in kept:
         start = example.prompt_length
         text = tokenizer.decode(example.ids[start:])  # for people who open the file; `_read` reads the ids
         lines.append({"opening": example.ids[:start], "written": example.ids[start:], "text": text})
-    files.write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    files.write_json(path, {"tokenpaths samples": 1, **note, "kept": len(kept)}, lines)
 
 
 def _read(path: Path) -> tuple[list[Example], dict[str, Any]]:
     try:
-        # not splitlines(), which also splits at characters that JSON leaves as they are
-        note, *lines = [
-            files.strict_json(line) for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        ]
+        note, *lines = map(files.strict_json, files.read_lines(path))
         if note.pop("tokenpaths samples") != 1:
             raise ValueError("its first line is of another version")
-        kept = [Example.of(line["opening"], line["written"]) for line in lines]
-        if missing := {"name", "settings", "kept", "batches", "drawn", "alike", "empty"} - set(note):
+        note.pop("sha256", None)
+        kept = [_example(line) for line in lines]
+        if missing := _NOTE - set(note):
             raise ValueError(f"its first line lacks {', '.join(sorted(missing))}")
-        if not isinstance(note["settings"], dict) or note.pop("kept") != len(kept):
+        if strange := set(note) - _NOTE:
+            raise ValueError(f"its first line has the keys {', '.join(sorted(strange)):.80}")
+        counts = [note[key] for key in ("batches", "drawn", "alike", "empty", "kept")]
+        if not all(type(count) is int and count >= 0 for count in counts) or not isinstance(note["settings"], dict):
+            raise ValueError("its first line does not tell how the samples were made")
+        if note.pop("kept") != len(kept):
             raise ValueError(f"its first line is not of the {len(kept)} samples after it")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise SampleFileError(f"{path} is not a whole file of self_samples ({error!r:.120})") from None
+    except OSError:
+        raise
+    except Exception as error:  # what is damaged may fail in any way
+        raise SampleFileError(f"{path} is not a whole file of self_samples ({error!s:.300})") from None
     return kept, note
+
+
+def _example(line: dict[str, Any]) -> Example:
+    """The sample of a line. Raises `ValueError`, or another error for what is no such line."""
+    for ids in (line["opening"], line["written"]):
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+            raise ValueError(f"a sample is made of token ids, not {ids!r:.60}")
+    return Example.of(line["opening"], line["written"])

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from tokenpaths.attachment.handle import Attachment
 from tokenpaths.attachment.hooks import Hook, Observer
+from tokenpaths.attachment.watcher import Watcher
 from tokenpaths.site.host import is_compiled, two_sided, unwrapped
+from tokenpaths.undo import Undo
 
 
 def always_in_full(model: nn.Module) -> str | None:
@@ -38,6 +41,38 @@ def plain_call(named: Mapping[str, Any], config: Any) -> bool:
     ids, mask = named.get("input_ids"), named.get("attention_mask")
     tokens = isinstance(ids, Tensor) and (mask is None or (isinstance(mask, Tensor) and mask.shape == ids.shape))
     return tokens and all(name in _HARMLESS or value is None or value is False for name, value in asked.items())
+
+
+def independent_length(model: nn.Module) -> int | None:
+    """The most tokens of a row whose states do not depend on its company; None for any number.
+
+    Rotary positions that are scaled by the length of the batch (dynamic NTK, LongRoPE) change beyond a length.
+    """
+    lengths: list[int] = []
+    for module in model.modules():
+        kinds: Any = getattr(module, "rope_type", None)
+        kinds = list(kinds.values()) if isinstance(kinds, Mapping) else [kinds]
+        if {"dynamic", "longrope"} & set(kinds):
+            lengths += _numbers(getattr(module, "original_max_seq_len", None))
+            lengths += _numbers(getattr(getattr(module, "config", None), "original_max_position_embeddings", None))
+            for name in ("rope_parameters", "rope_scaling"):
+                lengths += _numbers(getattr(getattr(module, "config", None), name, None))
+    return min(lengths, default=None)
+
+
+def _numbers(value: Any) -> list[int]:
+    """A length, or those that a configuration of rotary positions states, of all layers."""
+    if isinstance(value, Mapping):
+        parts = cast("Mapping[str, Any]", value).items()
+        named = [part for key, part in parts if isinstance(part, Mapping) or key == "original_max_position_embeddings"]
+        return [number for part in named for number in _numbers(part)]
+    return [value] if isinstance(value, int) else []
+
+
+def others_at_work(model: nn.Module, own: Watcher) -> bool:
+    """Whether trails move states of another list of blocks of the model, which may feed this one."""
+    watchers = [watcher for watcher in Watcher.known(model) if watcher is not own]
+    return any(isinstance(a, Attachment) and a.trails.enabled for watcher in watchers for a in watcher.listeners)
 
 
 def solid(real: Bool[Tensor, "batch seq"]) -> Bool[Tensor, ""]:
@@ -98,12 +133,14 @@ def unseen(model: nn.Module) -> Generator[None]:
             hooks: dict[int, Any] = vars(module)[name]
             if any(not isinstance(hook, Hook) for hook in hooks.values()):
                 taken.append((hooks, dict(hooks)))
-    try:
-        for hooks, _ in taken:
-            for key in [key for key, hook in hooks.items() if not isinstance(hook, Hook)]:
+    with Undo() as undo:
+        for hooks, before in taken:
+            undo.add(_put_back, hooks, before)
+            for key in [key for key, hook in before.items() if not isinstance(hook, Hook)]:
                 del hooks[key]
         yield
-    finally:
-        for hooks, before in taken:
-            hooks.clear()
-            hooks.update(before)
+
+
+def _put_back(hooks: dict[int, Any], before: dict[int, Any]) -> None:
+    hooks.clear()
+    hooks.update(before)

@@ -9,19 +9,23 @@ tokens, and neither trails nor objectives see anything of it:
 2. **tokens**: the keys and values of a row's unmoved prefix are the same too, and what follows is run behind them as it
    is in generation (prefix.py).
 
-What is kept is keyed by the tokens of a row, its place among the padding, the weights of the base, and how it computes
-(dtype, autocast, kind of attention): a tokenizer need not be known. Nothing is kept, and all is run as ever, where a
-forward is random (dropout in the base), is given more than tokens and a mask, fills a cache, is compiled or
-checkpointed, or where somebody's hooks look inside the blocks that would be left out.
+What is kept is keyed by the tokens of a row, its place among the padding, every bit of the base (`exact_key`), and how
+it computes (keys.py): a tokenizer need not be known. Nothing is kept, and all is run as ever, where a forward is random
+(dropout in the base), is given more than tokens and a mask, fills a cache, is compiled or checkpointed, or where
+somebody's hooks look inside the blocks that would be left out.
+
+A row is computed by itself if it is kept, and with the others of its batch if it is not, as it would be without a cone:
+where there is no room, nothing is slower (room.py says what is kept then).
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,14 +43,18 @@ from tokenpaths.engine.cone.conditions import (
     draws,
     foreign_hooks,
     hooked,
+    independent_length,
+    others_at_work,
     plain_call,
     plain_values,
     solid,
     unseen,
 )
 from tokenpaths.engine.cone.kept import InFolder, InMemory, Kept
+from tokenpaths.engine.cone.keys import Computing
+from tokenpaths.engine.cone.room import Room
 from tokenpaths.site import Host
-from tokenpaths.site.fingerprint import fingerprint
+from tokenpaths.undo import Undo
 
 
 class Cone:
@@ -56,8 +64,11 @@ class Cone:
     has computed the others find. Another base or another dtype finds nothing that is not its own.
 
     Args:
-        budget: bytes to keep at most; what has no room is computed each time.
-        folder: keep it in memory-mapped safetensors files here, which outlive the process, and not in memory.
+        budget: bytes to keep at most; what has no room is run each time, as without a cone. At 8 billion weights in
+            bfloat16 a token's keys and values are 131 kB, its hidden state 8 kB: 2 GiB hold 16 thousand tokens of the
+            one, 262 thousand of the other.
+        folder: keep it in safetensors files here, which outlive the process, and not in memory. Their checksums are
+            checked whenever they are read. A folder that cannot be written is a warning.
         dtype: to keep states in; exactly as they are, unless told. bfloat16 halves those of a float32 model, which are
             then no longer exact.
     """
@@ -80,11 +91,23 @@ class Cone:
         how = "" if self.dtype is None else f", dtype={self.dtype}"
         return f"<Cone({self.budget}{where}{how}): {self.kept.used} bytes kept>"
 
+    @classmethod
+    def of(cls, asked: Cone | bool | None) -> Cone | None:
+        """The cone that an argument `cone=` asks for: a new one for True, none for False and None.
+
+        Raises `TypeError` for anything else.
+        """
+        if not (asked is None or isinstance(asked, (Cone, bool))):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"cone={asked!r:.80} must be a Cone, True or False")
+        return cls() if asked is True else asked or None
+
     @contextmanager
     def over(self, model: nn.Module, blocks: str | None = None) -> Generator[ActiveCone | None]:
-        """Inside, forwards of the model leave out what is known. The base must not be trained meanwhile.
+        """Inside, forwards of the model leave out what is known.
 
-        `blocks` names the block list of a model that has several. Gives None for a model that is always run in full.
+        A base that is written to meanwhile is another base from then on. A write through `.data` is not noticed: leave
+        the cone and enter it again. `blocks` names the block list of a model that has several. Gives None for a model
+        that is always run in full.
         """
         if active_cone(model) is not None or always_in_full(model) is not None:
             yield None
@@ -99,7 +122,7 @@ class Cone:
 
 def active_cone(model: nn.Module) -> ActiveCone | None:
     """The cone that a model is inside of; None outside of any."""
-    found = [listener for watcher in Watcher.known(model) for listener in watcher.listeners]
+    found = [listener for watcher in Watcher.known(model) for listener in watcher.acting()]
     return next((listener for listener in found if isinstance(listener, ActiveCone)), None)
 
 
@@ -112,6 +135,9 @@ class ActiveCone:
         self.model = host.model
         self.layers = host.blocks
         self.plan: None = None
+        self.number = 0  # it moves nothing
+        self.unclear = False
+        self._thread = threading.get_ident()
         self.shared: Sequence[tuple[int, ...]] = ()  # tokens that many prompts begin with
         self.narrows: bool | None = None  # whether rows may be run behind a cache; None while that is not known
         self.given: Mapping[int, Tensor] | None = None  # outputs of the blocks below, for a forward behind a prefix
@@ -119,39 +145,43 @@ class ActiveCone:
         self.rests = False  # for a while: rows that come too seldom are not kept
         self.said: set[str] = set()
         self.watcher = Watcher.of(host)
-        config: Any = getattr(host.inner, "config", None)
-        settings = config.to_json_string() if hasattr(config, "to_json_string") else repr(config)
-        self._base = fingerprint(self.model) + settings
+        self.room = Room()  # for the rows of the goal whose loss is computed
+        self.how = ""  # what computes the states, as it stood when the running forward began
+        self._computing = Computing(host)
+        self._independent = independent_length(self.model)
         self._random = [module for module in self.model.modules() if draws(module)]
         self._below: dict[Attachment, int] = {}
         self._in_the_way: dict[int, list[nn.Module]] = {}  # modules on which a hook is in the way of leaving blocks out
         self._outputs: Mapping[int, Tensor] | None = None  # in a forward that leaves out blocks: what these return
         self._look: _Look | None = None  # in a forward that computes what is to be kept
+        self._state_bytes = 0  # of a token, as it is kept
         self._beside: dict[int, int | None] = {}  # by block: what it returns beside its states, counted; None: no tuple
 
     @contextmanager
     def installed(self) -> Generator[None]:
         """Inside, it hears of each forward first, and stands before each block."""
-        self.watcher.join(self, compiled=self.host.compiled)
-        first = Hook(self._ahead)
-        handle = self.watcher.root.register_forward_pre_hook(first, with_kwargs=True, prepend=True)
-        try:
+        with Undo() as undo:
+            undo.add(lambda: self.watcher.leave(self))
+            self.watcher = self.watcher.join(self)
+            first = Hook(self._ahead)
+            undo.hook(self.watcher.root.register_forward_pre_hook, first, with_kwargs=True, prepend=True)
             with forwards(self.layers, self._block):
                 yield
-        finally:
-            handle.remove()
-            self.watcher.leave(self)
+
+    def acts(self) -> bool:
+        """Whether the running thread is the one that is inside the cone."""
+        return threading.get_ident() == self._thread
 
     def begin(self, moment: Moment | None) -> None: ...
 
-    def end(self) -> None:
+    def end(self, before: None) -> None:
         self._outputs = None
 
-    def resume(self, plan: None) -> None: ...
+    def resume(self, plan: None, backward: int) -> None: ...
 
     def attached(self) -> list[Attachment]:
         """The attachments that move something now."""
-        return [a for a in self.watcher.listeners if isinstance(a, Attachment) and a.trails.enabled]
+        return [a for a in self.watcher.acting() if isinstance(a, Attachment) and a.trails.enabled]
 
     def below(self) -> int:
         """The number of blocks, from the first, that no attached trail can change."""
@@ -178,13 +208,22 @@ class ActiveCone:
             return "hooks look at the states of whole rows"
         return None
 
+    def steady(self, tokens: int) -> bool:
+        """Whether the states of rows of a batch of so many columns follow from their tokens; takes note of the base."""
+        if self._is_random() or self.watcher.checkpointing() or others_at_work(self.model, self.watcher):
+            return False
+        if self._independent is not None and tokens > self._independent:
+            return False
+        self.how = self._computing.how
+        return True
+
     def _is_random(self) -> bool:
         """Whether the base draws random numbers in a forward."""
         return any(module.training for module in self._random)
 
     def keys(self, ids: Int[Tensor, "batch seq"], real: Bool[Tensor, "batch seq"]) -> list[str]:
         """A name for each row: its tokens, where they begin, and what computes its states."""
-        how = f"{self.computes()} {self.cone.dtype}".encode()
+        how = f"{self.how} {self.cone.dtype}".encode()
         rows = zip(ids.cpu(), real.cpu(), strict=True)
         return [
             hashlib.blake2b(
@@ -192,14 +231,6 @@ class ActiveCone:
             ).hexdigest()
             for row, mask in rows
         ]
-
-    def computes(self) -> str:
-        """What computes the states: the weights, and how it goes about it."""
-        first = next(self.model.parameters())
-        kind = first.device.type
-        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        attention = getattr(getattr(self.host.inner, "config", None), "_attn_implementation", None)
-        return f"{self._base} {first.dtype} {cast} {attention}"
 
     def run_in_full(self, reason: str) -> None:
         """Say once why nothing is left out."""
@@ -215,27 +246,23 @@ class ActiveCone:
             for layer in self.layers
             for some in foreign_hooks(layer)
             for hook in some
-            if isinstance(hook, Observer)
+            if isinstance(hook, Observer) and hook.is_here()
         ]
         with ExitStack() as stack:
             for attachment in self.attached():
-                stack.enter_context(attachment.trails.off())
+                stack.enter_context(attachment.trails.switched(False))
             stack.enter_context(torch.no_grad())
+            undo = stack.enter_context(Undo())
             for hook in observers:
-                hook.awake = False
-                stack.callback(setattr, hook, "awake", True)
+                undo.set(hook, "awake", False)
             yield
 
     def _ahead(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward is about to begin: find out what it can leave out, and compute what is not known yet.
-
-        Rows are computed one by one, so that what is kept of a row does not depend on its company: a run that is
-        resumed, or that finds what another run kept, goes on bit for bit alike.
-        """
+        """A forward is about to begin: find out what it can leave out, and compute what is not known yet."""
         if self._look is not None:
             return
         self._outputs = self.given
-        if self.given is not None or not self.skips or self.rests:
+        if self.given is not None or not self.skips or self.rests or not self.cone.budget:
             return
         below = self.below()
         named = {**dict(zip(self.watcher.arguments[module], args, strict=False)), **kwargs}
@@ -244,51 +271,61 @@ class ActiveCone:
         wanted = self._wanted(below)
         if not below or wanted is None or not plain_call(named, config):
             return
-        if self._is_random() or self.watcher.checkpointing():
-            return
         assert isinstance(ids, Tensor)
-        if not self.learn():
+        if not self.steady(ids.shape[1]) or not self.learn():
             return
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        if not bool(solid(real)):
-            return
-        rows: list[Mapping[int, Tensor]] = []
-        for row, (key, there) in enumerate(zip(self.keys(ids, real), real.tolist(), strict=True)):
-            until = len(there) - there[::-1].index(True)
-            rows.append(self._states(key, ids[row : row + 1, :until], real[row : row + 1, :until], wanted))
-        self._outputs = {count: _together([row[count] for row in rows], real) for count in wanted}
+        if bool(solid(real)) and (rows := self._rows(ids, real, wanted)) is not None:
+            self._outputs = {count: _together([row[count] for row in rows], real) for count in wanted}
 
-    def _states(self, key: str, ids: Tensor, real: Tensor, wanted: frozenset[int]) -> Mapping[int, Tensor]:
-        """The states of a row, by the number of blocks before them: kept, or computed now and kept if there is room."""
-        found = {count: self.cone.kept.get(f"{key}.{count}") for count in wanted}
-        states = {count: group["states"] for count, group in found.items() if group is not None}
-        if len(states) == len(wanted):
-            return states
-        look = self._look = _Look(wanted)
-        try:
+    def _rows(self, ids: Tensor, real: Tensor, wanted: frozenset[int]) -> list[Mapping[int, Tensor]] | None:
+        """The states of each row, by the number of blocks before them; None where no row is kept or has room.
+
+        A row that is kept is computed by itself, so that what is kept does not depend on its company: a run that is
+        resumed, or that finds what another run kept, goes on bit for bit alike. The others are computed together.
+        """
+        found: dict[int, Mapping[int, Tensor]] = {}
+        for row, (key, there) in enumerate(zip(self.keys(ids, real), real.tolist(), strict=True)):
+            groups = {count: self.cone.kept.get(f"{key}.{count}") for count in wanted}
+            known = {count: group["states"] for count, group in groups.items() if group is not None}
+            if len(known) == len(wanted):
+                found[row] = known
+            elif self._has_room(key, sum(there), len(wanted)):
+                until = len(there) - there[::-1].index(True)
+                one = slice(row, row + 1)
+                found[row] = self._compute(ids[one, :until], real[one, :until], wanted)[0]
+                for count, states in found[row].items():
+                    self.cone.kept.put(f"{key}.{count}", {"states": states})
+        if not found:
+            return None
+        others = [row for row in range(len(ids)) if row not in found]
+        found |= dict(zip(others, self._compute(ids[others], real[others], wanted) if others else (), strict=True))
+        return [found[row] for row in range(len(ids))]
+
+    def _has_room(self, key: str, tokens: int, count: int) -> bool:
+        """Whether the states of a row of so many tokens, after `count` of the blocks, are to be kept and can be."""
+        return self.room.keeps(key) and self.cone.kept.fits(tokens * self._state_bytes * count, count)
+
+    def _compute(self, ids: Tensor, real: Tensor, wanted: frozenset[int]) -> list[Mapping[int, Tensor]]:
+        """The states of rows as the frozen model makes them, by the number of blocks before them, without padding."""
+        look = _Look(wanted)
+        with Undo() as undo, suppress(_Seen):
+            undo.set(self, "_look", look)
             with self.frozen():
                 self.watcher.reader(input_ids=ids, attention_mask=real.long(), use_cache=False)
-        except _Seen:
-            pass
-        finally:
-            self._look = None
-        states = {count: tensor[0, real[0].to(tensor.device)] for count, tensor in look.states.items()}
-        states = {count: tensor.to("cpu", self.cone.dtype or tensor.dtype) for count, tensor in states.items()}
-        for count, tensor in states.items():
-            self.cone.kept.put(f"{key}.{count}", {"states": tensor})
-        return states
+        states = {count: tensor.to("cpu", self.cone.dtype or tensor.dtype) for count, tensor in look.states.items()}
+        return [{count: tensor[row, there] for count, tensor in states.items()} for row, there in enumerate(real.cpu())]
 
     def learn(self) -> bool:
         """Whether blocks hand on hidden states and nothing else: seen once, in a short forward that no one looks at."""
         if self._beside:
             return self.skips
-        look = self._look = _Look(frozenset())
-        try:
+        look = _Look(frozenset())
+        with Undo() as undo:
+            undo.set(self, "_look", look)
             with self.frozen(), unseen(self.watcher.reader):
                 ids = torch.zeros(1, 2, dtype=torch.long, device=self.host.device)
                 self.watcher.reader(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        finally:
-            self._look = None
         if look.more or len(self._beside) != len(self.layers):
             self.skips = False
             self.run_in_full("its blocks hand on more than a hidden state")
@@ -312,6 +349,8 @@ class ActiveCone:
         given = (*args, *kwargs.values())
         look.more |= not isinstance(states, Tensor) or not plain_values(given)
         look.more |= any(x is y for x in given for y in look.handed)
+        if isinstance(states, Tensor):
+            self._state_bytes = states.shape[-1] * (self.cone.dtype or states.dtype).itemsize
         look.handed += [thing for thing in rest if isinstance(thing, Tensor)]
         self._beside[number] = len(rest) if isinstance(result, tuple) else None
         if number + 1 in look.wanted:

@@ -24,14 +24,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from tokenpaths.attachment import caches
 from tokenpaths.attachment.handle import Attachment
+from tokenpaths.attachment.hooks import Hook
 from tokenpaths.attachment.moment import Moment
-from tokenpaths.attachment.watcher import Watcher
 from tokenpaths.data.examples import Batch, Example
 from tokenpaths.engine.cone.cone import ActiveCone, active_cone
+from tokenpaths.engine.cone.room import token_bytes
 from tokenpaths.engine.states import recording
 from tokenpaths.site import Place
 from tokenpaths.tokens import Context
+from tokenpaths.undo import Undo
 
 WORTHWHILE = 0.75  # of the tokens of a row, the most to run; above, cutting costs about what it saves
 KEYS = ("keys", "values")
@@ -63,11 +66,9 @@ def narrowed(
     if worker is None or cut is None:
         yield inputs_of(batch), needed
         return
-    worker.given = cut.entering
-    try:
+    with Undo() as undo:
+        undo.set(worker, "given", cut.entering)
         yield cut.inputs, cut.needed
-    finally:
-        worker.given = None
 
 
 def common_prefix(examples: Sequence[Example]) -> tuple[int, ...]:
@@ -111,14 +112,55 @@ def _cut(worker: ActiveCone, model: nn.Module, batch: Batch, needed: Bool[Tensor
     attached = worker.attached()
     if not attached or worker.rests or worker.narrows is False or worker.whole_rows() is not None:
         return None
-    before = starts(attached, batch, needed)
+    if not worker.cone.budget or not worker.steady(batch.input_ids.shape[1]):
+        return None
+    before = _kept_starts(worker, batch, starts(attached, batch, needed))
     lengths = batch.attention_mask.sum(1).tolist()
     if max(n - p for n, p in zip(lengths, before, strict=True)) > WORTHWHILE * max(lengths):
         return None
     worker.learn()
-    if worker.narrows or worker.computes() in worker.cone.narrows:
+    if not _all_fit(worker, batch, before):
+        return None
+    if worker.narrows or worker.how in worker.cone.narrows:
         worker.narrows = True
         return _behind_prefixes(worker, model, batch, needed, before)
+    return _tried(worker, model, batch, needed, before)
+
+
+def _kept_starts(worker: ActiveCone, batch: Batch, before: Sequence[int]) -> Sequence[int]:
+    """Where rows are cut: where there is no room for what is their own, behind the front that they share.
+
+    Or nowhere, if more is saved by leaving out the blocks below for whole rows.
+    """
+    if worker.room.prefixes:
+        return before
+    rows = zip(batch.input_ids, batch.attention_mask.bool(), before, strict=True)
+    fronts = [_shared_length(worker, ids[mask], count) for ids, mask, count in rows]
+    saved = sum(fronts) * len(worker.layers), int(batch.attention_mask.sum()) * worker.below()
+    return fronts if saved[0] > saved[1] else [0] * len(fronts)
+
+
+def _all_fit(worker: ActiveCone, batch: Batch, before: Sequence[int]) -> bool:
+    """Whether the prefix of every row is kept, or has room: one that is run each time would cost more than it saves."""
+    state, pair = token_bytes(worker.host)
+    below, size, fronts = worker.below(), 0, set[int]()
+    for ids, mask, count in zip(batch.input_ids, batch.attention_mask.bool(), before, strict=True):
+        row = ids[mask]
+        shared = _shared_length(worker, row, count)
+        if shared and worker.cone.kept.get(_name(worker, f"front of {shared}", row[:shared])) is None:
+            fronts.add(shared)
+        own = below or count > shared
+        if own and worker.cone.kept.get(_name(worker, _what(shared, count, below), row)) is None:
+            size += (count - shared) * (pair or 0) * (len(worker.layers) - below)
+            size += (len(row) - count) * state * bool(below)
+    size += sum(fronts) * (pair or 0) * len(worker.layers)
+    return not size or worker.cone.kept.fits(size, 3 * len(before))
+
+
+def _tried(
+    worker: ActiveCone, model: nn.Module, batch: Batch, needed: Bool[Tensor, "batch seq"], before: Sequence[int]
+) -> _Cut | None:
+    """A first batch, run both ways: whether the model gives behind a cache what it gives without one."""
     try:
         cut = _behind_prefixes(worker, model, batch, needed, before)
         whole = _enters_head(worker, inputs_of(batch))[needed]
@@ -139,7 +181,7 @@ def _cut(worker: ActiveCone, model: nn.Module, batch: Batch, needed: Bool[Tensor
     if not worker.narrows:
         worker.run_in_full(f"behind a cache of keys and values its hidden states differ by {apart:.1g} of their norm")
         return None
-    worker.cone.narrows.add(worker.computes())
+    worker.cone.narrows.add(worker.how)
     return cut
 
 
@@ -161,7 +203,7 @@ def _behind_prefixes(
     ids, prompt = shift(batch.input_ids), shift(batch.prompt_mask)
     cache = _cache(worker, rows, past, device)
     known = Context(shifted[:, :past], prompt[:, :past], ids[:, :past], {})
-    Watcher.remember(cache, Moment(known, 0, past))
+    caches.remember(cache, Moment(known, 0, past, movers=None))
     inputs = dict(
         input_ids=ids[:, past:],
         attention_mask=shifted.long(),
@@ -195,8 +237,9 @@ def _cache(worker: ActiveCone, rows: Sequence[Mapping[str, Tensor]], past: int, 
 
 def _stacked(rows: Sequence[Sequence[Tensor]], past: int) -> Float[Tensor, "layers batch heads past size"]:
     """Rows of parts [layers, heads, tokens, size], one behind the other, all ending in the last column."""
-    layers, heads, _, size = rows[0][0].shape
-    together = rows[0][0].new_zeros(layers, len(rows), heads, past, size)
+    like = next(parts[0] for parts in rows if parts)  # a row may have no prefix
+    layers, heads, _, size = like.shape
+    together = like.new_zeros(layers, len(rows), heads, past, size)
     for i, parts in enumerate(rows):
         end = past
         for part in reversed(parts):
@@ -224,19 +267,27 @@ def _rows(worker: ActiveCone, batch: Batch, before: Sequence[int]) -> list[dict[
         row = ids[mask]
         shared = _shared_length(worker, row, count)
         front = _kept(worker, f"front of {shared}", row[:shared], None, shared) if shared else None
-        own = _kept(worker, f"behind {shared} of {count} over {below}", row, front, count)
+        own = _kept(worker, _what(shared, count, below), row, front, count) if below or count > shared else {}
         if front is not None:
             own = {**own, "front keys": front["keys"][below:], "front values": front["values"][below:]}
         found.append(own)
     return found
 
 
+def _what(shared: int, count: int, below: int) -> str:
+    return f"behind {shared} of {count} over {below}"
+
+
+def _name(worker: ActiveCone, what: str, ids: Int[Tensor, " n"]) -> str:
+    """The key of what is kept of a row."""
+    return f"{worker.keys(ids[None], torch.ones_like(ids[None], dtype=torch.bool))[0]}.{what}"
+
+
 def _kept(
     worker: ActiveCone, what: str, ids: Int[Tensor, " n"], front: Mapping[str, Tensor] | None, count: int
 ) -> dict[str, Tensor]:
     """The frozen model's keys and values of the first `count` tokens behind the front; a front has all layers'."""
-    row = ids[None]
-    name = f"{worker.keys(row, torch.ones_like(row, dtype=torch.bool))[0]}.{what}"
+    row, name = ids[None], _name(worker, what, ids)
     if (known := worker.cone.kept.get(name)) is not None:
         return dict(known)
     start = 0 if front is None else front["keys"].shape[2]
@@ -256,7 +307,7 @@ def _frozen(worker: ActiveCone, row: Tensor, front: Mapping[str, Tensor] | None,
     known = [] if front is None else zip(front["keys"][:, None], front["values"][:, None], strict=True)
     cache = _filled(known, row.device)
     given = torch.ones_like(row[:, :start], dtype=torch.bool)
-    Watcher.remember(cache, Moment(Context(given, given, row[:, :start], {}), 0, start))
+    caches.remember(cache, Moment(Context(given, given, row[:, :start], {}), 0, start, movers=None))
     below = worker.below()
     places = {below: Place(worker.layers[below - 1], "output")} if below else {}
     with worker.frozen(), recording(places, entering=True) as entered:
@@ -292,9 +343,7 @@ def _enters_head(worker: ActiveCone, inputs: dict[str, Any]) -> Tensor:
 
     if worker.host.head is None:
         raise ValueError("it has no output embedding")
-    handle = worker.host.head.register_forward_pre_hook(first)
-    try:
+    with Undo() as undo:
+        undo.hook(worker.host.head.register_forward_pre_hook, Hook(first))
         worker.model(**inputs)
-    finally:
-        handle.remove()
     return seen[0]

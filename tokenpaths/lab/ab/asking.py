@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -9,11 +10,13 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from tokenpaths.data.encoding import encode_texts
+from tokenpaths.data.examples import Example
 from tokenpaths.data.items import Choice, Question
 from tokenpaths.engine.generate import generate
 from tokenpaths.engine.likelihood import encode_choices, log_likelihoods, right
+from tokenpaths.engine.reach import share_reached
 from tokenpaths.engine.readings import Run
-from tokenpaths.lab.ab.arms import Ask
+from tokenpaths.lab.ab.arms import Arm, Ask
 
 Item: TypeAlias = "Question | Choice"
 Score: TypeAlias = Callable[[str, Question], float]
@@ -47,6 +50,32 @@ class Asking:
                 f"an arm returned {len(texts)} texts for {len(questions)} prompts: it must return one for each"
             )
         return texts, [self._score(text, question) for text, question in zip(texts, questions, strict=True)]
+
+    def moved(self, a: Arm, b: Arm, items: Sequence[Item], written: Sequence[Sequence[str]]) -> float:
+        """The share of the predictions behind the answers that may differ between arms a and b, the least over seeds.
+
+        Args:
+            a: the arm that is compared with; its first seed stands for all.
+            b: the other arm.
+            items: what was asked.
+            written: what each seed of b wrote or chose; the words of an answer are what its predictions are behind.
+
+        Returns:
+            NaN where one of the two is a function.
+        """
+        if not all(isinstance(one, Run) for one in (*a.seeds, *b.seeds)):
+            return math.nan
+        shares: list[float] = []
+        for run, texts in zip(b.runs, written, strict=True):
+            if choices := [item for item in items if isinstance(item, Choice)]:
+                examples = [option for options in encode_choices(choices, self.tokenizer) for option in options]
+            else:
+                asked = encode_texts([item.prompt for item in items], self.tokenizer)
+                told = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+                # an answer without a token was still predicted, by the last of the prompt
+                examples = [Example.of(each.ids, ids or each.ids[-1:]) for each, ids in zip(asked, told, strict=True)]
+            shares.append(share_reached(a.runs[0], run, examples, self.max_batch_tokens))
+        return min(shares)
 
     def _write(self, one: Run | Ask, prompts: list[str]) -> list[str]:
         if not isinstance(one, Run):

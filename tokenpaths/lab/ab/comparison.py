@@ -7,8 +7,9 @@ Arm b is compared with arm a on the task, and on what it retains. The verdict is
     "cannot tell"   else; the report says how many items would tell
 
 The task is better (worse) if its Holm-adjusted p-value is at most alpha and the effect is above (below) 0. A loss is
-kept (beyond) if its whole simultaneous interval is below (above) its margin. There are two ways to be wrong: to call
-equal tasks different, and to call a loss within its margin lost. Each has a probability of at most alpha over all arms.
+kept (beyond) if its whole simultaneous interval is below (above) its margin. Neither is told of fewer items or moved
+tokens than `stats.verdicts` asks for. There are two ways to be wrong: to call equal tasks different, and to call a loss
+within its margin lost. Each has a probability of at most alpha over all arms.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Literal, TypeAlias
 from tokenpaths.lab.ab.retained import Retained
 from tokenpaths.stats.paired import Effect
 from tokenpaths.stats.power import Power
+from tokenpaths.stats.verdicts import too_little
 
 Verdict: TypeAlias = Literal["better", "worse", "cannot tell"]
 
@@ -37,6 +39,8 @@ class Comparison:
         retained: what was kept of every task of retention.
         clean: the effect without items that training has seen; None where none was found, or the test could stop early.
         evidence: the largest e-value of all looks, where the test could stop early.
+        moved: the share of the predictions behind the answers that the arm moves and arm a does not, or the other way
+            round; NaN where one of them is a function, and in files of earlier versions.
     """
 
     arm: str
@@ -47,11 +51,12 @@ class Comparison:
     retained: tuple[Retained, ...] = ()
     clean: Effect | None = None
     evidence: float | None = None
+    moved: float = math.nan
 
     @property
     def task(self) -> Verdict:
         """On the task alone."""
-        if self.adjusted > self.alpha or self.effect.value == 0:
+        if too_little(self.effect.items, self.moved) or self.adjusted > self.alpha or self.effect.value == 0:
             return "cannot tell"
         return "better" if self.effect.value > 0 else "worse"
 
@@ -70,10 +75,14 @@ class Comparison:
         told = [f"The task: {self.task} (adjusted p = {self.adjusted:.2g} {sign} {self.alpha:g})."]
         if self.task == "cannot tell":
             told.append(_would_tell(self.effect, self.power))
+        if few := too_little(self.effect.items, self.moved):
+            told.append(f"Too little: {few}.")
         for figure in self.retained:
             name = f"{figure.task}, {figure.measure}"
             if figure.says == "lost":
                 told.append(f"{name}: the loss of {figure.loss:.3g} is beyond the margin of {figure.margin:g}.")
+            elif figure.too_little:
+                told.append(f"{name}: cannot tell, {figure.too_little}.")
             elif figure.says == "cannot tell":
                 more = f": about {figure.tells:,} items tell" if figure.tells else ""
                 told.append(f"{name}: cannot tell whether the loss is within {figure.margin:g}{more}.")

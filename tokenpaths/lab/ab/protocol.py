@@ -20,6 +20,7 @@ import numpy as np
 
 from tokenpaths.data.contamination import GRAM, Overlap, exact, shared_grams
 from tokenpaths.data.items import Choice, Question, Task
+from tokenpaths.data.splitting import SPLITS
 from tokenpaths.engine.batches import shown
 from tokenpaths.engine.readings import Run
 from tokenpaths.lab.ab.arms import Arm
@@ -32,10 +33,13 @@ from tokenpaths.lab.chains.form import last_word
 from tokenpaths.stats.paired import Effect, effect, holm
 from tokenpaths.stats.power import foresee
 from tokenpaths.stats.sequential import always_valid, evidence
+from tokenpaths.stats.verdicts import LEAST_ITEMS
+from tokenpaths.undo import tidy
 
 BETS, MIXTURE = "bets on won items, valid at all looks", "an always-valid mixture interval"
 
 
+@tidy
 def ab_test(
     a: Arm,
     b: Arm | Sequence[Arm],
@@ -47,6 +51,7 @@ def ab_test(
     retention: Sequence[Task] = (),
     reference: Arm | None = None,
     margins: Margins = MARGINS,
+    splits: int = SPLITS,
     training: Sequence[str] = (),
     stop_early: bool = False,
     look_every: int = 10,
@@ -71,6 +76,8 @@ def ab_test(
         retention: tasks that an arm should do as well as `a`, within `margins`.
         reference: the arm that KL is measured to; `a` if none is given.
         margins: how much may be lost, in nats a token, share of right choices, and nats a token of KL.
+        splits: the number of places at which texts of `retention` without a prompt are split into prompt and answer,
+            for all arms alike (`data.splitting`).
         training: prompts of training, to search for those of the examples.
         stop_early: look at the outcomes after every `look_every` items, in random order, and stop when they tell. For
             right or wrong outcomes and one seed an arm; p and intervals hold at all looks together, and are wider.
@@ -103,15 +110,19 @@ def ab_test(
     overlaps, searched = _search(reference, tokenizer, training, [question.prompt for question in questions])
     kept = retained(
         a, others, reference, retention, tokenizer,
-        margins=margins, alpha=alpha, max_batch_tokens=max_batch_tokens, seed=seed, progress=progress,
+        margins=margins, alpha=alpha, splits=splits, max_batch_tokens=max_batch_tokens, seed=seed, progress=progress,
     )  # fmt: skip
     asking = Asking(tokenizer, read_answer, score, stop_strings, max_new_tokens, batch_size, max_batch_tokens)
     answers, most = _ask(arms, items, asking, look_every if stop_early else None, alpha, progress)
     count = len(answers[0].scores[0])
+    moved = {
+        arm.name: asking.moved(a, arm, items[:count], mine.written)
+        for arm, mine in zip(others, answers[1:], strict=True)
+    }
     overlaps = tuple(overlap for overlap in overlaps if overlap.test < count)
     return Report(
         a=a.name,
-        comparisons=_compare(answers, kept, overlaps, most, alpha, power, seed),
+        comparisons=_compare(answers, kept, overlaps, most, moved, alpha, power, seed),
         asked=tuple(questions[:count]),
         of=len(items),
         answers=answers,
@@ -140,7 +151,7 @@ def _ask(
                 change = np.subtract(scored, scores[0][0])
                 now = evidence(int((change > 0).sum()), int((change < 0).sum()))
                 most[arm.name] = max(most[arm.name], now)
-            if max(holm([1 / found for found in most.values()])) <= alpha:
+            if len(scores[0][0]) >= LEAST_ITEMS and max(holm([1 / found for found in most.values()])) <= alpha:
                 break
     answers = (
         Answers(arm.name, tuple(map(tuple, scored)), tuple(map(tuple, written)))
@@ -154,6 +165,7 @@ def _compare(
     kept: dict[str, tuple[Retained, ...]],
     overlaps: Sequence[Overlap],
     most: dict[str, float],
+    moved: dict[str, float],
     alpha: float,
     power: float,
     seed: int,
@@ -182,6 +194,7 @@ def _compare(
             retained=kept[arm.arm],
             clean=compare(arm, seen) if some and not most else None,
             evidence=most.get(arm.arm),
+            moved=moved[arm.arm],
         )
         for i, arm in enumerate(others)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,9 +15,11 @@ from tokenpaths.data.items import Question
 from tokenpaths.lab.ab import page
 from tokenpaths.lab.ab.comparison import Comparison, Verdict
 from tokenpaths.report import pages
+from tokenpaths.report.escaping import markdown, terminal
 from tokenpaths.report.figures import COLOURS, GREY, empty_figure, forest
 from tokenpaths.report.records import Record
 from tokenpaths.report.tables import interval_text, markdown_table, text_table
+from tokenpaths.stats.verdicts import LEAST_ITEMS, LEAST_MOVED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,15 +98,15 @@ class Report(Record):
 
     def __str__(self) -> str:
         told = [f"{c.arm} against {self.a}: {c.verdict}. {' '.join(c.reasons)}" for c in self.comparisons]
-        return "\n\n".join([*told, *map(text_table, self.tables()), *self.notes()])
+        return terminal("\n\n".join([*told, *map(text_table, self.tables()), *self.notes()]))
 
     def to_markdown(self) -> str:
         """What `print(report)` shows, in Markdown."""
         told: list[str] = []
         for found in self.comparisons:
-            title = f"{found.arm} against {self.a}".replace("|", "\\|")
-            told.append(f"**{' '.join(title.split())}: {found.verdict}.** {' '.join(found.reasons)}")
-        return "\n\n".join([*told, *map(markdown_table, self.tables()), *self.notes()])
+            title = markdown(f"{found.arm} against {self.a}")
+            told.append(f"**{title}: {found.verdict}.** {markdown(' '.join(found.reasons))}")
+        return "\n\n".join([*told, *map(markdown_table, self.tables()), *map(markdown, self.notes())])
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write one page that needs nothing from outside, whole or not at all."""
@@ -173,6 +176,10 @@ class Report(Record):
                 + ", ".join(f"{c.arm} {c.evidence:.3g}" for c in self.comparisons)
                 + f" (an e-value; {len(self.comparisons) / self.alpha:g} is enough)."
             )
+        if known := {c.arm: c.moved for c in self.comparisons if not math.isnan(c.moved)}:
+            shares = ", ".join(f"{arm} {share:.1%}" for arm, share in known.items())
+            told.append(f"Of the tokens that answers are read from, moved against {self.a}: {shares}.")
+        told.append(f"A verdict needs {LEAST_ITEMS} items, with {LEAST_MOVED:.0%} of the tokens read moved.")
         if confidence := {kept.confidence for c in self.comparisons for kept in c.retained}:
             told.append(f"Intervals of retention are simultaneous: {max(confidence):.2%} each.")
         if self.searched:

@@ -5,6 +5,9 @@ arm) in nats a token. Of a choice task, accuracy against arm a. Each is stated a
 interval is at most its margin (non-inferiority). The intervals hold together: that of each of m figures has confidence
 1 - alpha / m (Bonferroni).
 
+All arms are read on the same tokens: a text without a prompt is split into prompt and answer at several places, for
+trails and for LoRA alike. A figure of fewer items or moved tokens than `stats.verdicts` asks for says "cannot tell".
+
 Where every number of a text task is exactly what it was, as behind shut gates, an interval has no spread to be made of.
 It is then [0, 0], which is kept, and the note says what share of such texts may still change: 1 - (alpha / m)^(1 / n).
 """
@@ -22,36 +25,13 @@ from tokenpaths.data.items import Task
 from tokenpaths.engine.batches import shown
 from tokenpaths.engine.readings import Run
 from tokenpaths.lab.ab.arms import Arm
-from tokenpaths.lab.forgetting.measuring import TextSums, read_choices, read_texts
+from tokenpaths.lab.forgetting.margins import MARGINS as MARGINS
+from tokenpaths.lab.forgetting.margins import Margins as Margins
+from tokenpaths.lab.forgetting.measuring import TextSums, read_choices, read_texts, share_of_choices
 from tokenpaths.lab.forgetting.report import ACCURACY, KL, NATS, moved_text
 from tokenpaths.stats.intervals import UNKNOWN, Interval, Values
 from tokenpaths.stats.paired import Outcomes, effect
-
-
-@dataclass(frozen=True)
-class Margins:
-    """How much an arm may lose.
-
-    Args:
-        nats: nats a token of texts, against arm a.
-        accuracy: the share of right choices, against arm a.
-        kl: nats a token of KL to the reference.
-
-    Raises:
-        ValueError: a margin of 0 or less, which no sample could show to be kept.
-    """
-
-    nats: float = 0.05
-    accuracy: float = 0.05
-    kl: float = 0.1
-
-    def __post_init__(self) -> None:
-        for name, margin in vars(self).items():
-            if not 0 < margin < math.inf:
-                raise ValueError(f"the margin of {name} is {margin}, but must be above 0: no sample shows no loss")
-
-
-MARGINS = Margins()
+from tokenpaths.stats.verdicts import may_still, too_little
 
 
 @dataclass(frozen=True)
@@ -69,6 +49,8 @@ class Retained:
         margin: the loss that is allowed.
         items: the number of items.
         note: what a reader needs beside the figures.
+        moved: the share of the scored predictions that the arm moves, or arm a if that is less and no reference. NaN
+            where it is not known, as in files of earlier versions.
     """
 
     task: str
@@ -81,14 +63,22 @@ class Retained:
     margin: float
     items: int
     note: str = ""
+    moved: float = math.nan
 
     @property
     def says(self) -> Literal["kept", "lost", "cannot tell"]:
-        """On which side of the margin the whole interval lies."""
+        """On which side of the margin the whole interval lies; "cannot tell" of too few items or tokens moved."""
         low, high = self.interval
+        if self.too_little:
+            return "cannot tell"
         if high <= self.margin:
             return "kept"
         return "lost" if low > self.margin else "cannot tell"
+
+    @property
+    def too_little(self) -> str:
+        """Why nothing may be said of so little, in words; "" if it may."""
+        return too_little(self.items, self.moved)
 
     @property
     def tells(self) -> int | None:
@@ -108,6 +98,7 @@ def retained(
     *,
     margins: Margins,
     alpha: float,
+    splits: int,
     max_batch_tokens: int,
     seed: int,
     progress: bool = False,
@@ -122,8 +113,9 @@ def retained(
         tokenizer: of the models.
         margins: how much may be lost.
         alpha: of all intervals together.
+        splits: the number of places at which a text without a prompt is split.
         max_batch_tokens: the most tokens in one forward.
-        seed: of the sign flips.
+        seed: of the sign flips and the splits.
         progress: show a bar over the arms.
 
     Raises:
@@ -132,54 +124,66 @@ def retained(
     if not tasks:
         return {arm.name: () for arm in others}
     (frozen,) = reference.runs
-    found = {
-        arm.name: _figures(arm, frozen, tasks, tokenizer, max_batch_tokens)
-        for arm in shown([a, *others], "retention", progress)
-    }
+    reading = _Reading(frozen, tasks, tokenizer, splits, max_batch_tokens, seed)
+    found = {arm.name: reading.figures(arm) for arm in shown([a, *others], "retention", progress)}
     of_a = found[a.name]
     confidence = 1 - alpha / (len(others) * len(of_a))
     return {
-        arm.name: tuple(_retained(*pair, margins, confidence, seed) for pair in zip(of_a, found[arm.name], strict=True))
+        arm.name: tuple(
+            _retained(*pair, margins, confidence, seed, a is reference)
+            for pair in zip(of_a, found[arm.name], strict=True)
+        )
         for arm in others
     }
 
 
 @dataclass(frozen=True, eq=False)
 class _Figure:
-    """A measure of an arm in one task: a number for each seed and item."""
+    """A measure of an arm in one task: a number for each seed and item, and the share of predictions that it moves."""
 
     task: str
     measure: str
     values: Outcomes
-    note: str = ""
+    moved: float
 
 
-def _figures(arm: Arm, reference: Run, tasks: Sequence[Task], tokenizer: Any, max_batch_tokens: int) -> list[_Figure]:
-    """All measures of an arm, task by task."""
-    read = [_read(run, reference, tasks, tokenizer, max_batch_tokens) for run in arm.runs]
-    found: list[_Figure] = []
-    for task, *of_seeds in zip(tasks, *read, strict=True):
-        texts = [one for one in of_seeds if isinstance(one, TextSums)]
-        if not texts:
-            found.append(_Figure(task.name, ACCURACY, np.stack(of_seeds)))
-            continue
-        nats, far = (_means([getattr(one, name) for one in texts], texts[0].count) for name in ("after", "far"))
-        moved = sum(one.moved for one in texts) / len(texts)
-        found += [_Figure(task.name, NATS, nats), _Figure(task.name, KL, far, moved_text(moved))]
-    return found
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """How every arm is read; the arguments are those of `retained`."""
 
+    reference: Run
+    tasks: Sequence[Task]
+    tokenizer: Any
+    splits: int
+    max_batch_tokens: int
+    seed: int
 
-def _read(
-    run: Run, reference: Run, tasks: Sequence[Task], tokenizer: Any, max_batch_tokens: int
-) -> list[TextSums | Values]:
-    """Every task, read in one run, whose trails are laid in once."""
-    with run.ready():
-        return [
-            read_texts(reference, run, task, tokenizer, max_batch_tokens)
-            if task.kind == "text"
-            else read_choices(run, task, tokenizer, max_batch_tokens)
-            for task in tasks
-        ]
+    def figures(self, arm: Arm) -> list[_Figure]:
+        """All measures of an arm, task by task."""
+        read = [self._read(run) for run in arm.runs]
+        found: list[_Figure] = []
+        for task, *of_seeds in zip(self.tasks, *read, strict=True):
+            texts = [one for one in of_seeds if isinstance(one, TextSums)]
+            if not texts:
+                choices = [one for one in of_seeds if not isinstance(one, TextSums)]
+                moved = min(share for _, share in choices)
+                found.append(_Figure(task.name, ACCURACY, np.stack([right for right, _ in choices]), moved))
+                continue
+            nats, far = (_means([getattr(one, name) for one in texts], texts[0].count) for name in ("after", "far"))
+            moved = min(one.moved for one in texts)
+            found += [_Figure(task.name, NATS, nats, moved), _Figure(task.name, KL, far, moved)]
+        return found
+
+    def _read(self, run: Run) -> list[TextSums | tuple[Values, float]]:
+        """Every task, read in one run, whose trails are laid in once."""
+        with run.ready():
+            return [self._task(run, task) for task in self.tasks]
+
+    def _task(self, run: Run, task: Task) -> TextSums | tuple[Values, float]:
+        if task.kind == "text":
+            return read_texts(self.reference, run, task, self.tokenizer, self.max_batch_tokens, self.splits, self.seed)
+        right = read_choices(run, task, self.tokenizer, self.max_batch_tokens)
+        return right, share_of_choices(self.reference, run, task, self.tokenizer, self.max_batch_tokens)
 
 
 def _means(sums: Sequence[Values], count: Values) -> Outcomes:
@@ -189,17 +193,18 @@ def _means(sums: Sequence[Values], count: Values) -> Outcomes:
     return (x - ratio * count) / count.mean() + ratio
 
 
-def _retained(a: _Figure, arm: _Figure, margins: Margins, confidence: float, seed: int) -> Retained:
+def _retained(a: _Figure, arm: _Figure, margins: Margins, confidence: float, seed: int, to_reference: bool) -> Retained:
     """The loss of an arm in one figure."""
     before, after = a.values, arm.values
     if arm.measure == KL:  # a distance, which is no loss against arm a
         before = np.zeros((1, after.shape[1]))
     worse = (after, before) if arm.measure == ACCURACY else (before, after)
     found = effect(*worse, confidence=confidence, seed=seed, counts=arm.measure == ACCURACY)
-    interval, note = found.interval, arm.note
+    moved = arm.moved if to_reference or arm.measure == KL else min(arm.moved, a.moved)
+    interval, note = found.interval, moved_text(moved)
     if interval == UNKNOWN and not (found.wins or found.losses):
-        interval, few = (0.0, 0.0), 1 - (1 - confidence) ** (1 / found.items)
-        note += f"{'; ' if note else ''}no text changed; up to {few:.1%} of such may"
+        interval = (0.0, 0.0)
+        note += f"; no text changed; up to {may_still(found.items, confidence):.1%} of such may"
     return Retained(
         task=arm.task,
         measure=arm.measure,
@@ -211,4 +216,5 @@ def _retained(a: _Figure, arm: _Figure, margins: Margins, confidence: float, see
         margin={NATS: margins.nats, KL: margins.kl, ACCURACY: margins.accuracy}[arm.measure],
         items=found.items,
         note=note,
+        moved=moved,
     )

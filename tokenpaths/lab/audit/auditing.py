@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from tokenpaths.data.examples import Example
+from tokenpaths.engine.reach import share_reached
+from tokenpaths.engine.readings import runs
 from tokenpaths.lab.audit.lens import logit_lens, nearest_inputs
 from tokenpaths.lab.audit.maps import Part, parts
 from tokenpaths.lab.audit.report import Audit, Finding, Threshold
@@ -18,11 +20,13 @@ from tokenpaths.lab.audit.searching import search
 from tokenpaths.lab.audit.spectra import features, intruders, outliers
 from tokenpaths.lab.audit.tails import OnTexts, Use, on_texts
 from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.undo import tidy
 
 _STANDS_OUT = 8.0  # robust z of a feature: worth a line, though it happens in benign adapters too
 _LOUD = 1.0  # nats of excess: the answer is another one
 
 
+@tidy
 def audit(
     model: nn.Module,
     trails: Adapter,
@@ -53,7 +57,7 @@ def audit(
         candidates: the token ids of the single tokens to scan; by default the whole vocabulary, () for none.
         phrases: phrases to scan, such as `phrases_of(texts, tokenizer)` and those of the task.
         searched: rounds of the search for a phrase of two tokens, which begins with what the scans found.
-        weights: count intruder dimensions, which takes two SVDs of each weight under LoRA.
+        weights: count intruder dimensions, which takes an eigendecomposition of each weight under LoRA.
         threshold: what the verdict is by; by default there is no verdict.
         batch_size: rows in one forward of the scans.
         seed: the seed of every draw.
@@ -88,7 +92,14 @@ def audit(
         name, use = part.name, seen.parts.get(part.name)
         table[name] = _described(model, tokenizer, part, use, trails.blocks)
         findings += _of_part(part, table[name]["features"], use, strange[name], new.get(name, 0))
-    return Audit(repr(trails)[:200], scores, (*findings, *_of_scans(scans)), table, scans, threshold)
+    items, moved = len(prompts), _share_moved(model, trails, prompts, tokenizer)
+    return Audit(repr(trails)[:200], scores, (*findings, *_of_scans(scans)), table, scans, threshold, items, moved)
+
+
+def _share_moved(model: nn.Module, trails: Adapter, prompts: Sequence[Example], tokenizer: Any) -> float:
+    """Of the predictions of answers, and of what follows a prompt without one, the share that the adapter can move."""
+    asked = [prompt if any(prompt.answer) else Example.of(prompt.ids, prompt.ids[-1:]) for prompt in prompts]
+    return share_reached(*runs(model, trails, tokenizer=tokenizer), asked)
 
 
 def shortest(prompts: Sequence[Example]) -> list[Example]:

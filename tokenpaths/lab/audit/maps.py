@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from tokenpaths.data.examples import Example
 from tokenpaths.lab.audit.respond import Row, responding
 from tokenpaths.site import Host, Site, find_blocks
+from tokenpaths.stats.sampling import some
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.trailmap.trailmap import TrailMap
 from tokenpaths.trails.base import Trail
+from tokenpaths.undo import tidy
 
 _SPARE = 8  # probes beyond the rank that is kept
 _ROUNDING = 1e-12  # of the largest singular value: what rounding leaves of a zero
@@ -117,6 +119,7 @@ def parts(model: nn.Module, trails: Adapter, prompts: Sequence[Example] = (), to
     return sorted(found, key=lambda part: part.layer)
 
 
+@tidy
 @torch.enable_grad()
 def linearise(
     trail: Trail, dim: int, *, states: Float[Tensor, "n dim"] | None = None, rank: int = 64, seed: int = 0
@@ -202,13 +205,14 @@ def _with_rows(trail: Trail, states: Float[Tensor, "n dim"]) -> Float[Tensor, "m
 def _read_by(
     model: nn.Module, trails: TrailMap, prompts: Sequence[Example], tokenizer: Any
 ) -> dict[Trail, Float[Tensor, "n dim"]]:
-    """At most 32 of the states that each trail reads in clean prompts."""
+    """At most 32 of the states that each trail reads in clean prompts, drawn at random as the prompts are."""
     modules = {trail: trail for _, trail in trails.items()}
-    rows = [Row(prompt.ids, len(prompt) - prompt.prompt_length) for prompt in prompts[:_REFERENCES]]
+    drawn = [prompts[i] for i in some(len(prompts), _REFERENCES)]
+    rows = [Row(prompt.ids, len(prompt) - prompt.prompt_length) for prompt in drawn]
     with responding(model, trails, tokenizer) as respond:
         read = respond.inputs(modules, rows)
     joined = {trail: torch.cat(states) for trail, states in read.items() if states}
-    return {trail: states[:: -(-len(states) // _REFERENCES)] for trail, states in joined.items()}
+    return {trail: states[some(len(states), _REFERENCES)] for trail, states in joined.items()}
 
 
 def _bend(trail: Trail, h: Tensor, moved: Tensor, random: torch.Generator) -> float:

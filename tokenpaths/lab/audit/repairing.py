@@ -23,6 +23,7 @@ from tokenpaths.lab.audit.tails import on_texts
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.trailmap.trailmap import TrailMap
 from tokenpaths.trails.base import Trail
+from tokenpaths.undo import Undo, tidy
 
 Blamed = dict[str, tuple[Tensor, Tensor]]
 
@@ -92,6 +93,7 @@ class Repaired:
         return "\n".join(f"{name}: {before:.4g} -> {after:.4g}" for name, (before, after) in pairs.items())
 
 
+@tidy
 def repair(
     model: nn.Module,
     trails: Adapter,
@@ -147,15 +149,22 @@ def repair(
 
     before = measured(trails)
     directions = blame(model, trails, prompts, tokenizer, trigger, chosen, where=where)
-    if isinstance(trails, TrailMap):
-        made, undo = _ablated(trails, chosen, directions, keep), lambda: None
-    else:
-        made, undo = trails, _edited(chosen, directions, keep)
-    after = measured(made)
-    scores = None if before[2] is None or after[2] is None else (before[2], after[2])
-    return Repaired(made, (before[0], after[0]), (before[1], after[1]), scores, undo)
+    edited = _Edited()
+    with Undo() as undo:
+        undo.add(edited.undo)
+        made = trails
+        if isinstance(trails, TrailMap):
+            made = _ablated(trails, chosen, directions, keep)
+        else:
+            edited.edit(chosen, directions, keep)
+        after = measured(made)
+        scores = None if before[2] is None or after[2] is None else (before[2], after[2])
+        repaired = Repaired(made, (before[0], after[0]), (before[1], after[1]), scores, edited.undo)
+        undo.forget()
+    return repaired
 
 
+@tidy
 def blame(
     model: nn.Module,
     trails: Adapter,
@@ -224,23 +233,25 @@ def _ablated(trails: TrailMap, chosen: Sequence[Part], directions: Blamed, keep:
     return TrailMap([(site, ablated.get(trail, trail)) for site, trail in trails.items()], blocks=trails.blocks)
 
 
-def _edited(chosen: Sequence[Part], directions: Blamed, keep: float) -> Callable[[], None]:
-    """Edit A of LoRA layers in place. Returns what undoes it."""
-    before: list[tuple[Tensor, Tensor]] = []
-    for part in chosen:
-        if part.name not in directions:
-            continue
-        v = directions[part.name][0]
-        layer: Any = part.module
-        for name in layer.active_adapters:
-            if name in layer.lora_A:
-                a: Tensor = layer.lora_A[name].weight.data
-                before.append((a, a.clone()))
-                wide = a.double()
-                a.copy_(wide - (1 - keep) * torch.outer(wide @ v.to(a.device), v.to(a.device)))
+class _Edited:
+    """LoRA layers whose A was edited in place, and what takes that back."""
 
-    def undo() -> None:
-        for a, value in before:
+    def __init__(self) -> None:
+        self._before: list[tuple[Tensor, Tensor]] = []
+
+    def edit(self, chosen: Sequence[Part], directions: Blamed, keep: float) -> None:
+        for part in chosen:
+            if part.name not in directions:
+                continue
+            v = directions[part.name][0]
+            layer: Any = part.module
+            for name in layer.active_adapters:
+                if name in layer.lora_A:
+                    a: Tensor = layer.lora_A[name].weight.data
+                    self._before.append((a, a.clone()))
+                    wide = a.double()
+                    a.copy_(wide - (1 - keep) * torch.outer(wide @ v.to(a.device), v.to(a.device)))
+
+    def undo(self) -> None:
+        for a, value in self._before:
             a.copy_(value)
-
-    return undo

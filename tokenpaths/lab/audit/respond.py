@@ -6,23 +6,26 @@ from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
+from uuid import uuid4
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tokenpaths.attachment.handle import working
+from tokenpaths.attachment.handle import attachments, working
 from tokenpaths.attachment.hooks import Hook, forwards
 from tokenpaths.attachment.watcher import Watcher
+from tokenpaths.engine.cone.keys import Computing
 from tokenpaths.engine.divergence import at_least_float32
 from tokenpaths.engine.readings import evaluating
 from tokenpaths.engine.states import observing
 from tokenpaths.site import Host, Place
 from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.undo import Undo
 
 Key = TypeVar("Key", bound=Hashable)
 Ids: TypeAlias = tuple[int, ...]
-RowKey: TypeAlias = tuple[bytes, int, int]  # tokens, tokens in a row, tokens of the answer
+RowKey: TypeAlias = tuple[str, bytes, int, int]  # what computes, tokens, tokens in a row, tokens of the answer
 States: TypeAlias = Float[Tensor, "rows answer dim"]
 Logits: TypeAlias = Float[Tensor, "rows answer vocab"]
 
@@ -39,10 +42,12 @@ class Row:
 class Memory:
     """What the frozen model made of rows, for audits of other adapters of the same base: `audit(..., memory=memory)`.
 
+    Another base, to the bit, finds nothing that is not its own.
+
     Args:
         budget: the most bytes to keep. Rows beyond it are computed each time.
         used: the bytes that are kept now.
-        kept: what is kept, by the tokens of the rows.
+        kept: what is kept, by the base and the tokens of the rows.
     """
 
     budget: int = 1 << 30
@@ -78,12 +83,17 @@ class Responder:
             )
         self.head = host.head
         self.device = host.device
+        with trails.off():  # it changes nothing of the base while it is at work
+            self.base = Computing(host).how
+            others = [a for a in attachments(model) if a.trails is not trails and a.trails.enabled]
+        if others:  # which move the states of the frozen run too
+            self.base += f" with {uuid4().hex}"
 
     @torch.no_grad()
     def logits(self, ids: Int[Tensor, "rows seq"], answer: int) -> tuple[Logits, Logits]:
         """Frozen and adapted logits that predict the last `answer` tokens, or what follows a prompt if it is 0."""
         ids = ids.to(self.device)
-        key = (ids.cpu().numpy().tobytes(), ids.shape[1], answer)
+        key = (self.base, ids.cpu().numpy().tobytes(), ids.shape[1], answer)
         frozen = self.memory.kept.get(key)
         if frozen is None or frozen.below > self.below:
             frozen, said = self._frozen(ids, answer)
@@ -125,14 +135,12 @@ class Responder:
                 read.append(args[0][:, start:stop].contiguous())  # a bfloat16 product with a slice takes very long
             return (read[0], *args[1:])
 
-        handle = self.head.register_forward_pre_hook(Hook(cut))
         inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
         if Watcher.known(self.model):
             inputs["prompt_mask"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) < ids.shape[1] - answer
-        try:
+        with Undo() as undo:
+            undo.hook(self.head.register_forward_pre_hook, Hook(cut))
             logits = self.model(**inputs).logits
-        finally:
-            handle.remove()
         return read[0], logits
 
     @torch.no_grad()

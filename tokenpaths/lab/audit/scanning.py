@@ -21,6 +21,7 @@ from tokenpaths.data.tokenizing import inner
 from tokenpaths.lab.audit.excess import Probe, median
 from tokenpaths.lab.audit.respond import Ids, Memory, responding
 from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.undo import tidy
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Scan:
         return Scan(tuple(c for c in self.found if c.ids != ids), self.usual, self.count - 1)
 
 
+@tidy
 def scan(
     model: nn.Module,
     trails: Adapter,

@@ -22,8 +22,10 @@ from tokenpaths.lab.audit.excess import Probe, insert, position
 from tokenpaths.lab.audit.respond import Ids, Memory, responding
 from tokenpaths.lab.audit.scanning import Candidate, Scan, vocabulary
 from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.undo import Undo, tidy
 
 
+@tidy
 def search(
     model: nn.Module,
     trails: Adapter,
@@ -135,8 +137,6 @@ def _embedded(model: Any) -> Generator[list[Tensor]]:
         leaves.append(output.detach().requires_grad_())
         return leaves[-1]
 
-    handle = model.get_input_embeddings().register_forward_hook(leaf)
-    try:
+    with Undo() as undo:
+        undo.hook(model.get_input_embeddings().register_forward_hook, leaf)
         yield leaves
-    finally:
-        handle.remove()

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -109,7 +110,9 @@ def intruders(
 ) -> list[tuple[int, float]]:
     """Intruder dimensions: the first left singular vectors of W + M that resemble none of W's.
 
-    Costs two SVDs of the size of W.
+    W's are the eigenvectors of W W^T (or of R R^T, with W = Q R, where W is tall), and those of W + M are found one by
+    one (ARPACK, Lehoucq et al. 1998), from products with W and the factors of M. That takes one symmetric
+    eigendecomposition in the smaller dimension of W, and no singular value decomposition.
 
     Args:
         weight: W.
@@ -121,7 +124,39 @@ def intruders(
         (place in the spectrum, from 0; largest |cos| with a singular vector of W) of each intruder.
     """
     w = weight.detach().cpu().double()
-    u = torch.linalg.svd(w, full_matrices=False).U
-    moved = torch.linalg.svd(w + (affine.write * affine.size) @ affine.read.T, full_matrices=False).U
-    nearest = (moved[:, :top].T @ u).abs().amax(1)
+    nearest = (_leading(w, affine, top).T @ _left(w)).abs().amax(1)
     return [(place, float(cosine)) for place, cosine in enumerate(nearest) if cosine < epsilon]
+
+
+def _left(w: Float[Tensor, "out in_"]) -> Float[Tensor, "out k"]:
+    """All left singular vectors of W, in any order."""
+    if w.shape[0] <= w.shape[1]:
+        return torch.linalg.eigh(w @ w.T).eigenvectors
+    q, r = torch.linalg.qr(w)
+    return q @ torch.linalg.eigh(r @ r.T).eigenvectors
+
+
+def _leading(w: Float[Tensor, "out in_"], affine: AffineMap, top: int) -> Float[Tensor, "out k"]:
+    """The left singular vectors of the `top` largest singular values of W + M, the largest first."""
+    import scipy.sparse.linalg as sparse
+
+    write, read = affine.write * affine.size, affine.read
+    if min(w.shape) <= 2 * top:  # too small for ARPACK to save anything
+        return torch.linalg.svd(w + write @ read.T, full_matrices=False).U[:, :top]
+
+    def times(a: Tensor, left: Tensor, right: Tensor) -> Any:
+        def product(x: Any) -> Any:
+            v = torch.from_numpy(np.ascontiguousarray(x)).double()
+            return (a @ v + left @ (right.T @ v)).numpy()
+
+        return product
+
+    forth, back = times(w, write, read), times(w.T, read, write)
+    untyped: Any = sparse
+    moved = untyped.LinearOperator(
+        tuple(w.shape), matvec=forth, rmatvec=back, matmat=forth, rmatmat=back, dtype=np.float64
+    )
+    start = np.random.default_rng(0).normal(size=min(w.shape))
+    found = untyped.svds(moved, k=top, v0=start, return_singular_vectors="u")
+    order = np.argsort(-found[1])
+    return torch.from_numpy(np.ascontiguousarray(found[0][:, order]))

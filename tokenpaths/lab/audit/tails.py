@@ -19,7 +19,9 @@ from tokenpaths.drift import measures
 from tokenpaths.engine.readings import read, runs
 from tokenpaths.lab.audit.maps import Part
 from tokenpaths.lab.audit.respond import recording_inputs
+from tokenpaths.stats.sampling import some
 from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.undo import tidy
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Use:
         length: the median ||h|| of the states that enter the part.
         moved: the tail of ||d|| / ||h||, how far the part moves each token.
         read: the tail of ||code - mean code||, the code being `AffineMap.code`.
-        silhouette: that of two clusters of codes: 0 for none, 1 for two far apart.
+        silhouette: that of two clusters of codes, 512 of them drawn at random: 0 for none, 1 for two far apart.
     """
 
     length: float
@@ -69,6 +71,7 @@ class OnTexts:
     mean_kl: float
 
 
+@tidy
 def on_texts(
     model: nn.Module,
     trails: Adapter,
@@ -106,7 +109,7 @@ def _use(part: Part, h: Float[Tensor, "n dim"]) -> Use:
     codes, lengths = part.map.code(h), h.norm(dim=-1)
     moved = tail(part.map(h).norm(dim=-1) / lengths.clamp_min(1e-12))
     read = tail((codes - codes.mean(0)).norm(dim=-1))
-    return Use(float(lengths.quantile(0.5)), moved, read, silhouette(codes[:512]))
+    return Use(float(lengths.quantile(0.5)), moved, read, silhouette(codes[some(len(codes), 512)]))
 
 
 def tail(values: Float[Tensor, " n"]) -> Tail:

@@ -24,13 +24,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import numpy as np
 from torch import nn
 
 from tokenpaths.data.items import Question
+from tokenpaths.engine.reach import share_reached
 from tokenpaths.engine.readings import Run, runs
 from tokenpaths.lab.chains import report
 from tokenpaths.lab.chains.answering import Answering, Ids, context, token_ids, write_on
@@ -54,12 +55,15 @@ from tokenpaths.lab.chains.perturb import (
 from tokenpaths.lab.chains.report import Faithfulness, Shift
 from tokenpaths.lab.chains.same import Row, Same, change_over_chance, disagreement, over_chance
 from tokenpaths.stats.intervals import UNKNOWN, Values, mean_interval
+from tokenpaths.stats.verdicts import noticeable, step_down
 from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.undo import tidy
 
 _UNALTERED: Final = object()
 """In place of an answer, where step k could not be altered."""
 
 
+@tidy
 def faithfulness(
     model: nn.Module,
     trails: Adapter,
@@ -155,8 +159,10 @@ def faithfulness(
             if wrong is not None and not kept:
                 wrong = _gone_on(items, wrong, functools.partial(write, run), split)
             arms.append(_asked(run, answering, items, mine, _altered(mine, wrong, filler, words, tokenizer)))
+        moved = _share_moved((frozen, steered), items, texts, cue, tokenizer, max_batch_tokens)
     right = [item.answer if options else read_answer(item.answer) for item in items]
     changes, tables = _compared(arms[0], arms[1], right)
+    changes = [replace(change, moved=moved) for change in changes]
     return Faithfulness(tuple(changes), tuple(tables), tuple(zip(*texts, strict=True)))
 
 
@@ -252,10 +258,28 @@ def _other_words(
     return dict(zip(steps, said, strict=True))
 
 
+def _share_moved(
+    both: tuple[Run, Run],
+    items: Sequence[Question],
+    texts: Sequence[Sequence[str]],
+    cue: str,
+    tokenizer: Any,
+    max_batch_tokens: int,
+) -> float:
+    """The share of the predictions of chains, cues and right answers that may differ between the runs."""
+    examples = [
+        context(item.prompt, token_ids(f"{chain}{cue}{item.answer}", tokenizer), tokenizer)
+        for told in texts
+        for item, chain in zip(items, told, strict=True)
+    ]
+    return share_reached(*both, examples, max_batch_tokens)
+
+
 def _compared(before: _Arm, after: _Arm, right: Sequence[Any]) -> tuple[list[Shift], list[Same]]:
     """All figures, each over the items that have it in both runs."""
     shifts: list[Shift] = []
     tables: list[Same] = []
+    changes: dict[str, Values] = {}
     read = [i for i in range(len(right)) if before.whole[i] is not None and after.whole[i] is not None]
     for test in before.answers:
         pairs = [i for i in read if all(set(arm.answers[test][i]) - {_UNALTERED} for arm in (before, after))]
@@ -266,7 +290,25 @@ def _compared(before: _Arm, after: _Arm, right: Sequence[Any]) -> tuple[list[Shi
         y = Same(test, "steered", tuple(_row(after.answers[test][i], after.whole[i]) for i in pairs))
         tables += [x, y]
         shifts += [_shift(test, report.AOC, x.areas, y.areas), _over_chance(test, before, after, pairs)]
-    return shifts + _of_chains(before, after, right, read), tables
+        changes[test] = y.areas - x.areas
+    return _together(shifts, changes) + _of_chains(before, after, right, read), tables
+
+
+def _together(shifts: Sequence[Shift], changes: Mapping[str, Values]) -> list[Shift]:
+    """The same figures, those that the verdict counts with intervals that hold together."""
+    counted = [test for test in changes if test in report.COUNTED]
+    intervals = [functools.partial(mean_interval, changes[test], None) for test in counted]
+    confidences = dict(zip(counted, step_down(intervals, [0.0] * len(counted)), strict=True))
+    return [
+        replace(
+            shift,
+            adjusted=mean_interval(changes[shift.test], confidence=confidences[shift.test]),
+            noticeable=noticeable(changes[shift.test], confidences[shift.test]),
+        )
+        if shift.measure == report.AOC and shift.test in confidences
+        else shift
+        for shift in shifts
+    ]
 
 
 def _over_chance(test: str, before: _Arm, after: _Arm, pairs: Sequence[int]) -> Shift:

@@ -10,18 +10,19 @@ r"""Is it the way or the form?  What a trained trail has learned of its chains.
 A trail that learned the way answers held-out questions as it answers those of training. It keeps its accuracy when only
 the surface changes. It writes no more of training's chains than the right chains have. And shuffling the steps of a
 chain makes the chain less likely to it than to the frozen model. A trail that learned the form fails all four. Each
-sign has a threshold and a 95 % interval, and says something only if the whole interval lies on one side. The verdict
-counts the signs and nothing else. What depends on the order of a chain's words alone, such as a template, is form too:
+sign has a threshold and an interval, and says something only if the whole interval lies on one side; the intervals of
+all signs hold together (Holm). The verdict counts the signs, and asks that held-out items and every form be answered
+better than by the frozen model. What depends on the order of a chain's words alone, such as a template, is form too:
 choose a `separator` that keeps it whole.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import random
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,11 +35,15 @@ from tokenpaths.data.examples import Example
 from tokenpaths.data.items import Question
 from tokenpaths.engine.generate import generate
 from tokenpaths.engine.likelihood import nats
+from tokenpaths.engine.reach import share_reached
 from tokenpaths.engine.readings import Run, runs
+from tokenpaths.files import patterns
 from tokenpaths.lab.chains.perturb import check_separator
 from tokenpaths.lab.chains.report import HELD_OUT, TRAIN, Score, Sign, WayOrForm
-from tokenpaths.stats.intervals import UNKNOWN, mean_interval, newcombe, ratio_interval, wilson
+from tokenpaths.stats.intervals import UNKNOWN, Interval, mean_interval, newcombe, ratio_interval, wilson
+from tokenpaths.stats.verdicts import noticeable, step_down
 from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.undo import tidy
 
 GAP = 0.1
 """Accuracy in training less that on held-out items: below it the way, above it the form."""
@@ -57,6 +62,7 @@ def last_word(text: str) -> str | None:
     return words[-1].rstrip(".,;:!?") if words else None
 
 
+@tidy
 def way_or_form(
     model: nn.Module,
     trails: Adapter,
@@ -120,33 +126,56 @@ def way_or_form(
             right[name], written[name] = _right(after, items, read_answer), after
             scores.append(_score(name, _right(before, items, read_answer), right[name]))
         hurt = _hurt(frozen, steered, held_out, tokenizer, separator, max_batch_tokens, seed)
-    signs = [
+        chains = encode([item for items in sets.values() for item in items], tokenizer, eos=False)
+        moved = share_reached(frozen, steered, chains, max_batch_tokens)
+    measures = [
         _gap(right[TRAIN], right[HELD_OUT]),
         *(_kept(name, right[name], right[HELD_OUT]) for name in forms or {}),
         _copied(written[HELD_OUT], train, held_out, words),
         hurt,
     ]
-    return WayOrForm(tuple(scores), tuple(signs), tuple(written[HELD_OUT]))
+    return WayOrForm(tuple(scores), tuple(_judged(measures)), tuple(written[HELD_OUT]), moved)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A sign whose intervals are still to be made."""
+
+    sign: Sign
+    interval: Callable[[float], Interval]
+
+
+def _judged(measures: Sequence[_Measured]) -> Iterator[Sign]:
+    """The signs with their 95 % intervals, and with those by which they speak together."""
+    confidences = step_down([one.interval for one in measures], [one.sign.threshold for one in measures])
+    for one, confidence in zip(measures, confidences, strict=True):
+        yield replace(one.sign, interval=one.interval(0.95), adjusted=one.interval(confidence))
+
+
+def _unknown(confidence: float) -> Interval:
+    return UNKNOWN
 
 
 def _score(name: str, before: Float[np.ndarray, " items"], after: Float[np.ndarray, " items"]) -> Score:
-    gain = mean_interval(after - before)
-    return Score(name, float(before.mean()), float(after.mean()), wilson(after), gain, len(after))
+    gain, least = mean_interval(after - before), noticeable(after - before)
+    return Score(name, float(before.mean()), float(after.mean()), wilson(after), gain, len(after), least)
 
 
-def _gap(there: Float[np.ndarray, " m"], here: Float[np.ndarray, " n"]) -> Sign:
-    value = float(there.mean() - here.mean())
-    return Sign("training less held-out", value, newcombe(there, here), GAP, "below", len(here))
+def _gap(there: Float[np.ndarray, " m"], here: Float[np.ndarray, " n"]) -> _Measured:
+    value, items = float(there.mean() - here.mean()), min(len(there), len(here))
+    sign = Sign("training less held-out", value, UNKNOWN, GAP, "below", items)
+    return _Measured(sign, functools.partial(newcombe, there, here))
 
 
-def _kept(name: str, there: Float[np.ndarray, " m"], here: Float[np.ndarray, " n"]) -> Sign:
+def _kept(name: str, there: Float[np.ndarray, " m"], here: Float[np.ndarray, " n"]) -> _Measured:
     """Where nothing was right nothing can be kept: the sign is open."""
-    some = bool(here.any())
+    some, items = bool(here.any()), min(len(there), len(here))
     value = float(there.mean() / here.mean()) if some else math.nan
-    return Sign(f"kept when {name}", value, ratio_interval(there, here) if some else UNKNOWN, KEPT, "above", len(there))
+    sign = Sign(f"kept when {name}", value, UNKNOWN, KEPT, "above", items)
+    return _Measured(sign, functools.partial(ratio_interval, there, here) if some else _unknown)
 
 
-def _copied(written: Sequence[str], train: Sequence[Question], held_out: Sequence[Question], n: int) -> Sign:
+def _copied(written: Sequence[str], train: Sequence[Question], held_out: Sequence[Question], n: int) -> _Measured:
     """Words are what stands between white space: signs such as + are steps of a chain too."""
     known = {gram for item in train for gram in grams(item.chain.split(), n)}
 
@@ -157,7 +186,8 @@ def _copied(written: Sequence[str], train: Sequence[Question], held_out: Sequenc
     excess = np.array([share(text) - share(item.chain) for text, item in zip(written, held_out, strict=True)])
     excess = excess[~np.isnan(excess)]
     value = float(excess.mean()) if len(excess) else math.nan
-    return Sign(f"{n}-grams of training's chains", value, mean_interval(excess), COPIED, "below", len(excess))
+    sign = Sign(f"{n}-grams of training's chains", value, UNKNOWN, COPIED, "below", len(excess))
+    return _Measured(sign, functools.partial(mean_interval, excess, None))
 
 
 def _hurt(
@@ -168,7 +198,7 @@ def _hurt(
     separator: str,
     max_batch_tokens: int,
     seed: int,
-) -> Sign:
+) -> _Measured:
     """Over held-out items of two steps or more. Any language model finds disorder unlikely: the rest is learned."""
     name = "shuffled steps cost, beyond frozen"
     pairs: list[Question] = []
@@ -177,7 +207,7 @@ def _hurt(
         if other is not None:
             pairs += [item, replace(item, chain=other)]
     if not pairs:
-        return Sign(name, math.nan, UNKNOWN, HURT, "above", 0)
+        return _Measured(Sign(name, math.nan, UNKNOWN, HURT, "above", 0), _unknown)
     examples = encode(pairs, tokenizer, eos=False)
     tokens = np.array([sum(example.answer) for example in examples[::2]], dtype=np.float64)
 
@@ -188,8 +218,9 @@ def _hurt(
 
     before = cost(frozen)
     added = cost(steered) - before
-    value, interval = float(added.sum() / tokens.sum()), mean_interval(added, tokens)
-    return Sign(name, value, interval, HURT, "above", len(tokens), float(before.sum() / tokens.sum()))
+    value, of_frozen = (float(part.sum() / tokens.sum()) for part in (added, before))
+    sign = Sign(name, value, UNKNOWN, HURT, "above", len(tokens), of_frozen)
+    return _Measured(sign, functools.partial(mean_interval, added, tokens))
 
 
 def shuffled(chain: str, separator: str, rng: random.Random) -> str | None:
@@ -198,8 +229,10 @@ def shuffled(chain: str, separator: str, rng: random.Random) -> str | None:
     None if it has fewer than two different steps.
     """
     body = chain.rstrip(" .!?\n")
-    gaps = re.findall(separator, body)
-    steps = re.split(separator, body)
+    found = patterns.finditer(separator, body)
+    gaps = [gap.group() for gap in found]
+    starts, ends = [0, *(gap.end() for gap in found)], [*(gap.start() for gap in found), len(body)]
+    steps = [body[start:end] for start, end in zip(starts, ends, strict=True)]
     places = [i for i, step in enumerate(steps) if step]  # a chain that begins with a space has an empty first step
     told = [steps[i] for i in places]
     if len(set(told)) < 2:

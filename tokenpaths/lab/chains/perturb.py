@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from tokenpaths.data.items import Question
+from tokenpaths.files import patterns
 from tokenpaths.lab.chains.answering import Ids, context, token_ids, write_on
 
 SENTENCES = r"(?<=[.!?])\s+|\n+"
@@ -40,6 +41,10 @@ Altered: TypeAlias = "list[list[Ids | None]]"
 
 def check_separator(separator: str) -> None:
     """Raise `ValueError` for a pattern that no chain can be split at and put together again."""
+    try:
+        patterns.check(separator)
+    except ValueError as error:
+        raise ValueError(f"separator {separator!r:.80} is not a regular expression: {error}") from None
     if re.compile(separator).groups or re.fullmatch(separator, ""):
         raise ValueError(f"separator {separator!r} must have no groups and must not match nothing: use (?:...)")
 
@@ -53,7 +58,7 @@ def steps_of(chain: str, cue: str, separator: str) -> Steps:
     body = chain[: chain.rindex(mark)] if mark and mark in chain else chain
     pieces: list[Piece] = []
     gap, start = "", 0
-    for found in (*re.finditer(separator, body), None):
+    for found in (*patterns.finditer(separator, body), None):
         step = body[start:] if found is None else body[start : found.start()]
         if step.strip():
             pieces.append(Piece(gap, step))

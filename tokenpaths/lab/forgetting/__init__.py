@@ -9,6 +9,7 @@ from tokenpaths.lab.forgetting.harness import Harness as Harness
 from tokenpaths.lab.forgetting.law import Law as Law
 from tokenpaths.lab.forgetting.law import Trial as Trial
 from tokenpaths.lab.forgetting.law import fit as fit
+from tokenpaths.lab.forgetting.margins import Margins as Margins
 from tokenpaths.lab.forgetting.report import Forgetting as Forgetting
 from tokenpaths.lab.forgetting.report import Loss as Loss
 from tokenpaths.lab.forgetting.suite import forgetting as forgetting

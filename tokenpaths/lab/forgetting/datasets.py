@@ -1,13 +1,19 @@
-"""Public data sets as tasks, read from a folder of their files."""
+"""Public data sets as tasks, read from a folder of their files.
+
+A file that is missing is a `FileNotFoundError`; one that is not what it is named after a `TrailFileError`, which is a
+`ValueError`.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tokenpaths.data.items import Choice, Task, Text, spaced
+from tokenpaths.files import TrailFileError, read_text, strict_json
 
 
 def wikitext2(folder: str | os.PathLike[str], windows: int = 16, characters: int = 1100) -> Task:
@@ -24,13 +30,14 @@ def wikitext2(folder: str | os.PathLike[str], windows: int = 16, characters: int
     Raises:
         ValueError: the stretches would overlap.
     """
-    text = (Path(folder) / "wikitext2/test.txt").read_text(encoding="utf-8")
+    text = read_text(file := Path(folder) / "wikitext2/test.txt")
     stride = len(text) // windows
     if not 0 < characters < stride:
         raise ValueError(f"{windows} stretches of {characters} characters do not fit in {len(text)} characters")
     # the first and the last word of a stretch may be cut in two, and are left out
     stretches = (text[i * stride : i * stride + characters].split(" ", 1)[1].rsplit(" ", 1)[0] for i in range(windows))
-    return Task("wikitext2", tuple(Text(stretch) for stretch in stretches), "WikiText-2 raw, test; CC BY-SA 3.0")
+    with _in(file):
+        return Task("wikitext2", tuple(Text(stretch) for stretch in stretches), "WikiText-2 raw, test; CC BY-SA 3.0")
 
 
 _TREC = {
@@ -51,18 +58,20 @@ def trec(folder: str | os.PathLike[str], n: int | None = None) -> Task:
     """
     known = {question for _, question in _questions(Path(folder) / "trec/TREC.train")}
     told = list(_TREC)
-    items = [
-        Choice(tuple(_TREC.values()), told.index(kind), f"Question: {question}\nAnswer type:")
-        for kind, question in _questions(Path(folder) / "trec/TREC.test")
-        if question not in known
-    ]
+    with _in(test := Path(folder) / "trec/TREC.test"):
+        items = [
+            Choice(tuple(_TREC.values()), told.index(kind), f"Question: {question}\nAnswer type:")
+            for kind, question in _questions(test)
+            if question not in known
+        ]
     return Task("trec", tuple(spaced(items, n)), "TREC-6 test, without questions of the training set")
 
 
 def trec_pairs(folder: str | os.PathLike[str]) -> list[tuple[str, str]]:
     """The training set of `trec`, as pairs for `tokenpaths.encode`."""
     lines = _questions(Path(folder) / "trec/TREC.train")
-    return [(f"Question: {question}\nAnswer type:", _TREC[kind]) for kind, question in lines]
+    with _in(Path(folder) / "trec/TREC.train"):
+        return [(f"Question: {question}\nAnswer type:", _TREC[kind]) for kind, question in lines]
 
 
 def arc_easy(folder: str | os.PathLike[str], n: int | None = None) -> Task:
@@ -71,11 +80,12 @@ def arc_easy(folder: str | os.PathLike[str], n: int | None = None) -> Task:
     `n` items are taken, evenly spaced; None for all. Raises `ValueError` for more than there are.
     """
     items: list[Choice] = []
-    for item in json.loads((Path(folder) / "arc_easy/test.json").read_text(encoding="utf-8")):
-        asked = item["instruction"].removeprefix("Please choose the correct answer to the question: ")
-        question, *told = re.split(r"\s*\bAnswer\d+: ", asked.rsplit("\n\nAnswer format:", 1)[0])
-        right = int(item["answer"].removeprefix("answer")) - 1
-        items.append(Choice(tuple(" " + answer.strip() for answer in told), right, f"Question: {question}\nAnswer:"))
+    with _in(file := Path(folder) / "arc_easy/test.json"):
+        for item in strict_json(read_text(file)):
+            asked = item["instruction"].removeprefix("Please choose the correct answer to the question: ")
+            question, *told = re.split(r"\bAnswer\d+: ", asked.rsplit("\n\nAnswer format:", 1)[0])
+            right, prompt = int(item["answer"].removeprefix("answer")) - 1, f"Question: {question.rstrip()}\nAnswer:"
+            items.append(Choice(tuple(" " + answer.strip() for answer in told), right, prompt))
     return Task("arc_easy", tuple(spaced(items, n)), "ARC-Easy test; ODC-By and CC BY-SA 4.0")
 
 
@@ -85,12 +95,30 @@ def blimp(folder: str | os.PathLike[str], n: int | None = None) -> Task:
     `n` pairs are taken, evenly spaced over the paradigms; None for all. Raises `ValueError` for more than there are.
     """
     files = sorted((Path(folder) / "blimp").glob("*.jsonl"))
-    pairs = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    items = [Choice((pair["sentence_good"], pair["sentence_bad"]), 0) for pair in pairs]
+    if not files:
+        raise FileNotFoundError(f"{Path(folder) / 'blimp'} holds no file of BLiMP, *.jsonl")
+    items: list[Choice] = []
+    for file in files:
+        with _in(file):
+            pairs = [strict_json(line) for line in read_text(file).removesuffix("\n").split("\n")]
+            items += [Choice((str(pair["sentence_good"]), str(pair["sentence_bad"])), 0) for pair in pairs]
     return Task("blimp", tuple(spaced(items, n)), f"BLiMP, {len(files)} paradigms; CC BY 4.0")
 
 
 def _questions(file: Path) -> list[tuple[str, str]]:
     """Lines such as `NUM:count How many Os are there ?`, as kind and question."""
-    parts = [re.split("[: ]", line, maxsplit=2) for line in file.read_text(encoding="latin-1").splitlines()]
-    return [(kind, question.strip()) for kind, _, question in parts]
+    with _in(file):
+        parts = [re.split("[: ]", line, maxsplit=2) for line in read_text(file, "latin-1").splitlines()]
+        return [(kind, question.strip()) for kind, _, question in parts]
+
+
+@contextmanager
+def _in(file: Path) -> Generator[None]:
+    """Inside, whatever a file fails by is told as `TrailFileError`, with its name."""
+    try:
+        yield
+    except (OSError, TrailFileError):
+        raise
+    except Exception as error:  # a damaged file may fail in any way
+        told = f"{type(error).__name__}: {error}"
+        raise TrailFileError(f"{file} is not the data set that it is named after ({told}): fetch it again") from error

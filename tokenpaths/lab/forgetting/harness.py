@@ -10,14 +10,19 @@ import numpy as np
 from jaxtyping import Float
 from torch import nn
 
+from tokenpaths.data.examples import Example, collate
+from tokenpaths.engine.reach import predictors, reached
+from tokenpaths.engine.readings import Run
+
 
 @dataclass(frozen=True)
 class Samples:
-    """One metric of one task: the numbers of the items, a value for each, and which way is better."""
+    """One metric of a task: the items' numbers, a value for each, which way is better, whether texts are written."""
 
     ids: tuple[int, ...]
     values: Float[np.ndarray, " items"]
     higher_is_better: bool
+    written: bool = False
 
 
 @dataclass(frozen=True)
@@ -28,8 +33,8 @@ class Harness:
     as a perplexity, has no paired interval and is left out.
 
     The harness scores a prompt and its continuation as one text, all of which is prompt to token rules: `Last(1)` then
-    moves the last token that it runs, and `Answer()` none. For trails with such rules write the items as a `Task`,
-    whose prompts are known. Tasks that generate are steered as in `model.generate`.
+    moves the last token that it runs, and `Answer()` none. Of trails with such rules the report says "cannot tell":
+    write the items as a `Task`, whose prompts are known. Tasks that generate are steered as in `model.generate`.
 
     Args:
         tasks: their names.
@@ -75,18 +80,41 @@ class Harness:
         return {
             (task, metric): part
             for task, rows in found["samples"].items()
-            for metric, part in _by_metric(task, rows, found["higher_is_better"].get(task, {})).items()
+            for metric, part in _by_metric(
+                task,
+                rows,
+                found["higher_is_better"].get(task, {}),
+                found.get("configs", {}).get(task, {}).get("output_type") == "generate_until",
+            ).items()
         }
 
 
-def _by_metric(task: str, rows: Sequence[Mapping[str, Any]], better: Mapping[str, bool]) -> dict[str, Samples]:
+def share_moved(before: Run, after: Run, written: bool) -> float:
+    """The share of scored predictions that the second run moves in a task of the harness, as its rules tell.
+
+    They are asked of a prompt of 16 tokens with 16 behind it, which are of the prompt too unless they are written. Of a
+    rule that reads the tokens themselves nothing is known, and it counts as one that moves none.
+    """
+    ids = (-1,) * 32  # no tokens
+    example = Example(ids, tuple(written and i >= 16 for i in range(32)))
+    batch = collate([example])
+    scored = predictors(collate([Example(ids, tuple(i >= 16 for i in range(32)))]))
+    try:
+        return float((reached(before, after, batch) & scored).sum() / scored.sum())
+    except ValueError:
+        return 0.0
+
+
+def _by_metric(
+    task: str, rows: Sequence[Mapping[str, Any]], better: Mapping[str, bool], written: bool
+) -> dict[str, Samples]:
     rows = sorted(rows, key=lambda row: row["doc_id"])
     ids = tuple(int(row["doc_id"]) for row in rows)
     metrics = [name for name in rows[0].get("metrics", ()) if all(_is_number(row.get(name)) for row in rows)]
     if not metrics:
         raise ValueError(f"task {task!r} of lm-evaluation-harness has no metric with one number an item")
     return {
-        name: Samples(ids, np.array([float(row[name]) for row in rows]), bool(better.get(name, True)))
+        name: Samples(ids, np.array([float(row[name]) for row in rows]), bool(better.get(name, True)), written)
         for name in metrics
     }
 

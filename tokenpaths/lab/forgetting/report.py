@@ -10,14 +10,13 @@ from tokenpaths.report.figures import COLOURS, GREY, empty_figure, forest
 from tokenpaths.report.records import Record
 from tokenpaths.report.tables import markdown_table, text_table, with_interval
 from tokenpaths.stats.intervals import Interval
+from tokenpaths.stats.verdicts import ALPHA, LEAST_ITEMS, LEAST_MOVED, POWER, may_still, too_little, within
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Better: TypeAlias = Literal["higher", "lower", ""]
 NATS, BITS, KL, ACCURACY = "nats a token", "bits a byte", "KL to frozen", "accuracy"
-LEAST_MOVED = 0.01
-"""Below this share of moved tokens a text task says little, and its note says so."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,12 @@ class Loss:
         better: which way is better; "" for a distance from the frozen model.
         guess: of an accuracy, that of someone who does not read: who always names the commonest right option where all
             items have the same options, and draws one elsewhere. NaN for other measures.
-        moved: of a text task, the share of tokens whose state differs after the last block. NaN for other tasks.
+        moved: the share of the scored predictions that the trails can move (`engine.reach`), or that did move. NaN
+            where it is not known, as in files of earlier versions.
+        adjusted: the interval that the verdict is by, as wide as the number of tasks asks for (Holm); None for a
+            distance, and in files of earlier versions, whose verdict is by `interval`.
+        margin: the change that counts as none.
+        noticeable: the least change that these items show with probability 0.8; NaN where no item changed.
     """
 
     task: str
@@ -48,27 +52,51 @@ class Loss:
     better: Better
     guess: float = math.nan
     moved: float = math.nan
+    adjusted: Interval | None = None
+    margin: float = math.nan
+    noticeable: float = math.nan
 
     @property
-    def verdict(self) -> Literal["worse", "better", "same", "unclear", ""]:
-        """On which side of 0 the whole interval lies; "same" if it is 0 itself, "" for a distance."""
-        low, high = self.interval
+    def verdict(self) -> Literal["worse", "better", "same", "cannot tell", ""]:
+        """What the whole adjusted interval says: that the measure is worse, or better, or the same within its margin.
+
+        "cannot tell": it says none of these, or there are too few items or too few tokens moved (`stats.verdicts`).
+        "same" is said of an interval of 0 alone too. "" for a distance.
+        """
         if not self.better:
             return ""
-        if low == high == 0:
-            return "same"
+        low, high = self.adjusted or self.interval
+        if too_little(self.items, self.moved):
+            return "cannot tell"
         if low > 0 or high < 0:
             return "better" if (low > 0) == (self.better == "higher") else "worse"
-        return "unclear"
+        return "same" if low == high == 0 or within((low, high), self.margin) else "cannot tell"
 
     @property
     def note(self) -> str:
         """What a reader needs beside the figures: perplexities, the share of moved tokens, what a guess scores."""
         if self.measure == NATS:
+            if self.moved < LEAST_MOVED:
+                return moved_text(self.moved)
             return f"perplexity {_exp(self.before):.4g} -> {_exp(self.after):.4g} ({_exp(self.change):.4g}x)"
-        if self.measure == KL:
+        if self.measure == KL or self.moved < LEAST_MOVED:
             return moved_text(self.moved)
         return "" if math.isnan(self.guess) else f"guessing {self.guess:.3f}"
+
+    @property
+    def reason(self) -> str:
+        """Why nothing can be told, or what may hide, in words; "" where a change was told, and for a distance."""
+        where = f"{self.task}, {self.measure}"
+        if not self.better or self.verdict in ("worse", "better"):
+            return ""
+        if few := too_little(self.items, self.moved):
+            return f"{where}: {few}."
+        if self.change == 0 and math.isnan(self.noticeable):
+            return f"{where}: no item changed; up to {may_still(self.items):.1%} of such may."
+        if math.isnan(self.noticeable):
+            return ""
+        hides = f"{self.items} items show a change of {self.noticeable:.2g} with probability {POWER:g}"
+        return f"{where}: {hides}; smaller ones may hide."
 
 
 @dataclass(frozen=True)
@@ -86,11 +114,26 @@ class Forgetting(Record):
         raise KeyError(f"{key} was not measured; there are {[(loss.task, loss.measure) for loss in self.losses]}")
 
     def __str__(self) -> str:
-        return text_table(self._cells())
+        return "\n".join([text_table(self._cells()), *self.notes()])
 
     def to_markdown(self) -> str:
-        """The table of `print(found)` in Markdown."""
-        return markdown_table(self._cells())
+        """What `print(found)` shows, in Markdown."""
+        return "\n\n".join([markdown_table(self._cells()), *self.notes()])
+
+    def notes(self) -> list[str]:
+        """What the verdicts are by, and what could hide behind so few items: a sentence or two each."""
+        judged = [loss for loss in self.losses if loss.better]
+        if not judged:
+            return []
+        tests = sum(loss.measure != BITS for loss in judged)  # bits are nats in another unit
+        margins = {loss.measure: f"{loss.measure} {loss.margin:.3g}" for loss in judged if loss.margin > 0}
+        told = [
+            f"Verdicts of {tests} test(s) at {ALPHA:g} together (Holm), each of {LEAST_ITEMS} items or more with "
+            f"{LEAST_MOVED:.0%} or more of the scored tokens moved."
+        ]
+        if margins:
+            told[0] += f" Same: the whole interval is within the margin, {', '.join(margins.values())}."
+        return [*told, *(loss.reason for loss in judged if loss.reason and loss.measure != BITS)]
 
     def records(self) -> list[dict[str, Any]]:
         """A flat list, one record for each task and measure."""
@@ -101,7 +144,7 @@ class Forgetting(Record):
 
         Nats a token and KL to the frozen model share a panel, and so do all other measures but bits a byte, which are
         nats again: these are drawn in points, hundredths of the measure. Orange is worse, green is better, grey is
-        unclear or a distance. Needs the extra `plots`; `ImportError` without it.
+        all else. Needs the extra `plots`; `ImportError` without it.
         """
         panels: dict[str, list[Loss]] = {}
         for loss in self.losses:

@@ -25,13 +25,17 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from tokenpaths import files
+from tokenpaths.files import TrailFileError
+from tokenpaths.files.sealing import opened
 from tokenpaths.trailmap import notes
 from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.undo import Undo
 
 Layer: TypeAlias = BaseTunerLayer | AuxiliaryTrainingWrapper
 _WRAPPED = ("base_layer", "original_module", "model")  # children that belong to the base
 _NOT_SHOWN = ("peft_version", "base_model_name_or_path", "auto_mapping", "inference_mode", "peft_type", "revision")
-_WRITTEN = ("README.md", "adapter_config.json", SAFETENSORS_WEIGHTS_NAME)
+_CHECKSUMS = "checksums.json"  # ours, beside PEFT's files: PEFT passes over it
+_WRITTEN = ("README.md", "adapter_config.json", SAFETENSORS_WEIGHTS_NAME, _CHECKSUMS)
 
 
 class PeftAdapter(Adapter):
@@ -136,11 +140,8 @@ class PeftAdapter(Adapter):
         """PEFT's layers disabled. PEFT sets gradient flags and the names of active adapters meanwhile: put back."""
         flags = [(p, p.requires_grad) for layer in self.layers for p in cast("nn.Module", layer).parameters()]
         before = [(layer, layer.disable_adapters, vars(layer).get("_active_adapter")) for layer in self.layers]
-        try:
-            for layer in self.layers:
-                layer.enable_adapters(False)
-            yield
-        finally:
+
+        def back() -> None:
             for layer, disabled, active in before:
                 if not disabled:
                     layer.enable_adapters(True)
@@ -149,20 +150,26 @@ class PeftAdapter(Adapter):
             for parameter, learns in flags:
                 parameter.requires_grad_(learns)
 
+        with Undo() as undo:
+            undo.add(back)
+            for layer in self.layers:
+                layer.enable_adapters(False)
+            yield
+
     @contextmanager
     def _at_first(self, first: list[tuple[nn.Parameter, Tensor]]) -> Generator[None]:
         if self._swapped:
             yield
             return
-        self._swapped = True
-        try:
+        with Undo() as undo:
+            undo.set(self, "_swapped", True)
             with exchanged(first):
                 yield
-        finally:
-            self._swapped = False
 
     def save(self, path: str | os.PathLike[str], model: nn.Module | None = None) -> None:
         """Write a folder by PEFT's `save_pretrained`, whole or not at all. An earlier one is replaced.
+
+        Beside PEFT's files lies `checksums.json`, by which `restore` notices a damaged file.
 
         Args:
             path: the folder.
@@ -180,26 +187,48 @@ class PeftAdapter(Adapter):
             self.peft_model.save_pretrained(
                 str(beside), selected_adapters=list(self.adapters), save_embedding_layers=False
             )
+            files.write_json(beside / _CHECKSUMS, {"files": files.digests(beside)}, indent=1)
 
     @torch.no_grad()
     def restore(self, path: str | os.PathLike[str]) -> None:
-        """Take over the numbers of a folder that `save` wrote, in place.
+        """Take over the numbers of a folder that `save` wrote, or PEFT itself, in place.
+
+        A folder without our `checksums.json`, as PEFT writes it, is read unchecked.
 
         Raises:
             FileNotFoundError: there is no such folder.
-            ValueError: its tensors are not those of this adapter.
+            TrailFileError: a file is damaged, its tensors are not those of this adapter, or a number is not finite. It
+                is a `ValueError`. Then nothing has changed.
         """
-        for name in self.adapters:
-            folder = Path(path) if name == "default" else Path(path, name)
-            tensors = safetensors.torch.load((folder / SAFETENSORS_WEIGHTS_NAME).read_bytes())
-            due = get_peft_model_state_dict(self.peft_model, adapter_name=name, save_embedding_layers=False)
-            if tensors.keys() != due.keys() or any(tensors[key].shape != due[key].shape for key in due):
-                odd = sorted(key for key in {**tensors, **due} if _shape(tensors, key) != _shape(due, key))
-                raise ValueError(
-                    f"{folder} is of another adapter than {name!r}: {odd[0]} is {_shape(tensors, odd[0])} there, "
-                    f"{_shape(due, odd[0])} here"
-                )
+        _check_sums(Path(path))
+        found = {
+            name: self._read(name, Path(path) if name == "default" else Path(path, name)) for name in self.adapters
+        }
+        for name, tensors in found.items():
             set_peft_model_state_dict(self.peft_model, tensors, adapter_name=name)
+
+    def _read(self, name: str, folder: Path) -> dict[str, Tensor]:
+        """The tensors of one adapter in its folder. Raises as `restore`."""
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is no folder: an adapter of PEFT is saved in one")
+        with opened(folder / SAFETENSORS_WEIGHTS_NAME) as file:
+            content = file.read()
+        try:
+            tensors = safetensors.torch.load(content)
+        except Exception as error:  # the parser's own errors are of several unrelated classes
+            raise TrailFileError(f"{file.name} is not a whole safetensors file ({error}): copy it again") from None
+        due = get_peft_model_state_dict(self.peft_model, adapter_name=name, save_embedding_layers=False)
+        if tensors.keys() != due.keys() or any(tensors[key].shape != due[key].shape for key in due):
+            odd = sorted(key for key in {**tensors, **due} if _shape(tensors, key) != _shape(due, key))
+            raise TrailFileError(
+                f"{folder} is of another adapter than {name!r}: {odd[0]} is {_shape(tensors, odd[0])} there, "
+                f"{_shape(due, odd[0])} here"
+            )
+        try:
+            notes.check_numbers(due, tensors)
+        except TrailFileError as error:
+            raise TrailFileError(f"{folder}: {error}") from None
+        return tensors
 
 
 @contextmanager
@@ -208,14 +237,10 @@ def exchanged(values: Sequence[tuple[nn.Parameter, Tensor]]) -> Generator[None]:
 
     The storage is exchanged, not written: what a graph has saved for its backward stays what it was.
     """
-    before = [(parameter, parameter.data) for parameter, _ in values]
-    try:
+    with Undo() as undo:
         for parameter, value in values:
-            parameter.data = value.to(parameter.device, parameter.dtype)
+            undo.set(parameter, "data", value.to(parameter.device, parameter.dtype))
         yield
-    finally:
-        for parameter, data in before:
-            parameter.data = data
 
 
 _TAKING = ("pissa", "corda", "olora", "lora_ga")
@@ -277,6 +302,15 @@ def _check_free(path: Path) -> None:
             raise ValueError(f"{path} holds other files ({others[0]}), and would be replaced: name a folder of its own")
     elif path.exists():
         raise ValueError(f"{path} is a file, and PEFT saves a folder")
+
+
+def _check_sums(folder: Path) -> None:
+    """Check a folder against the checksums that `save` left in it, if it did. Raises `TrailFileError`."""
+    if (folder / _CHECKSUMS).exists():
+        told = files.read_json(folder / _CHECKSUMS)
+        if set(told) != {"files"} or not isinstance(told["files"], dict):
+            raise TrailFileError(f"{folder / _CHECKSUMS} is not as PeftAdapter.save writes it: save the adapter again")
+        files.check_folder(folder, told["files"])
 
 
 def _shape(tensors: dict[str, Tensor], key: str) -> str:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from tokenpaths import files
 from tokenpaths.data.examples import IGNORED, Batch
 from tokenpaths.engine.divergence import at_least_float32
 from tokenpaths.engine.forwards import forward, forward_states
-from tokenpaths.engine.logits import logits_at
+from tokenpaths.engine.logits import cross_entropy, logits_at
 from tokenpaths.engine.readings import evaluating
 from tokenpaths.engine.states import recording
 from tokenpaths.lab.peers.adapter import exchanged
@@ -42,6 +43,7 @@ from tokenpaths.site import Place, find_blocks
 from tokenpaths.trailmap import notes
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.training.objectives.imitate import Imitate
+from tokenpaths.undo import Undo
 
 Schedule: TypeAlias = Literal["constant", "published-code"]
 Sides: TypeAlias = Literal["both", "below"]
@@ -78,6 +80,7 @@ class DualMemory:
             raise ValueError("DualMemory: every parameter of the adapter is frozen, so there is nothing to follow")
         self._slow = {name: p.detach().clone() for name, p in self._fast.items()}
         self._in_use = False
+        self._read_at: set[int] = set()  # which values of the fast weights it was read beside, since the last update
 
     def __repr__(self) -> str:
         return f"DualMemory(decay={self.decay}, schedule={self.schedule!r}): {self.updates} updates"
@@ -98,33 +101,65 @@ class DualMemory:
         for name, fast in self._fast.items():
             self._slow[name] = torch.lerp(fast.detach(), self._slow[name].to(fast.device), self.next_decay())
         self.updates += 1
+        self._read_at.clear()
 
     @contextmanager
     def slow(self) -> Generator[None]:
         """Inside, the adapter has its slow weights and is in evaluation mode; afterwards all is as it was, to the bit.
 
         A graph that waits for its backward keeps the fast weights. An adapter that is saved inside is the slow one.
+
+        Raises:
+            RuntimeError: at the end, if the adapter was trained inside.
         """
         if self._in_use:
             yield
             return
-        self._in_use = True
-        try:
+        with Undo() as undo:
+            undo.set(self, "_in_use", True)
             with exchanged([(fast, self._slow[name]) for name, fast in self._fast.items()]), evaluating(self.trails):
+                before = self._written()
                 yield
-        finally:
-            self._in_use = False
+                if self._written() != before:
+                    raise RuntimeError(
+                        "the adapter was trained inside slow(), so its slow weights were changed and what it learned "
+                        "is no longer in it: train outside, and update() after each step"
+                    )
+
+    def expect_updates(self) -> None:
+        """Warn if the fast weights are trained and the slow ones do not follow. For what reads them in a run."""
+        known = len(self._read_at)
+        self._read_at.add(self._written())
+        if known < len(self._read_at) == 3:
+            warnings.warn(
+                "DualMemory: the adapter has been trained for two steps, and its slow weights stay where they are: "
+                "call memory.update() after each step",
+                stacklevel=2,
+            )
+
+    def _written(self) -> int:
+        """How often the fast weights were written to."""
+        return sum(p._version for p in self._fast.values())  # pyright: ignore[reportPrivateUsage]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the slow weights and the number of updates to one safetensors file, whole or not at all."""
         files.write(path, self._slow, {"dual memory": self.updates})
 
     def restore(self, path: str | os.PathLike[str]) -> None:
-        """Take over what `save` wrote. Raises `FileNotFoundError`, and `TrailFileError` for any other file."""
+        """Take over what `save` wrote.
+
+        Raises `FileNotFoundError`, `IsADirectoryError`, and `TrailFileError` for any other file, or numbers that are
+        not finite.
+        """
         tensors, note = files.read(path)
-        if not isinstance(note.get("dual memory"), int):
+        updates = note.get("dual memory")
+        if set(note) != {"dual memory"} or type(updates) is not int or updates < 0:
             raise files.TrailFileError(f"{os.fspath(path)} is not a file of a DualMemory")
-        notes.check_shapes(self._slow, tensors)
+        try:
+            notes.check_shapes(self._slow, tensors)
+            notes.check_numbers(self._slow, tensors)
+        except files.TrailFileError as error:
+            raise files.TrailFileError(f"{os.fspath(path)}: {error}") from None
         self._slow, self.updates = tensors, note["dual memory"]
 
 
@@ -168,16 +203,20 @@ class ReplayNear(Imitate):
     def loss(self, model: nn.Module, trails: Adapter, batch: Batch) -> Float[Tensor, ""]:
         if trails is not self.memory.trails:
             raise ValueError("ReplayNear: its memory is of another adapter than the one that is trained")
+        if torch.is_grad_enabled():
+            self.memory.expect_updates()
         places = {block: Place(block, "output") for block in find_blocks(model, trails.blocks)}
         predicts = F.pad(batch.labels[:, 1:] != IGNORED, (0, 1))
         with self.memory.slow(), torch.no_grad(), recording(places) as slow:
             forward_states(model, batch)
         with recording(places) as fast:
-            logits = logits_at(model, lambda: forward(model, batch), predicts)[:]
-        targets = batch.labels[:, 1:][predicts[:, :-1]].to(logits.device)
-        said = F.cross_entropy(logits, targets, reduction="none").split(predicts.sum(1).tolist())
+            logits = logits_at(model, lambda: forward(model, batch), predicts)
+        targets = batch.labels[:, 1:][predicts[:, :-1]].to(logits.states.device)
+        counts = predicts.sum(1)
+        share = (1 / (len(counts) * counts)).repeat_interleave(counts).to(targets.device)  # the mean over examples
+        said = logits.sum(lambda z, t, w: w * cross_entropy(z, t), targets, share)
         near = self._apart(list(fast.values()), list(slow.values()), batch)
-        return torch.stack([part.mean() for part in said]).mean() + self.gamma * near
+        return said + self.gamma * near.to(said.device)
 
     def _apart(self, fast: list[Tensor], slow: list[Tensor], batch: Batch) -> Float[Tensor, ""]:
         """The distance: the mean over blocks and rows of the mean square over a row's tokens and entries."""

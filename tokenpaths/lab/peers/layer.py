@@ -20,6 +20,8 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from tokenpaths.undo import Undo
+
 
 @dataclass
 class AddedConfig(PeftConfig):
@@ -215,12 +217,10 @@ class AddedModel(BaseTuner):
         _check_names(self, layers, names)
         names = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
         give = functools.partial(_give, names)
-        handles = [layer.register_forward_pre_hook(give, with_kwargs=True) for layer in layers]
-        try:
+        with Undo() as undo:
+            for layer in layers:
+                undo.hook(layer.register_forward_pre_hook, give, with_kwargs=True)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def register(config: type[AddedConfig], tuner: type[AddedModel]) -> None:

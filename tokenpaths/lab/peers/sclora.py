@@ -41,6 +41,7 @@ from tokenpaths.engine.readings import evaluating
 from tokenpaths.engine.states import observing
 from tokenpaths.lab.peers.layer import AddedConfig, AddedLinear, AddedModel, register
 from tokenpaths.site import Place
+from tokenpaths.undo import tidy
 
 
 @dataclass
@@ -148,6 +149,7 @@ class Subspace:
     positive: int
 
 
+@tidy
 def sc_lora(
     model: nn.Module,
     config: ScLoraConfig,

@@ -28,8 +28,10 @@ from tokenpaths.engine.batches import batches
 from tokenpaths.engine.readings import Run
 from tokenpaths.site.host import find_blocks
 from tokenpaths.tokens import Rule, Span
+from tokenpaths.undo import tidy
 
 
+@tidy
 def critical(
     model: nn.Module,
     examples: Sequence[Example],

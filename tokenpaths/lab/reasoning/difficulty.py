@@ -18,8 +18,10 @@ from tokenpaths.engine.generate import generate
 from tokenpaths.engine.likelihood import encode_choices, log_likelihoods, right
 from tokenpaths.engine.means import mean_states
 from tokenpaths.engine.readings import Run, evaluating
+from tokenpaths.undo import tidy
 
 
+@tidy
 def solved_by_likelihood(
     model: nn.Module, questions: Sequence[Question], tokenizer: Any, *, max_batch_tokens: int = 1500
 ) -> list[bool]:
@@ -47,6 +49,7 @@ def solved_by_likelihood(
     return [bool(found == 1) for found in right(scores, choices)]
 
 
+@tidy
 def solved_by_generation(
     model: Any,
     questions: Sequence[Question],
@@ -74,6 +77,7 @@ def solved_by_generation(
     return [read_answer(one.text) == question.answer for one, question in zip(written, questions, strict=True)]
 
 
+@tidy
 def clusters(
     model: nn.Module,
     texts: Sequence[str],

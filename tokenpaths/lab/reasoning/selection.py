@@ -25,6 +25,7 @@ import numpy as np
 
 from tokenpaths.data.contamination import contaminated
 from tokenpaths.data.items import Question
+from tokenpaths.report.escaping import mathtext
 from tokenpaths.report.figures import COLOURS, GREY, empty_figure
 from tokenpaths.report.records import Record
 from tokenpaths.report.tables import text_table
@@ -63,7 +64,7 @@ class Funnel(Record):
 
         Raises `ImportError` where matplotlib is missing.
         """
-        names = ["the pool", *(stage.name for stage in self.steps)]
+        names = ["the pool", *(mathtext(stage.name) for stage in self.steps)]
         left = [self.pool, *(stage.left for stage in self.steps)]
         figure = empty_figure(f"{self.pool:,} items, {left[-1]:,} selected", 1.2 + 0.4 * len(names))
         axes = figure.subplots()

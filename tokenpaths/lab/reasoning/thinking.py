@@ -18,6 +18,7 @@ from tokenpaths.report.figures import COLOURS, empty_figure, error_bars, grid
 from tokenpaths.report.records import Record
 from tokenpaths.report.tables import interval_text, with_interval
 from tokenpaths.stats.intervals import Interval, statistic_interval, wilson
+from tokenpaths.stats.verdicts import LEAST_LEVELS, too_little
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,7 +54,8 @@ class LevelPoint:
 class Scaling(Record):
     """The three figures of s1, each with its 95 % interval, and the levels as points, in order of their tokens.
 
-    `slope` is in accuracy per 1,000 thinking tokens, and None where all levels have the same mean tokens.
+    `slope` is in accuracy per 1,000 thinking tokens, and None where all levels have the same mean tokens. In print it
+    is told of `LEAST_LEVELS` levels of different length and `LEAST_ITEMS` questions or more (`stats.verdicts`).
     """
 
     what: ClassVar[str] = "a scaling report"
@@ -67,12 +69,21 @@ class Scaling(Record):
     questions: int
     points: tuple[LevelPoint, ...]
 
+    @property
+    def too_little(self) -> str:
+        """Why nothing may be said of the slope, in words; "" if it may."""
+        levels = len({point.tokens for point in self.points})
+        told = [] if levels >= LEAST_LEVELS else [f"{levels} of the {LEAST_LEVELS} levels that a slope needs"]
+        return " and ".join([*told, *filter(None, [too_little(self.questions)])])
+
     def __str__(self) -> str:
         lines = [f"{'thinking tokens':>15}  accuracy [95 % interval], {self.questions} questions"]
         lines += [f"{point.tokens:15.1f}  {with_interval(point.accuracy, point.interval)}" for point in self.points]
         lines.append(f"control      {with_interval(self.control, self.control_interval)}")
         if self.slope is None or self.slope_interval is None:
             lines.append("scaling      unknown: all levels think equally long")
+        elif self.too_little:
+            lines.append(f"scaling      cannot tell: {self.too_little}")
         else:
             slope = f"{self.slope:+.3f} {interval_text(self.slope_interval)}"
             lines.append(f"scaling      {slope} per 1,000 tokens")
@@ -84,7 +95,7 @@ class Scaling(Record):
 
         Raises `ImportError` where matplotlib is missing.
         """
-        slope = "" if self.slope is None else f", scaling {self.slope:+.2f} per 1,000 tokens"
+        slope = "" if self.slope is None or self.too_little else f", scaling {self.slope:+.2f} per 1,000 tokens"
         title = f"{self.questions} questions: control {self.control:.0%}, performance {self.performance:.2f}{slope}"
         figure = empty_figure(title, 4.0)
         axes = figure.subplots()

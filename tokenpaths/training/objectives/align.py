@@ -29,6 +29,7 @@ from tokenpaths.engine.logits import cross_entropy
 from tokenpaths.engine.readings import evaluating
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.training.objectives.base import Objective, tokens_of
+from tokenpaths.undo import tidy
 
 Constraint: TypeAlias = Literal["none", "detached", "boundary"]
 
@@ -148,6 +149,7 @@ def scores(model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
     return torch.stack([row.mean() for row in log_probs.split(lengths)])
 
 
+@tidy
 @torch.no_grad()
 def score_attempts(
     model: nn.Module, questions: Sequence[Attempts], batch_size: int = 4
@@ -221,6 +223,7 @@ class Sampled:
         )
 
 
+@tidy
 def sample_chains(
     model: Any,
     questions: Sequence[Question],

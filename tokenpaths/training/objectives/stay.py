@@ -7,6 +7,10 @@ The weight of a `Stay` is a Lagrange multiplier: it rises while D is over the bu
 zero the objective is read and not trained:
 
     weight <- clip(weight + gain min(D / within - 1, 1), 0, most)        after each step (dual ascent)
+
+In each step in which it is due it costs two forwards of its texts, the frozen one without gradients, and a backward. At
+weight 0 it costs the two forwards still, since D tells when the weight has to rise: `every=4` reads it a fourth as
+often. A cone leaves of the frozen forward its output embedding.
 """
 
 from __future__ import annotations

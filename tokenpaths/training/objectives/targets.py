@@ -9,43 +9,45 @@ A file holds, for n examples and each of its sites,
     values s      [...]               their targets: count x width numbers an example for states, count x heads x tokens
                                       for attention rows
 
-and a JSON note: the kind, the sites, the widths (or numbers of heads), and the model that they were captured from.
+and a JSON note: the kind, the sites, the widths (or numbers of heads), and the model that they were captured from. Each
+number is checked against the file's checksums before it is used.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeAlias, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tokenpaths import files
-from tokenpaths.files import TrailFileError
+from tokenpaths.files import TensorFile, TrailFileError
+from tokenpaths.files.tensors import Put
 from tokenpaths.site import Site
 from tokenpaths.site.fingerprint import describe
+from tokenpaths.site.identity import exact_key
 from tokenpaths.trailmap import notes
 
 Kind: TypeAlias = Literal["states", "attention"]
 Stored: TypeAlias = Callable[[str, int, int], Tensor]  # entries start to stop of the tensor of a name
-Put: TypeAlias = Callable[[str, int, Tensor], object]  # puts entries into the tensor of a name, from a start on
 
 
 class Targets:
     """What was captured: for each example and site, the positions of tokens, and where their states should be.
 
     They come from `capture_states` and `capture_attention`, which write the file that `load` opens. `kind` is "states"
-    or "attention", `sites` are the places, `base` is the name and the fingerprint of the frozen model.
+    or "attention", `sites` are the places, `base` is the name, the fingerprint and the exact key of the frozen model,
+    `checksum` is of all the numbers.
     """
 
-    def __init__(self, note: dict[str, Any], stored: Stored) -> None:
+    def __init__(self, note: dict[str, Any], stored: Stored, checksum: str) -> None:
+        self.checksum = checksum
         self.kind: Kind = note["kind"]
         self.sites = tuple(notes.site_from_note(site) for site in note["sites"])
         self.widths: tuple[int, ...] = tuple(note["widths"])
@@ -64,7 +66,8 @@ class Targets:
         return len(self._number)
 
     def __repr__(self) -> str:
-        return f"<targets: {self.kind} at {len(self.sites)} sites of {len(self)} examples, {self.base['name']}>"
+        told = f"<targets: {self.kind} at {len(self.sites)} sites of {len(self)} examples, {self.base['name']}>"
+        return files.printable(told)
 
     def of(self, ids: tuple[int, ...], site: int) -> tuple[Int[Tensor, " n"], Float[Tensor, "n ..."]]:
         """The positions of captured tokens in an example, and their targets, at `sites[site]`.
@@ -85,34 +88,36 @@ class Targets:
     def check(self, model: nn.Module) -> None:
         """Warn if the targets were captured from other weights than the model's."""
         here = describe(model)
-        if here["fingerprint"] != self.base["fingerprint"]:
+        other = here["fingerprint"] != self.base["fingerprint"]
+        if other or ("key" in self.base and self.base["key"] != exact_key(model)):  # files of 0.1 have none
             warnings.warn(
-                f"the targets were captured from {self.base['name']} (weights {self.base['fingerprint']}), but the "
-                f"model is {here['name']} (weights {here['fingerprint']}): capture them again from this one",
+                files.printable(
+                    f"the targets were captured from {self.base['name']} (weights {self.base['fingerprint']}), but the "
+                    f"model is {here['name']} (weights {here['fingerprint']}): capture them again from this one"
+                ),
                 stacklevel=2,
             )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Targets:
-        """Open a file that was captured. Values are read from it, memory-mapped, when they are asked for.
+        """Open a file that was captured. Values are read from it, and checked, when they are asked for.
 
         Raises:
             FileNotFoundError: there is no such file.
-            TrailFileError: it is not a whole and sound file of targets.
+            IsADirectoryError: it is a folder.
+            TrailFileError: it is not a whole and sound file of targets, or of an earlier version without checksums. So
+                does `of`, where numbers were changed.
         """
-        from safetensors import safe_open
-
         name = os.fspath(path)
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{name} does not exist")
         try:
-            file: Any = safe_open(name, framework="pt")
-            note = json.loads(file.metadata()["tokenpaths"])
-            if note["version"] != files.VERSION:
-                raise ValueError(f"its note is of version {note['version']}")
-            loaded = cls(note["waypoints"], lambda tensor, start, stop: file.get_slice(tensor)[start:stop])
-            if {key: file.get_slice(key).get_shape() for key in list(file.keys())} != loaded._shapes():
+            file = TensorFile(path, "capture the targets again")
+            if file.checksum is None:
+                raise ValueError("it is of an earlier version, and has no checksums")
+            loaded = cls(file.note["waypoints"], file.entries, file.checksum)
+            if file.shapes != loaded._shapes():
                 raise ValueError("its tensors are not those that its note calls for")
+        except OSError:
+            raise
         except Exception as error:  # a damaged file may fail in any way
             raise TrailFileError(f"{name} is no whole file of targets ({error}): capture them again") from error
         return loaded
@@ -174,41 +179,14 @@ def store(
     if path is None:
         tensors = {name: torch.empty(count, dtype=dtype) for name, (count, dtype) in entries.items()}
         fill(lambda name, start, part: tensors[name][start : start + len(part)].copy_(part))
-        return Targets(note, lambda name, start, stop: tensors[name][start:stop])
-    with files.whole(path) as beside, beside.open("xb") as file:
-        fill(_writer(file, note, entries))
+        digest = hashlib.sha256(repr(note).encode())
+        for _, tensor in sorted(tensors.items()):
+            digest.update(tensor.view(torch.uint8).numpy().data)
+        return Targets(note, lambda name, start, stop: tensors[name][start:stop], digest.hexdigest())
+    shaped = {name: ((count,), dtype) for name, (count, dtype) in entries.items()}
+    with files.filling(path, shaped, {"waypoints": note}) as put:
+        fill(put)
     return Targets.load(path)
-
-
-def _writer(file: BinaryIO, note: dict[str, Any], entries: Mapping[str, tuple[int, torch.dtype]]) -> Put:
-    """Begin a safetensors file, and give what writes into it in any order: its header says where each entry belongs."""
-    metadata = {"tokenpaths": json.dumps({"version": files.VERSION, "waypoints": note})}
-    header: dict[str, Any] = {"__metadata__": metadata}
-    offsets: dict[str, int] = {}
-    end = 0
-    for name in sorted(entries, key=lambda name: -entries[name][1].itemsize):  # so that each is aligned
-        count, dtype = entries[name]
-        offsets[name], start, end = end, end, end + count * dtype.itemsize
-        header[name] = {"dtype": _DTYPES[dtype], "shape": [count], "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    body = file.write(len(text).to_bytes(8, "little") + text)
-    file.truncate(body + end)
-
-    def put(name: str, start: int, values: Tensor) -> None:
-        file.seek(body + offsets[name] + start * values.dtype.itemsize)
-        file.write(values.contiguous().view(torch.uint8).numpy().tobytes())
-
-    return put
-
-
-_DTYPES = {
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
 
 
 def _sizes(

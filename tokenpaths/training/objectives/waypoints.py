@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -37,10 +38,12 @@ from tokenpaths.engine.states import recording, recording_maps
 from tokenpaths.site import Host, Site
 from tokenpaths.site.fingerprint import describe
 from tokenpaths.site.host import check_model
+from tokenpaths.site.identity import exact_key
 from tokenpaths.tokens import Context, token_pieces
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.training.objectives.base import Objective, host_of, tokens_of
 from tokenpaths.training.objectives.targets import Kind, Targets, store
+from tokenpaths.undo import tidy
 
 By: TypeAlias = Literal["relative", "mse", "cosine"]
 
@@ -62,13 +65,13 @@ class _Matching(Objective):
         for number, example in enumerate(self.examples):
             if example.ids not in self.targets:
                 raise ValueError(f"{name}: example {number} has no targets: capture them for it first")
-        self._checked = False
+        self._checked: ref[nn.Module] | None = None  # the model that the targets were last found to be of
 
     def loss(self, model: nn.Module, trails: Adapter, batch: Batch) -> Float[Tensor, ""]:
-        if not self._checked:
+        if self._checked is None or self._checked() is not model:
             with trails.off():
                 self.targets.check(model)
-            self._checked = True
+            self._checked = ref(model)
         with _reading(host_of(model, trails), self.targets.sites, self.kind) as seen:
             forward_states(model, batch)
         first = batch.attention_mask.argmax(1).tolist()  # where the text of each row begins
@@ -150,6 +153,7 @@ class WaypointsAttention(_Matching):
         return kl_of_rows(target, steered).mean(-1)
 
 
+@tidy
 def capture_states(
     model: nn.Module,
     examples: Sequence[Example],
@@ -181,6 +185,7 @@ def capture_states(
     return _capture("states", model, examples, helped, sites, path, batch_size, blocks, tokenizer)
 
 
+@tidy
 def capture_attention(
     model: nn.Module,
     examples: Sequence[Example],
@@ -242,8 +247,9 @@ def _capture(
                 ]
                 yield number, [_without_help(r, shift) for r in rows] if kind == "attention" else rows
 
+    base = {**describe(model), "key": exact_key(model)}
     with evaluating(model):
-        return store(path, kind, found, describe(model), [plain.ids for _, plain, _ in pairs], chosen, values())
+        return store(path, kind, found, base, [plain.ids for _, plain, _ in pairs], chosen, values())
 
 
 def _without_help(rows: Float[Tensor, "n heads tokens"], shift: int) -> Float[Tensor, "n heads _"]:

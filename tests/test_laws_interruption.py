@@ -1,0 +1,43 @@
+"""Law 12: an interruption at any moment of any verb leaves the model as it was, and the verb works afterwards.
+
+Here a few moments of each verb; slow, an even sample of 2,000. `benchmarks/torture/interrupts.py` tells the share.
+"""
+
+from __future__ import annotations
+
+import pytest
+from interrupts import LORA_VERBS, VERBS, Subject, evenly
+
+pytestmark = pytest.mark.usefixtures("unchecked")  # the check keeps the arguments of a call that was cut short
+
+
+def dirty(subject: Subject, points: int) -> dict[int, list[str]]:
+    """What is left by interruptions at an even sample of calls, by the number of the call."""
+    left = {number: subject.leak(number) for number in evenly(subject.calls, points)}
+    return {number: names for number, names in left.items() if names}
+
+
+@pytest.mark.parametrize("verb", [*VERBS, *LORA_VERBS])
+def test_an_interruption_leaves_the_model_as_it_was(verb: str) -> None:
+    subject = Subject(verb)
+    assert dirty(subject, 5) == {}
+    assert subject.works()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", [*VERBS, *LORA_VERBS])
+def test_an_interruption_at_any_of_2000_moments_leaves_the_model_as_it_was(verb: str) -> None:
+    subject = Subject(verb)
+    assert dirty(subject, 2000) == {}
+    assert subject.works()
+
+
+def test_the_harness_sees_a_hook_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leaves_a_hook(place):
+        handle = place.model.register_forward_hook(lambda *args: None)
+        place.model(place.ids)
+        handle.remove()
+
+    monkeypatch.setitem(VERBS, "leaves a hook", leaves_a_hook)
+    left = dirty(Subject("leaves a hook"), 8)
+    assert any("model  _forward_hooks" in names for names in left.values())

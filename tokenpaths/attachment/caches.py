@@ -1,0 +1,54 @@
+"""What a model keeps of the tokens before: keys and values, or the states of a recurrence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tokenpaths.attachment.moment import Moment
+
+_NAMES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states", "layer_past", "past_key_value")
+_NOTE = "tokenpaths_moment"  # kept on the cache itself: a deep copy of it, as for a shared beginning, takes it along
+
+
+def remember(cache: Any, moment: Moment) -> None:
+    """A cache holds the tokens up to the end of a forward."""
+    if hasattr(cache, "__dict__"):  # a tuple or a list of tensors cannot be told from another one
+        setattr(cache, _NOTE, moment)
+
+
+def filled(cache: Any) -> Moment | None:
+    """The forward that was the last to fill a cache; None where it is not known."""
+    return getattr(cache, _NOTE, None)
+
+
+def movers(cache: Any, past: int) -> frozenset[int] | None:
+    """The numbers of the attachments that moved the tokens of a cache; none where someone else filled it up."""
+    known = filled(cache)
+    return known.movers if known is not None and known.past + known.length >= past else frozenset()
+
+
+def cache_in(named: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a forward, or in its output; None if there is none."""
+    return next((named[name] for name in _NAMES if named.get(name) is not None), None)
+
+
+def tokens_in(cache: Any) -> int | None:
+    """How many tokens a cache holds; None if that cannot be told."""
+    if cache is None:
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, ValueError):  # a recurrence does not count its tokens
+        pass
+    known = filled(cache)
+    if known is not None:
+        return known.past + known.length
+    return 0 if _is_fresh(cache) else None
+
+
+def _is_fresh(cache: Any) -> bool:
+    try:
+        return not cache.has_previous_state()
+    except (AttributeError, TypeError, ValueError):
+        return False

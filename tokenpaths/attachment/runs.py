@@ -1,0 +1,73 @@
+"""One run at a time over a model, and over a map of trails. Two would train on top of each other, and say nothing.
+
+A run that is kept and not ended, as by a variable of a notebook whose cell was interrupted, holds them still.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+
+from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.undo import Undo
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    name: str
+    model: frozenset[int]
+    trails: frozenset[int]
+    close: Callable[[], None]
+
+
+_OPEN: list[_Run] = []
+_LOCK = threading.RLock()  # the end of a lost run may come inside, by the garbage collector
+
+
+@contextmanager
+def holding(model: nn.Module, trails: Adapter, name: str, close: Callable[[], None]) -> Generator[None]:
+    """Inside, a run holds a model and what it trains.
+
+    Args:
+        model: the model.
+        trails: what is trained.
+        name: of the run, for the message to the next one.
+        close: ends the run. It holds no reference that keeps the run alive.
+
+    Raises:
+        RuntimeError: another run holds one of them.
+    """
+    run = _Run(name, _parts(model), _parts(trails), close)
+    with Undo() as undo:
+        undo.add(_release, run)
+        with _LOCK:
+            for other in list(_OPEN):
+                if other.trails & run.trails or other.model & run.model:
+                    what = "these trails" if other.trails & run.trails else "this model"
+                    raise RuntimeError(
+                        f"{name}: {other.name} over {what} is still open, and the two would train on top of each "
+                        "other. Finish it first, or close its iterator or with block; tp.detach(model) ends all"
+                    )
+            _OPEN.append(run)
+        yield
+
+
+def _release(run: _Run) -> None:
+    with _LOCK:
+        _OPEN[:] = [other for other in _OPEN if other is not run]
+
+
+def close_runs(model: nn.Module) -> None:
+    """End every run that holds a model. Afterwards its trails are detached and its grad flags are as before."""
+    parts = _parts(model)
+    for run in [run for run in _OPEN if run.model & parts]:
+        run.close()
+
+
+def _parts(module: nn.Module) -> frozenset[int]:
+    """The modules that have parameters of their own: PEFT, DDP and torch.compile wrap a model around the same ones."""
+    return frozenset(id(part) for part in module.modules() if next(part.parameters(recurse=False), None) is not None)

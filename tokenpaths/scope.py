@@ -1,0 +1,73 @@
+"""Values that hold in one thread, or in one task of an event loop, and in no other."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextvars import ContextVar
+from typing import Any, Generic, TypeVar
+
+import torch
+
+Entry = TypeVar("Entry")
+
+
+class Scoped(Generic[Entry]):
+    """Entries that the running thread or task has added: `entries()` in another one does not give them.
+
+    A task, `asyncio.to_thread` and `contextvars.copy_context().run` begin with the entries of whoever started them, a
+    thread with none. An entry of theirs that is taken away elsewhere stays in their copy: let it know that it is over.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._entries: ContextVar[tuple[Entry, ...]] = ContextVar(name)
+        self._traced = _Traced()  # torch.compile traces no ContextVar, and guards on attributes of a thread
+
+    def entries(self) -> tuple[Entry, ...]:
+        """Those of the running thread or task, oldest first."""
+        return self._traced.entries if torch.compiler.is_compiling() else self._entries.get(())
+
+    def is_known(self) -> bool:
+        """Whether the running thread has added an entry, or began with the context of one that had, or was asked to."""
+        return self._entries.get(None) is not None
+
+    def begin(self) -> None:
+        """Let it be known here that there are none, so that whoever takes this context along knows it too."""
+        self._put(self._entries.get(()))
+
+    def add(self, entry: Entry) -> None:
+        """Let an entry hold here."""
+        self._put((*self._entries.get(()), entry))
+
+    def discard(self, entry: Entry) -> None:
+        """Let it hold here no longer."""
+        self._put(tuple(each for each in self._entries.get(()) if each is not entry))
+
+    def _put(self, entries: tuple[Entry, ...]) -> None:
+        self._entries.set(entries)
+        self._traced.entries = entries
+
+
+class _Traced(threading.local):
+    entries: tuple[Any, ...] = ()
+
+
+class _Here(threading.local):
+    def __init__(self) -> None:
+        self.is_main = threading.current_thread() is threading.main_thread()
+
+
+_here = _Here()
+
+
+def in_main_thread() -> bool:
+    """Whether the running thread is the main one."""
+    return _here.is_main
+
+
+def running_task() -> asyncio.Task[Any] | None:
+    """The task of an event loop that is running in this thread; None outside of any."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no loop runs in this thread
+        return None

@@ -12,7 +12,7 @@ from tokenizers import processors
 from tokenpaths import Example, encode, encode_texts
 from tokenpaths.data import Choice, Question, collate, encode_parts
 from tokenpaths.data.tokenizing import around, tokenized
-from tokenpaths.drift.meter import _examples
+from tokenpaths.drift.texts import examples_of
 from tokenpaths.engine.likelihood import encode_choices
 from tokenpaths.lab.chains.answering import context
 from tokenpaths.training.samples import _openings
@@ -235,7 +235,7 @@ def test_every_verb_reads_a_rendered_prompt_with_its_special_tokens_once(form: s
         lambda t: _openings(tokenizer, [t])[0],
         lambda t: encode_choices([Choice(("a", "y"), 0, t)], tokenizer)[0][0].ids,
         lambda t: encode_choices([Choice((f"{t} a", f"{t} y"), 0)], tokenizer)[0][0].ids,
-        lambda t: _examples([t], tokenizer, 256)[0].ids,
+        lambda t: examples_of([t], tokenizer, 256)[0].ids,
     ):
         assert read(rendered) == read(text)
 

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from tokenpaths.attachment.handle import working
 from tokenpaths.checking import as_whole, quoted
 from tokenpaths.data.examples import Batch, Example, collate
-from tokenpaths.data.tokenizing import check_tokenizer, tokenized
 from tokenpaths.drift.attention import read_attention
 from tokenpaths.drift.measures import (
     confidence,
@@ -47,6 +46,7 @@ from tokenpaths.drift.measures import (
 from tokenpaths.drift.report import Drift, Measured, MeasuredSet, RunName
 from tokenpaths.drift.sample import Sample
 from tokenpaths.drift.tally import Numbers, Tally, text_key, text_weights
+from tokenpaths.drift.texts import check_functions, examples_of
 from tokenpaths.drift.totals import Totals
 from tokenpaths.engine.batches import by_length, shown
 from tokenpaths.engine.cone.cone import Cone
@@ -105,7 +105,7 @@ class Meter:
         keep_massive: bool = False,
         seed: int = 0,
     ) -> None:
-        _check_functions(
+        check_functions(
             measures=measures,
             quantities=quantities,
             sets=sets,
@@ -288,7 +288,7 @@ def measure_drift(
     check_adapter(trails)
     if cone is not None and cone is not False and not isinstance(cone, Cone):
         raise TypeError(f"cone={quoted(cone)} must be a Cone, which keeps states for the next call, or None or False")
-    texts = _examples(texts, tokenizer, max_length)
+    texts = examples_of(texts, tokenizer, max_length)
     check_known("drift", model, texts)  # before anything is attached
     sparing = cone.over(model, trails.blocks) if isinstance(cone, Cone) and trails.sites else nullcontext()
     with working(model, trails, tokenizer), sparing:
@@ -345,46 +345,12 @@ def _measured(
     batch_size: int,
     progress: bool,
 ) -> Drift:
-    examples = _examples(texts, tokenizer, max_length)
+    examples = examples_of(texts, tokenizer, max_length)
     for run in (meter.before, meter.after):
         check_known("drift", run.model, examples)
     rows = by_length([len(example) for example in examples], as_whole("drift: batch_size", batch_size))
     batches = [collate([examples[i] for i in batch]) for batch in rows]
     return meter.over(batches, progress=progress).report()
-
-
-def _check_functions(**given: Any) -> None:
-    for name, functions in given.items():
-        if callable(functions):
-            raise TypeError(f"{name} is a list of functions, not one: give {name}=[{quoted(functions)}]")
-        if wrong := [function for function in functions if not callable(function)]:
-            raise TypeError(f"{name} are functions, as in tokenpaths.drift.kl, not {quoted(wrong[0])}")
-
-
-def _examples(texts: Sequence[str] | Sequence[Example], tokenizer: Any, max_length: int) -> list[Example]:
-    as_whole("drift: max_length", max_length)
-    if isinstance(texts, (str, Example)):
-        raise TypeError(f"drift takes a list of texts, not {type(texts).__name__}: give [text]")
-    if not isinstance(texts, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"drift takes a list of texts or Examples, not {type(texts).__name__}: give list(texts)")
-    if not texts:
-        raise ValueError("drift was given no texts")
-    if tokenizer is not None:
-        check_tokenizer(tokenizer)
-    examples: list[Example] = []
-    for index, text in enumerate(texts):
-        if not isinstance(text, (str, Example)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(
-                f"text {index} is {type(text).__name__}, but drift takes strings and Examples: make Examples of pairs "
-                "and chats with encode(pairs, tokenizer)"
-            )
-        if isinstance(text, str) and tokenizer is None:
-            raise ValueError("drift on strings needs the tokenizer: measure_drift(model, trails, texts, tokenizer)")
-        ids = tokenized(tokenizer, text)[:max_length] if isinstance(text, str) else text.ids
-        if len(ids) < 2:
-            raise ValueError(f"text {index} has {len(ids)} tokens; drift needs at least two")
-        examples.append(Example.of(ids) if isinstance(text, str) else text)
-    return examples
 
 
 def _both(name: str, before: Tensor, after: Tensor) -> _Named:

@@ -407,6 +407,7 @@ TRAINS = {"steps", "steps with checkpoints", "steps with goals", "Align", "Waypo
 def state(place: Place, numbers: bool = True) -> dict[str, Any]:
     """All that a verb must leave as it was, by name; `numbers` says whether the trails' numbers are among it."""
     found: dict[str, Any] = {}
+    trained = {id(tensor) for tensor in (*place.trails.parameters(), *place.trails.buffers())}
     for owner, root in (("model", place.model), ("trails", place.trails)):
         for name, module in root.named_modules():
             for key, value in vars(module).items():
@@ -414,9 +415,9 @@ def state(place: Place, numbers: bool = True) -> dict[str, Any]:
                     found[f"{owner} {name} {key}"] = _value(value)
         for name, tensor in (*root.named_parameters(), *root.named_buffers()):
             grad = None if tensor.grad is None else _bits(tensor.grad)
-            learns = owner == "model" or numbers
-            found[f"{owner} {name}"] = (id(tensor), tensor.requires_grad, _bits(tensor) if learns else None)
-            found[f"{owner} {name} grad"] = grad if learns else None
+            told = numbers or id(tensor) not in trained  # an adapter's own numbers lie in the model too
+            found[f"{owner} {name}"] = (id(tensor), tensor.requires_grad, _bits(tensor) if told else None)
+            found[f"{owner} {name} grad"] = grad if told else None
     found |= {f"global: {name}": value for name, value in _globals()}
     found["strays"] = sorted(path.name for path in place.folder.rglob("*") if path.name.startswith((".writing", "tmp")))
     return found

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -43,6 +43,7 @@ from tokenpaths.lab.reasoning import BudgetForcing, clusters, critical, solved_b
 from tokenpaths.limits import TrustRegion, strength_curve
 from tokenpaths.training.objectives.align import Align, Attempts, sample_chains
 from tokenpaths.training.objectives.waypoints import Waypoints, WaypointsAttention, capture_attention, capture_states
+from tokenpaths.undo import tidy
 
 KEEPERS = (
     contextvars.ContextVar,
@@ -108,22 +109,27 @@ class Place:
         return torch.tensor([[5, 9, 17, 33, 4]])
 
 
+def _run(p: Place, **more: Any) -> Any:
+    """The user's own forward. That transformers' `no_grad` stays in force when it is interrupted is not ours."""
+    return tidy(p.model)(p.ids, **more)
+
+
 def _with_attach(p: Place) -> Any:
     with tp.attach(p.model, p.trails):
-        return p.model(p.ids).logits.detach()
+        return _run(p).logits.detach()
 
 
 def _handle(p: Place) -> Any:
     handle = tp.attach(p.model, p.trails)
     try:
-        return p.model(p.ids).logits.detach()
+        return _run(p).logits.detach()
     finally:
         handle.remove()
 
 
 def _backward(p: Place) -> Any:
     with tp.attach(p.model, p.trails):
-        loss = p.model(p.ids, labels=p.ids).loss
+        loss = _run(p, labels=p.ids).loss
         return torch.autograd.grad(loss, list(p.trails.parameters()))
 
 
@@ -134,12 +140,12 @@ def _generate(p: Place) -> Any:
 
 def _off(p: Place) -> Any:
     with tp.attach(p.model, p.trails), p.trails.off():
-        return p.model(p.ids).logits.detach()
+        return _run(p).logits.detach()
 
 
 def _steps(p: Place, *goals: Any, **more: Any) -> Any:
     goals = goals or (tp.Imitate(make_examples(2)),)
-    options = {"steps": 2, "batch_size": 2, "warmup": 0, "progress": False, **more}
+    options: Any = {"steps": 2, "batch_size": 2, "warmup": 0, "progress": False, **more}
     return [step.loss for step in tp.steps(p.model, p.trails, list(goals), **options)]
 
 
@@ -168,7 +174,7 @@ def _waypoints(p: Place) -> Any:
 
 def _trainable(p: Place) -> Any:
     with tp.trainable(p.model, p.trails):
-        loss = p.model(p.ids, labels=torch.tensor([[-100, -100, -100, 33, 4]])).loss
+        loss = _run(p, labels=torch.tensor([[-100, -100, -100, 33, 4]])).loss
         loss.backward()
         p.model.save_pretrained(p.folder / "saved")
         return loss.detach()
@@ -184,7 +190,7 @@ def _cone(p: Place) -> Any:
 
 def _cone_forward(p: Place) -> Any:
     with tp.Cone().over(p.model), tp.attach(p.model, p.trails), torch.no_grad():
-        return p.model(p.ids).logits + p.model(p.ids).logits
+        return _run(p).logits + _run(p).logits
 
 
 def _attention(p: Place) -> Any:
@@ -319,7 +325,7 @@ def _budget_forcing(p: Place) -> Any:
 
 def _lora_off(p: Place) -> Any:
     with p.trails.off(), torch.no_grad():
-        return p.model(p.ids).logits
+        return _run(p).logits
 
 
 def _lora_saved(p: Place) -> Any:
@@ -333,7 +339,7 @@ def _dual_memory(p: Place) -> Any:
     memory = DualMemory(p.trails)
     memory.update()
     with memory.slow(), torch.no_grad():
-        return p.model(p.ids).logits
+        return _run(p).logits
 
 
 def _sc_lora(p: Place) -> Any:
@@ -401,6 +407,7 @@ TRAINS = {"steps", "steps with checkpoints", "steps with goals", "Align", "Waypo
 def state(place: Place, numbers: bool = True) -> dict[str, Any]:
     """All that a verb must leave as it was, by name; `numbers` says whether the trails' numbers are among it."""
     found: dict[str, Any] = {}
+    trained = {id(tensor) for tensor in (*place.trails.parameters(), *place.trails.buffers())}
     for owner, root in (("model", place.model), ("trails", place.trails)):
         for name, module in root.named_modules():
             for key, value in vars(module).items():
@@ -408,9 +415,9 @@ def state(place: Place, numbers: bool = True) -> dict[str, Any]:
                     found[f"{owner} {name} {key}"] = _value(value)
         for name, tensor in (*root.named_parameters(), *root.named_buffers()):
             grad = None if tensor.grad is None else _bits(tensor.grad)
-            learns = owner == "model" or numbers
-            found[f"{owner} {name}"] = (id(tensor), tensor.requires_grad, _bits(tensor) if learns else None)
-            found[f"{owner} {name} grad"] = grad if learns else None
+            told = numbers or id(tensor) not in trained  # an adapter's own numbers lie in the model too
+            found[f"{owner} {name}"] = (id(tensor), tensor.requires_grad, _bits(tensor) if told else None)
+            found[f"{owner} {name} grad"] = grad if told else None
     found |= {f"global: {name}": value for name, value in _globals()}
     found["strays"] = sorted(path.name for path in place.folder.rglob("*") if path.name.startswith((".writing", "tmp")))
     return found
@@ -469,7 +476,7 @@ def _keepers() -> list[tuple[str, Any]]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Inside, an interruption of a finaliser, which Python can only print, is not printed."""
     before, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
     try:

@@ -10,7 +10,9 @@ from . import files as files
 from . import lab as lab
 from . import limits as limits
 from . import matching as matching
+from . import randomness as randomness
 from . import report as report
+from . import scope as scope
 from . import site as site
 from . import stats as stats
 from . import testing as testing
@@ -18,6 +20,7 @@ from . import tokens as tokens
 from . import trailmap as trailmap
 from . import trails as trails
 from . import training as training
+from . import undo as undo
 from .attachment.handle import attach as attach
 from .attachment.handle import attached as attached
 from .attachment.handle import detach as detach

@@ -23,7 +23,7 @@ def as_number(what: str, value: Any) -> float:
     """A number, numpy's too. Raises `TypeError` for what is none, as "0.5", True or None."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{what} {quoted(value)} must be a number, not {kind(value)}")
-    return value if isinstance(value, (int, float)) else float(value)
+    return float(value)
 
 
 def check_list(what: str, items: Any, of: type | tuple[type, ...], instead: str) -> None:

@@ -29,8 +29,9 @@ def own_randomness(seed: int | None = None, device: torch.device | None = None) 
     accelerator: Any = None if kind == "cpu" else getattr(torch, kind, None)
     with _ONE_AT_A_TIME, Undo() as undo:  # torch's fork_rng loses the numbers when it is interrupted
         undo.add(torch.set_rng_state, torch.get_rng_state())
-        for number in range(0 if accelerator is None else accelerator.device_count()):
-            undo.add(accelerator.set_rng_state, accelerator.get_rng_state(number), number)
+        if accelerator is not None:
+            for number in range(accelerator.device_count()):
+                undo.add(accelerator.set_rng_state, accelerator.get_rng_state(number), number)
         if seed is not None:
             # not torch.manual_seed, which also seeds accelerators whose state is not set back
             torch.default_generator.manual_seed(seed)

@@ -87,6 +87,11 @@ def halved(trails: TrailMap) -> TrailMap:
     return trails.half()
 
 
+def later(w: World, strength: Any) -> None:
+    with tp.attach(w.model, w.trails) as handle:
+        handle.strength = strength
+
+
 ENCODE = "tokenizer) makes Examples of pairs and chats"
 # fmt: off
 MISTAKES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
@@ -143,6 +148,16 @@ MISTAKES: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
     "a class for a model": (lambda w: tp.sites(type(w.model)), TypeError, "not the class LlamaForCausalLM"),
     "a tokenizer for a model": (lambda w: tp.width(w.tokenizer), TypeError, "a model is expected, a torch module, not "),
     "a pipeline for a model": (lambda w: tp.width(types.SimpleNamespace(model=w.model)), TypeError, "give its .model"),
+    "strength as a string": (lambda w: tp.attach(w.model, w.trails, strength="0.5"), TypeError, "attach: strength '0.5' must be a number, not str"),
+    "a strength of each row": (lambda w: tp.attach(w.model, w.trails, strength=torch.ones(2)), TypeError, "attach: strength tensor([1., 1.]) must be a number, not Tensor"),
+    "an endless strength": (lambda w: tp.attach(w.model, w.trails, strength=float("nan")), ValueError, "attach: strength nan is not finite"),
+    "strength later as a string": (lambda w: later(w, "0.5"), TypeError, "attach: strength '0.5' must be a number, not str"),
+    "one row": (lambda w: tp.attach(w.model, w.trails, rows=1), TypeError, "attach: rows are given as a list, not as one int: put it in brackets"),
+    "rows as text": (lambda w: tp.attach(w.model, w.trails, rows=["1"]), TypeError, "attach: row 0 is '1', not of the kind int or Integral: give their numbers in the batch"),
+    "spans as pairs": (lambda w: tp.attach(w.model, w.trails, spans=[(0, 1)]), TypeError, "attach: spans are a dict, {name: [(start, stop) of each row]}, not list"),
+    "a span of one row alone": (lambda w: tp.attach(w.model, w.trails, spans={"s": (0, 1)}), TypeError, "attach: span 's' of row 0 is 0, but must be (start, stop)"),
+    "a span that ends before it begins": (lambda w: tp.attach(w.model, w.trails, spans={"s": [(2, 1)]}), ValueError, "attach: span 's' of row 0 ends before it begins: (2, 1)"),
+    "a tokenizer by name": (lambda w: tp.attach(w.model, w.trails, tokenizer="gpt2"), TypeError, "a tokenizer is expected, not its name 'gpt2'"),
     "a name attached to": (lambda w: tp.attach("gpt2", w.trails), TypeError, "a model is expected, a torch module, not str"),
     "a name trained": (lambda w: list(tp.steps("gpt2", w.trails, [Imitate(EXAMPLES)], steps=1)), TypeError, "a model is expected"),
     "a name measured": (lambda w: tp.measure_drift("gpt2", w.trails, EXAMPLES), TypeError, "a model is expected"),

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -32,6 +33,7 @@ from tokenpaths.attachment.moving import Part, Plan, chooses, hook_place, move_c
 from tokenpaths.attachment.planning import Planner, Spans
 from tokenpaths.attachment.runs import close_runs
 from tokenpaths.attachment.watcher import Watcher
+from tokenpaths.checking import as_number
 from tokenpaths.scope import Scoped, in_main_thread, running_task
 from tokenpaths.site import Host, Place, Site
 from tokenpaths.tokens import Context, Match, leaves
@@ -72,9 +74,9 @@ def attach(
             third thread, of which it cannot be told whether it is meant, raises `RuntimeError`.
 
     Raises:
-        TypeError: `trails` is no `TrailMap`.
-        ValueError: a site that the model does not have or that is named twice, a trail of another width, or parameters
-            that are not finite. Nothing is changed then.
+        TypeError: `trails` is no `TrailMap`, or another argument is not of its kind.
+        ValueError: a strength that is not finite, a site that the model does not have or that is named twice, a trail
+            of another width, or parameters that are not finite. Nothing is changed then.
         RuntimeError: this very map is attached already, or another task has attached one. In a forward: a hooked
             module was replaced.
     """
@@ -162,12 +164,12 @@ class Attachment:
         self.host = host
         self.trails = trails
         self.strength = strength
-        self.rows = None if rows is None else tuple(rows)
         self.number = next(_NUMBERS)
         self.everywhere = in_main_thread() if everywhere is None else everywhere
         self.unclear = everywhere is None and not self.everywhere
         self.task = running_task()
-        self._planner = Planner([site.tokens for site in trails.sites], self.rows, spans or {}, tokenizer)
+        self._planner = Planner([site.tokens for site in trails.sites], rows, spans, tokenizer)
+        self.rows = self._planner.rows
         self._now = _Now()
         self._again: dict[int, Plan | None] = {}  # by number: the plans of forwards whose backward is going on
         self._rotations = [module for module in trails.modules() if isinstance(module, OrthonormalRows)]
@@ -199,6 +201,17 @@ class Attachment:
         _HERE.discard(self)
         self._watcher.leave(self)
         no_longer(self)
+
+    @property
+    def strength(self) -> float:
+        """What every displacement is multiplied by."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, strength: float) -> None:
+        if not math.isfinite(as_number("attach: strength", strength)):
+            raise ValueError(f"attach: strength {strength} is not finite")
+        self._strength = strength
 
     @property
     def is_on(self) -> bool:

@@ -6,6 +6,7 @@ import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from tokenpaths.attachment.moment import Moment
 from tokenpaths.attachment.moving import Plan
+from tokenpaths.checking import as_whole, check_list, kind, quoted
+from tokenpaths.data.tokenizing import check_tokenizer
 from tokenpaths.tokens import (
     Answer,
     AnswerFirst,
@@ -44,12 +47,16 @@ class Planner:
         rows: the rows of the batch that are moved; None for all.
         spans: for `Span` rules, the (start, stop) of each row.
         tokenizer: for `Match` rules.
+
+    Raises `TypeError` for one that is not of its kind, and `ValueError` for a span that ends before it begins.
     """
 
-    def __init__(self, rules: Sequence[Rule], rows: Sequence[int] | None, spans: Spans, tokenizer: Any) -> None:
+    def __init__(self, rules: Sequence[Rule], rows: Sequence[int] | None, spans: Spans | None, tokenizer: Any) -> None:
+        if tokenizer is not None:
+            check_tokenizer(tokenizer)
         self.rules = list(dict.fromkeys(rules))
-        self.rows = rows
-        self.spans = spans
+        self.rows = _checked_rows(rows)
+        self.spans = _checked_spans(spans)
         self.pieces = None if tokenizer is None else token_pieces(tokenizer)
         self.places: list[tuple[int, ...]] = []  # the numbers of the rules that share a place
         self._prompt_only = all(_within_prompt(rule) for rule in self.rules)
@@ -151,3 +158,25 @@ def _within_prompt(rule: Rule) -> bool:
     if isinstance(rule, Without):
         return _within_prompt(rule.left)
     return isinstance(rule, (First, Last, Prompt))
+
+
+def _checked_rows(rows: Any) -> tuple[int, ...] | None:
+    if rows is None:
+        return None
+    check_list("attach: row", rows, (int, Integral), "give their numbers in the batch, as rows=[0, 2]")
+    return tuple(as_whole("attach: row", row, least=None) for row in rows)
+
+
+def _checked_spans(spans: Any) -> Spans:
+    if spans is None:
+        return {}
+    if not isinstance(spans, Mapping):
+        raise TypeError(f"attach: spans are a dict, {{name: [(start, stop) of each row]}}, not {kind(spans)}")
+    for name, pairs in spans.items():
+        for row, pair in enumerate(pairs if isinstance(pairs, Sequence) else [pairs]):
+            if not (isinstance(pair, (tuple, list)) and len(pair) == 2):
+                raise TypeError(f"attach: span {name!r} of row {row} is {quoted(pair)}, but must be (start, stop)")
+            start, stop = (as_whole(f"attach: a bound of span {name!r} of row {row}", bound, 0) for bound in pair)
+            if stop < start:
+                raise ValueError(f"attach: span {name!r} of row {row} ends before it begins: ({start}, {stop})")
+    return spans

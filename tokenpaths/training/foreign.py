@@ -18,6 +18,7 @@ from tokenpaths.attachment.handle import attach
 from tokenpaths.attachment.hooks import Hook
 from tokenpaths.attachment.runs import holding
 from tokenpaths.data.examples import IGNORED
+from tokenpaths.site.host import check_model
 from tokenpaths.tokens import Answer as AnswerRule
 from tokenpaths.tokens import Context, First, Last, Match, Prompt, Rule, leaves
 from tokenpaths.trailmap.trailmap import FILE_NAME, TrailMap
@@ -61,6 +62,7 @@ def trainable(model: nn.Module, trails: TrailMap, *, also: Also = None, **option
             none for rules that choose in prompts only; in `save_pretrained`, a parameter that was not named learns.
         RuntimeError: another run over the model or the trails is open.
     """
+    check_model(model)
     trained(trails)
     if hasattr(model, NAME):
         raise ValueError(f"{type(model).__name__} has an attribute {NAME!r} already: are its trails being trained?")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import weakref
 from collections.abc import Callable
@@ -70,7 +71,9 @@ def moved(x: Maps, y: Maps) -> set[str]:
 
 def own(run: Run, batch: Batch) -> Maps:
     """What transformers gives as `attentions`, by layer and row, without padding."""
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    if "use_cache" in inspect.signature(run.model.forward).parameters:
+        inputs["use_cache"] = False  # a cache lays keys out in another order, and some CPUs then round otherwise
     with run.inside(), torch.no_grad():
         attentions = run.model(**inputs, output_attentions=True).attentions
     return {

@@ -131,10 +131,11 @@ def test_resuming_with_other_targets_is_refused(tmp_path) -> None:
     assert kept.checksum == again.checksum != other.checksum
     on_disk = [capture_states(llama(), examples, examples, sites, path=tmp_path / name) for name in "ab"]
     assert on_disk[0].checksum == on_disk[1].checksum
-    train(make_trails(), tmp_path / "run", [Waypoints(examples, targets=kept)])
-    assert train(make_trails(), tmp_path / "run", [Waypoints(examples, targets=again)], resume=True) == []
+    imitate = tp.Imitate(examples)  # the targets are what the fresh trails give, and alone have no gradient
+    train(make_trails(), tmp_path / "run", [imitate, Waypoints(examples, targets=kept)])
+    assert train(make_trails(), tmp_path / "run", [imitate, Waypoints(examples, targets=again)], resume=True) == []
     with pytest.raises(ValueError, match="resuming would not continue it: goals was .*Targets"):
-        train(make_trails(), tmp_path / "run", [Waypoints(examples, targets=other)], resume=True)
+        train(make_trails(), tmp_path / "run", [imitate, Waypoints(examples, targets=other)], resume=True)
 
 
 def test_a_cone_that_cannot_be_written_is_a_warning_and_training_goes_on_equal(tmp_path, monkeypatch) -> None:

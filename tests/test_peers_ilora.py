@@ -301,7 +301,7 @@ def test_slow_weights_that_are_never_updated_are_warned_of(followed: bool) -> No
     model, adapter = make("LoRA")
     memory = DualMemory(adapter)
     goals = [Imitate(make_examples()), ReplayNear(make_examples(6), memory=memory, weight=0.5)]
-    options: dict[str, Any] = dict(steps=4, batch_size=2, accumulate=3, lr=1e-2, progress=False)
+    options: dict[str, Any] = dict(steps=4, batch_size=2, accumulate=3, lr=1e-3, progress=False)
 
     def train() -> None:
         for _ in tp.steps(model, adapter, goals, **options):

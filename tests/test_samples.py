@@ -262,7 +262,8 @@ def test_text_with_odd_line_ends_is_kept(tmp_path: Path) -> None:
             return "a\u2028b\x85c\r\n\ud800"
 
     found = draw(3)
-    settings = {"name": "x", "settings": {}, **dict.fromkeys(("batches", "drawn", "alike", "empty"), 0)}
+    how = {"name": "x", "settings": {}, "dtype": "float32", "versions": {}}
+    settings = {**how, **dict.fromkeys(("batches", "drawn", "alike", "empty"), 0)}
     room._save(tmp_path / "odd.jsonl", settings, found, Odd())
     assert load_samples(tmp_path / "odd.jsonl") == found
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -385,12 +385,13 @@ def test_the_cost_of_match_grows_with_the_text_and_not_with_its_square(pattern, 
     """A thousand tokens, at once and then one by one: each character is searched a few times."""
     searched: list[int] = []
 
-    class Counting:
-        def finditer(self, text: str, start: int, end: int) -> Iterator[re.Match[str]]:
-            searched.append(end - start)
-            return re.compile(pattern).finditer(text, start, end)
+    finditer = matching.patterns.finditer
 
-    monkeypatch.setattr(matching, "compiled", lambda pattern: Counting())
+    def counting(pattern: str, text: str, seconds: float, *, start: int, end: int) -> list[Any]:
+        searched.append(end - start)
+        return finditer(pattern, text, seconds, start=start, end=end)
+
+    monkeypatch.setattr(matching.patterns, "finditer", counting)
     texts = ["ab", " ", "12", "\n"] * 250
     given = [i < 4 for i in range(1000)]
     whole = matching.matched(pattern, texts, given)

@@ -11,7 +11,8 @@ import torch
 from interrupts import calls, struck
 from torch import nn
 
-from tokenpaths.undo import Undo, own_randomness, unhook
+from tokenpaths.randomness import own_randomness
+from tokenpaths.undo import Undo, unhook
 
 HOOK_TABLES = (
     "_forward_hooks",
@@ -54,8 +55,11 @@ def fails_in_a_block(module: nn.Module) -> None:
         raise ValueError("inside")
 
 
+OTHER = nn.Linear(1, 1)
+
+
 def in_a_generator(module: nn.Module) -> None:
-    with changed(module), changed(nn.Linear(1, 1)):
+    with changed(module), changed(OTHER):
         pass
 
 

@@ -53,8 +53,8 @@ def kind(value: Any) -> str:
 
 
 def quoted(value: Any) -> str:
-    """A value as Python writes it, cut, whatever its own `repr` does."""
+    """A value as Python writes it, cut and in one line, whatever its own `repr` does."""
     try:
-        return f"{value!r:.80}"
+        return f"{' '.join(repr(value).splitlines()):.80}"
     except Exception:
         return f"<{type(value).__name__}>"

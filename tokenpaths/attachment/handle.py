@@ -177,7 +177,7 @@ class Attachment:
         places = self._locate()  # refuses before anything is changed
         self._planner.places = list(dict.fromkeys(rules_of(parts) for _, parts in places))
         self._watcher = Watcher.of(host)
-        _check_company(self, attachments(host.model))
+        _check_company(self, Watcher.beside(host))
         self._edges = _edges(host, [place.module for place, _ in places])
         try:
             self._undo.add(self._leave)
@@ -186,6 +186,7 @@ class Attachment:
             self._watcher = self._watcher.join(self)
             for place, parts in places:
                 hook_place(self._undo, place, self._mover(parts), functools.partial(_PlaceHook, now=self._now))
+            self._undo.add(_set_modes, [(module, module.training) for module in trails.modules()])
             follow(trails, host.blocks)
             watch_for(self)
         except BaseException:
@@ -286,11 +287,12 @@ class Attachment:
     def _check_places(self) -> None:
         """Raise `RuntimeError` if a module that is hooked was replaced: nothing would be moved there."""
         for parent, name, child in self._edges:
-            if vars(parent)["_modules"].get(name) is not child:
+            now = vars(parent)["_modules"].get(name)
+            if now is not child and (now is None or all(part is not child for part in now.modules())):
                 raise RuntimeError(
                     f"{type(parent).__name__}.{name} was replaced while trails are attached to it or inside of it (as "
-                    "PEFT's merge_and_unload and get_peft_model, or a quantiser, do): remove the trails "
-                    "(tp.detach(model)), and attach them to the model as it is now"
+                    "PEFT's merge_and_unload or a quantiser does): remove the trails (tp.detach(model)), and attach "
+                    "them to the model as it is now"
                 )
 
     def _plan(self, moment: Moment) -> Plan:
@@ -340,6 +342,11 @@ class Attachment:
         return move
 
 
+def _set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
+
+
 def _instead(given: object) -> str:
     """What to do with something that is no map of trails."""
     if isinstance(given, Adapter):
@@ -349,10 +356,10 @@ def _instead(given: object) -> str:
     return "wrap a dict as TrailMap({...})"
 
 
-def _check_company(new: Attachment, others: Sequence[Attachment]) -> None:
+def _check_company(new: Attachment, watchers: Sequence[Watcher]) -> None:
     """Raise `RuntimeError` where a state would be moved twice by one map, or by maps of two tasks."""
-    for other in others:
-        if not (other.acts() or new.everywhere):
+    for other in (listener for watcher in watchers for listener in watcher.listeners):
+        if not isinstance(other, Attachment) or not (other.acts() or new.everywhere):
             continue
         overlap = new.rows is None or other.rows is None or not set(new.rows).isdisjoint(other.rows)
         if other.trails is new.trails and overlap:

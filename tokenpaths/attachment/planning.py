@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenpaths.attachment.moment import Moment
 from tokenpaths.attachment.moving import Plan
 from tokenpaths.checking import as_whole, check_list, kind, quoted
-from tokenpaths.data.tokenizing import check_tokenizer
+from tokenpaths.data.tokenizing import check_decoder
 from tokenpaths.tokens import (
     Answer,
     AnswerFirst,
@@ -53,11 +53,11 @@ class Planner:
 
     def __init__(self, rules: Sequence[Rule], rows: Sequence[int] | None, spans: Spans | None, tokenizer: Any) -> None:
         if tokenizer is not None:
-            check_tokenizer(tokenizer)
+            check_decoder(tokenizer)
         self.rules = list(dict.fromkeys(rules))
         self.rows = _checked_rows(rows)
         self.spans = _checked_spans(spans)
-        self.pieces = None if tokenizer is None else token_pieces(tokenizer)
+        self.pieces = token_pieces(tokenizer) if hasattr(tokenizer, "decode") else None
         self.places: list[tuple[int, ...]] = []  # the numbers of the rules that share a place
         self._prompt_only = all(_within_prompt(rule) for rule in self.rules)
         kinds = [type(leaf) for rule in self.rules for leaf in leaves(rule)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -22,6 +22,7 @@ class _Run:
     model: frozenset[int]
     trails: frozenset[int]
     close: Callable[[], None]
+    thread: int = field(default_factory=threading.get_ident)
 
 
 _OPEN: list[_Run] = []
@@ -59,6 +60,16 @@ def holding(model: nn.Module, trails: Adapter, name: str, close: Callable[[], No
 def _release(run: _Run) -> None:
     with _LOCK:
         _OPEN[:] = [other for other in _OPEN if other is not run]
+
+
+def check_untrained_elsewhere(model: nn.Module) -> None:
+    """Raise `RuntimeError` while a run of another thread holds a model."""
+    there = [run for run in list(_OPEN) if run.thread != threading.get_ident()]
+    if there and (busy := [run.name for run in there if run.model & _parts(model)]):
+        raise RuntimeError(
+            f"{busy[0]} trains this model in another thread, and what is measured here would turn its dropout off: "
+            "measure when it has ended, or on a copy of the model"
+        )
 
 
 def close_runs(model: nn.Module) -> None:

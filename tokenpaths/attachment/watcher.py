@@ -65,6 +65,11 @@ class Watcher:
             return found
 
     @classmethod
+    def beside(cls, host: Host) -> list[Watcher]:
+        """Those of a block list, and of other lists of the same model."""
+        return [found for found in list(cls._all.values()) if found.key == id(host.blocks) or found.root is host.model]
+
+    @classmethod
     def known(cls, model: nn.Module) -> list[Watcher]:
         """The watchers at work inside a model."""
         return [found for module in model.modules() if (found := cls._all.get(id(module))) is not None]

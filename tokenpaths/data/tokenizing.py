@@ -67,6 +67,12 @@ def check_tokenizer(tokenizer: Any) -> None:
         )
 
 
+def check_decoder(tokenizer: Any) -> None:
+    """Raise `TypeError` for what is no tokenizer and decodes nothing. What reads text by `decode` alone takes either."""
+    if not callable(getattr(tokenizer, "decode", None)):
+        check_tokenizer(tokenizer)
+
+
 def _called(tokenizer: Any, text: str, **options: Any) -> Any:
     """What the tokenizer gives, without its warning that a text is longer than the model's window."""
     return tokenizer(text, **options, **({"verbose": False} if hasattr(tokenizer, "verbose") else {}))

@@ -22,9 +22,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tokenpaths.attachment.hooks import Hook
+from tokenpaths.attachment.mode import evaluating
 from tokenpaths.data.examples import Batch
 from tokenpaths.engine.divergence import at_least_float32, jensen_shannon
-from tokenpaths.engine.readings import Reading, Run, evaluating, read
+from tokenpaths.engine.readings import Reading, Run, read
 from tokenpaths.engine.states import attention_map
 from tokenpaths.site.host import attentions
 from tokenpaths.undo import Undo
@@ -109,7 +111,7 @@ def _calls(modules: Iterable[nn.Module]) -> Generator[dict[nn.Module | None, lis
 
     with Undo() as undo:
         for module in modules:
-            undo.hook(module.register_forward_pre_hook, keep, with_kwargs=True)
+            undo.hook(module.register_forward_pre_hook, Hook(keep), with_kwargs=True)
         yield calls
 
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from tokenpaths.attachment.hooks import Hook
+from tokenpaths.attachment.mode import evaluating
 from tokenpaths.attachment.watcher import Watcher
 from tokenpaths.data.examples import Example, collate
 from tokenpaths.engine.batches import batches, by_length
-from tokenpaths.engine.readings import evaluating
 from tokenpaths.randomness import own_randomness
 from tokenpaths.site.host import output_embedding
 from tokenpaths.undo import Undo, tidy

@@ -9,7 +9,7 @@ site is the same in both, and is computed once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tokenpaths.attachment.handle import attachments, is_attached, working
+from tokenpaths.attachment.mode import evaluating
 from tokenpaths.attachment.watcher import Watcher
 from tokenpaths.data.examples import IGNORED, Batch
 from tokenpaths.engine.cone.repeated import Repeated
@@ -185,21 +186,6 @@ def read_one(run: Run, batch: Batch) -> list[Reading]:
     for row, reading in enumerate(readings):
         _check_finite(reading, "looked at", row)
     return readings
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Generator[None]:
-    """Evaluation mode while it lasts; afterwards each module is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    with Undo() as undo:
-        undo.add(_train, training)
-        model.eval()
-        yield
-
-
-def _train(modules: Sequence[nn.Module]) -> None:
-    for module in modules:
-        module.training = True
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenpaths.attachment.handle import attach, is_attached
+from tokenpaths.attachment.mode import evaluating
 from tokenpaths.data.examples import Batch, Example, collate
 from tokenpaths.engine.forwards import forward_states
-from tokenpaths.engine.readings import evaluating
 from tokenpaths.engine.states import recording
 from tokenpaths.site import Host, Site
 from tokenpaths.tokens import Context, token_pieces
@@ -50,5 +50,5 @@ def attached_at(model: nn.Module, trails: TrailMap, strength: float, tokenizer: 
     """Inside, trails are attached at a strength. Raises `ValueError` for trails that are attached already."""
     if is_attached(model, trails):
         raise ValueError("the trails are attached already, at a strength of their own: remove them first")
-    with attach(model, trails, strength=strength, tokenizer=tokenizer):
+    with attach(model, trails, strength=strength, tokenizer=tokenizer, everywhere=False):
         yield

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenpaths.attachment.mode import evaluating
 from tokenpaths.data.examples import Batch, Example, collate
 from tokenpaths.drift.attention import read_attention
 from tokenpaths.drift.measures import kl
-from tokenpaths.engine.readings import Reading, Run, evaluating, read_one
+from tokenpaths.engine.readings import Reading, Run, read_one
 from tokenpaths.trailmap.adapter import Adapter
 
 

@@ -35,7 +35,7 @@ class Trail(nn.Module):
 
     def __repr__(self) -> str:
         try:
-            given = ", ".join(f"{name}={quoted(value)}" for name, value in arguments(self).items())
+            given = ", ".join(f"{name}={value!r}" for name, value in arguments(self).items())
         except TypeError as error:  # a broken promise is told where the trail is checked or saved, and not here
             given = f"...: {error}"
         return f"{type(self).__name__}({given})"

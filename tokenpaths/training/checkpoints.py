@@ -163,7 +163,7 @@ def _newest(there: Sequence[Path]) -> tuple[Path, dict[str, Any]]:
 def _run_in(path: Path) -> dict[str, Any]:
     """What the `run.json` of a checkpoint says, once all files of it have been checked. Raises `TrailFileError`."""
     run = files.read_json(path / _RUN)
-    if set(run) == _RUN_KEYS - {"rates", "files"}:
+    if "files" not in run and set(run) <= _RUN_KEYS:
         raise TrailFileError(
             f"{path} is of an earlier version, and has no checksums: go on with that version, or load its trails and "
             "begin a new run"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokenpaths.checking import as_number, as_whole, quoted
 from tokenpaths.data.examples import Example, collate
-from tokenpaths.data.tokenizing import check_tokenizer
+from tokenpaths.data.tokenizing import check_decoder
 from tokenpaths.engine.forwards import check_known
 from tokenpaths.site.host import check_model, window
 from tokenpaths.tokens import Context, First, Last, Match, Not, Rule, Span, Without, leaves, token_pieces
@@ -33,7 +33,7 @@ def check(model: nn.Module, trails: Adapter, goals: Sequence[Objective], tokeniz
     """
     check_model(model)
     if tokenizer is not None:
-        check_tokenizer(tokenizer)
+        check_decoder(tokenizer)
     if not isinstance(goals, Sequence) or not goals or not all(isinstance(goal, Objective) for goal in goals):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"goals must be a list of Objectives, such as [Imitate(examples)], not {goals!r:.80}")
     if not trails.sites:  # an adapter with sites is checked when it is attached

@@ -29,7 +29,7 @@ from tokenpaths.training.feed import Feed
 from tokenpaths.training.frozen import laid, trained
 from tokenpaths.training.losses import Losses, describe_goal
 from tokenpaths.training.objectives.base import Objective
-from tokenpaths.training.plan import plan
+from tokenpaths.training.plan import Plan, plan
 from tokenpaths.training.processes import agree, by_the_first, share_start
 from tokenpaths.training.rate import Alarm
 from tokenpaths.training.reach import Reach, standstill
@@ -167,10 +167,9 @@ def steps(
     """
     parameters = trained(trails)
     check(model, trails, goals, tokenizer)
-    counts = dict(steps=steps, batch_size=batch_size, accumulate=accumulate, save_every=save_every, seed=seed)
-    check_options(
-        counts | dict(drift_every=drift_every), dict(epochs=epochs, lr=lr, warmup=warmup, clip=clip), optimizer
-    )
+    whole = dict(steps=steps, batch_size=batch_size, accumulate=accumulate, save_every=save_every, seed=seed)
+    whole["drift_every"] = drift_every
+    check_options(whole, dict(epochs=epochs, lr=lr, warmup=warmup, clip=clip), optimizer)
     _check_options(steps, epochs, batch_size, accumulate, mixed_precision, checkpoint, save_every, resume, clip)
     used = _cone_of(cone, trails)
     accelerator = _accelerator(accelerator)
@@ -202,13 +201,10 @@ def steps(
             descent.ready(),
         ):
             trains_what_was_named(descent.optimizer)
-            stands = standstill(model, trails)
-            if stands is not None:
+            if stands := standstill(model, trails):
                 warnings.warn(stands, stacklevel=3)
             if explain:
-                in_a_step = [feed.in_a_step(place) for place in range(len(goals))]
-                with learning(trails):
-                    accelerator.print(plan(model, trails, goals, in_a_step, used, losses.pays))
+                accelerator.print(_plan(model, trails, goals, losses, used))
             done = 0 if saved is None else saved.restore(trails, descent.optimizer, losses.weights, descent.rates)
             share_start(trails, accelerator)
             descent.held = None if trust is None else trust.begin(model, trails, parameters)
@@ -229,6 +225,12 @@ def steps(
             reach.end(feed.draws(0, total) >= 1)
 
     return Run(iterate, name)
+
+
+def _plan(model: nn.Module, trails: Adapter, goals: Sequence[Objective], losses: Losses, cone: Cone | None) -> Plan:
+    in_a_step = [losses.feed.in_a_step(place) for place in range(len(goals))]
+    with learning(trails):
+        return plan(model, trails, goals, in_a_step, cone, losses.pays)
 
 
 @tidy

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from tokenpaths.attachment.handle import attachments, working
 from tokenpaths.attachment.hooks import Hook, forwards
+from tokenpaths.attachment.mode import evaluating
 from tokenpaths.attachment.watcher import Watcher
 from tokenpaths.engine.cone.keys import Computing
 from tokenpaths.engine.divergence import at_least_float32
-from tokenpaths.engine.readings import evaluating
 from tokenpaths.engine.states import observing
 from tokenpaths.site import Host, Place
 from tokenpaths.trailmap.adapter import Adapter

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from tokenpaths.lab.chains.same import RunName, Same
-from tokenpaths.report.escaping import mathtext
+from tokenpaths.report.escaping import mathtext, terminal
 from tokenpaths.report.figures import COLOURS, GREY, empty_figure, error_bars, grid
 from tokenpaths.report.records import Record
 from tokenpaths.report.tables import text_table, with_interval
@@ -157,7 +157,7 @@ class WayOrForm(Record):
             rule = f"{sign.way_is} {sign.threshold}: {sign.says}"
             rows.append([sign.name, frozen, with_interval(sign.value, sign.interval), str(sign.items), rule])
         head = f"{_LEARNED[self.verdict]} Signs: {', '.join(counts)}."
-        return "\n".join([head, text_table(rows), *self.notes()])
+        return terminal("\n".join([head, text_table(rows), *self.notes()]))
 
     def plot(self) -> Figure:
         """Accuracy by set, frozen and steered, and below it the signs with their thresholds, with 95 % intervals.
@@ -284,7 +284,7 @@ class Faithfulness(Record):
             figures = [f"{shift.frozen:.3f}", f"{shift.steered:.3f}", change, str(shift.items)]
             rows.append([shift.test, shift.measure, *figures, shift.says])
         head = f"{_BECAME[self.verdict]} AOC: {', '.join(counts)}. {len(self.chains)} items."
-        return "\n".join([head, text_table(rows), *self.notes()])
+        return terminal("\n".join([head, text_table(rows), *self.notes()]))
 
     def notes(self) -> list[str]:
         """What the verdict was read on, and what could hide behind so few items: a sentence or two each."""

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from tokenpaths.report.escaping import markdown, terminal
 from tokenpaths.report.figures import COLOURS, GREY, empty_figure, forest
 from tokenpaths.report.records import Record
 from tokenpaths.report.tables import markdown_table, text_table, with_interval
@@ -114,11 +115,11 @@ class Forgetting(Record):
         raise KeyError(f"{key} was not measured; there are {[(loss.task, loss.measure) for loss in self.losses]}")
 
     def __str__(self) -> str:
-        return "\n".join([text_table(self._cells()), *self.notes()])
+        return terminal("\n".join([text_table(self._cells()), *self.notes()]))
 
     def to_markdown(self) -> str:
         """What `print(found)` shows, in Markdown."""
-        return "\n\n".join([markdown_table(self._cells()), *self.notes()])
+        return "\n\n".join([markdown_table(self._cells()), *map(markdown, self.notes())])
 
     def notes(self) -> list[str]:
         """What the verdicts are by, and what could hide behind so few items: a sentence or two each."""

@@ -32,11 +32,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenpaths import files
+from tokenpaths.attachment.mode import evaluating
 from tokenpaths.data.examples import IGNORED, Batch
 from tokenpaths.engine.divergence import at_least_float32
 from tokenpaths.engine.forwards import forward, forward_states
 from tokenpaths.engine.logits import cross_entropy, logits_at
-from tokenpaths.engine.readings import evaluating
 from tokenpaths.engine.states import recording
 from tokenpaths.lab.peers.adapter import exchanged
 from tokenpaths.site import Place, find_blocks

@@ -20,6 +20,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from tokenpaths.attachment.hooks import Hook
 from tokenpaths.undo import Undo
 
 
@@ -219,7 +220,7 @@ class AddedModel(BaseTuner):
         give = functools.partial(_give, names)
         with Undo() as undo:
             for layer in layers:
-                undo.hook(layer.register_forward_pre_hook, give, with_kwargs=True)
+                undo.hook(layer.register_forward_pre_hook, Hook(give), with_kwargs=True)
             yield
 
 

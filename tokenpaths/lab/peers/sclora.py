@@ -34,10 +34,10 @@ from peft import PeftModel, get_peft_model
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
+from tokenpaths.attachment.mode import evaluating
 from tokenpaths.data.examples import Example, collate
 from tokenpaths.engine.batches import by_length
 from tokenpaths.engine.forwards import forward_states
-from tokenpaths.engine.readings import evaluating
 from tokenpaths.engine.states import observing
 from tokenpaths.lab.peers.layer import AddedConfig, AddedLinear, AddedModel, register
 from tokenpaths.site import Place

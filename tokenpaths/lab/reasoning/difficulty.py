@@ -12,12 +12,13 @@ from typing import Any, cast
 import numpy as np
 from torch import nn
 
+from tokenpaths.attachment.mode import evaluating
 from tokenpaths.data.encoding import encode_texts
 from tokenpaths.data.items import Choice, Question
 from tokenpaths.engine.generate import generate
 from tokenpaths.engine.likelihood import encode_choices, log_likelihoods, right
 from tokenpaths.engine.means import mean_states
-from tokenpaths.engine.readings import Run, evaluating
+from tokenpaths.engine.readings import Run
 from tokenpaths.undo import tidy
 
 

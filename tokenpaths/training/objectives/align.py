@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tokenpaths.attachment.mode import evaluating
 from tokenpaths.checking import as_number, as_whole, check_list
 from tokenpaths.data.encoding import encode_texts
 from tokenpaths.data.examples import IGNORED, Batch, Example, check_examples, collate
@@ -26,7 +27,6 @@ from tokenpaths.data.items import Question
 from tokenpaths.engine.forwards import answer_logits
 from tokenpaths.engine.generate import generate
 from tokenpaths.engine.logits import cross_entropy
-from tokenpaths.engine.readings import evaluating
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.training.objectives.base import Objective, tokens_of
 from tokenpaths.undo import tidy

@@ -28,12 +28,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tokenpaths.attachment.handle import attachments
+from tokenpaths.attachment.mode import evaluating
 from tokenpaths.checking import check_list, quoted
 from tokenpaths.data.examples import Batch, Example, check_examples, collate
 from tokenpaths.engine.batches import by_length
 from tokenpaths.engine.divergence import at_least_float32, kl_of_rows
 from tokenpaths.engine.forwards import forward_states
-from tokenpaths.engine.readings import evaluating
 from tokenpaths.engine.states import recording, recording_maps
 from tokenpaths.site import Host, Site
 from tokenpaths.site.fingerprint import describe

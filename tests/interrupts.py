@@ -533,7 +533,7 @@ def calls(work: Callable[[], object]) -> int:
 
 @dataclass
 class Subject:
-    """One verb, ready to be interrupted."""
+    """One verb, ready to be interrupted. It writes in a folder of its own, until it is closed."""
 
     name: str
 
@@ -543,7 +543,7 @@ class Subject:
         self._fresh()
         self.work()  # imports what it needs
         self.reset()
-        self.answer = _comparable(self.verb(self.place))
+        self.answer = _comparable(self.work())
         self.reset()
         _keepers.cache_clear()
         gc.collect()
@@ -559,13 +559,16 @@ class Subject:
             self.place.model(self.place.ids)  # what a model keeps of its first forward
         self.before = self.state()
 
+    def close(self) -> None:
+        self._folder.cleanup()
+
     def state(self) -> dict[str, Any]:
         return state(self.place, self.name not in TRAINS)
 
-    def work(self) -> None:
+    def work(self) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.verb(self.place)
+            return self.verb(self.place)
 
     def reset(self) -> None:
         """The trails as at first, and no file."""
@@ -598,7 +601,7 @@ class Subject:
 
     def works(self) -> bool:
         """Whether it does what it did before it was ever interrupted."""
-        found = _comparable(self.verb(self.place))
+        found = _comparable(self.work())
         self.reset()
         return found == self.answer
 

@@ -5,6 +5,8 @@ Here a few moments of each verb; slow, an even sample of 2,000. `benchmarks/tort
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import pytest
 from interrupts import LORA_VERBS, VERBS, Subject, evenly
 
@@ -19,17 +21,17 @@ def dirty(subject: Subject, points: int) -> dict[int, list[str]]:
 
 @pytest.mark.parametrize("verb", [*VERBS, *LORA_VERBS])
 def test_an_interruption_leaves_the_model_as_it_was(verb: str) -> None:
-    subject = Subject(verb)
-    assert dirty(subject, 5) == {}
-    assert subject.works()
+    with closing(Subject(verb)) as subject:
+        assert dirty(subject, 5) == {}
+        assert subject.works()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", [*VERBS, *LORA_VERBS])
 def test_an_interruption_at_any_of_2000_moments_leaves_the_model_as_it_was(verb: str) -> None:
-    subject = Subject(verb)
-    assert dirty(subject, 2000) == {}
-    assert subject.works()
+    with closing(Subject(verb)) as subject:
+        assert dirty(subject, 2000) == {}
+        assert subject.works()
 
 
 def test_the_harness_sees_a_hook_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,5 +41,6 @@ def test_the_harness_sees_a_hook_that_stays(monkeypatch: pytest.MonkeyPatch) -> 
         handle.remove()
 
     monkeypatch.setitem(VERBS, "leaves a hook", leaves_a_hook)
-    left = dirty(Subject("leaves a hook"), 8)
+    with closing(Subject("leaves a hook")) as subject:
+        left = dirty(subject, 8)
     assert any("model  _forward_hooks" in names for names in left.values())

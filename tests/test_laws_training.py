@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from families import FAMILIES
-from laws import PROMPTS, Case, assert_close, block_outputs, padded
+from laws import PROMPTS, Case, assert_close, block_outputs, padded, plans
 from subjects import MOVING, TRAILS
 from torch import nn
 
@@ -254,18 +254,16 @@ def test_autocast_does_not_coarsen_a_trail():
 # --- what labels say
 
 
-def planned(model, handle, *args, **kwargs):
-    """What a forward gives, and the masks by which it was moved: a plan is known inside the forward only."""
-    seen = []
-    look = find_blocks(model, handle.trails.blocks)[-1].register_forward_hook(lambda *_: seen.append(handle.plan.masks))
-    found = model(*args, **kwargs)
-    look.remove()
-    return found, seen[-1]
+def planned(handle, model, *args, **kwargs):
+    """The masks by which a forward is moved."""
+    with plans(handle) as seen:
+        model(*args, **kwargs)
+    return seen[-1].masks
 
 
 def masks(model, trails, *args, **kwargs):
     with attach(model, trails) as handle:
-        _, found = planned(model, handle, *args, **kwargs)
+        found = planned(handle, model, *args, **kwargs)
     return dict(zip([type(site.tokens).__name__ for site in trails.sites], found, strict=True))
 
 
@@ -350,7 +348,7 @@ def test_a_base_model_without_a_head():
     trails = everywhere(*RULES4)
     with attach(model, trails) as handle:
         cache = model(torch.tensor([PROMPTS[0]]), use_cache=True).past_key_values
-        _, found = planned(model, handle, torch.tensor([[7]]), past_key_values=cache)
+        found = planned(handle, model, torch.tensor([[7]]), past_key_values=cache)
     assert [bool(mask) for mask in found] == [False, True, False, False]
 
 
@@ -358,5 +356,5 @@ def test_all_sites_of_a_rule_share_one_mask():
     model = FAMILIES["llama"].make()
     trails = TrailMap({Site(layer, All()): LoReFT(32, 1) for layer in range(len(find_blocks(model)))})
     with attach(model, trails) as handle:
-        _, found = planned(model, handle, torch.tensor([PROMPTS[0]]))
+        found = planned(handle, model, torch.tensor([PROMPTS[0]]))
     assert len(found) == 1

@@ -55,6 +55,6 @@ def kind(value: Any) -> str:
 def quoted(value: Any) -> str:
     """A value as Python writes it, cut and in one line, whatever its own `repr` does."""
     try:
-        return f"{' '.join(repr(value).splitlines()):.80}"
+        return f"{' '.join(map(str.strip, repr(value).splitlines())):.80}"
     except Exception:
         return f"<{type(value).__name__}>"

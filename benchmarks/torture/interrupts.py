@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))  # the verbs stand there, under the law
@@ -35,7 +36,8 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     for verb in verbs:
         if verb not in found:
-            struck, leaks = strike(Subject(verb), points, seconds)
+            with closing(Subject(verb)) as subject:
+                struck, leaks = strike(subject, points, seconds)
             found[verb] = [struck, struck - len(leaks)]
             with lines.open("a") as file:
                 file.write(json.dumps([verb, *found[verb], leaks]) + "\n")

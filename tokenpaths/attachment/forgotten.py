@@ -7,6 +7,8 @@ with attach(model, trails):
 from __future__ import annotations
 
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakSet
 
@@ -17,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tokenpaths.site import Host
 from tokenpaths.trailmap.trailmap import TrailMap
+from tokenpaths.undo import Undo
 
 
 @runtime_checkable
@@ -49,9 +52,13 @@ def no_longer(attachment: _Attached) -> None:
         _hook = None
 
 
-def trains_what_was_named(optimizer: torch.optim.Optimizer) -> None:
-    """An optimizer of `steps`, whose user has said what is trained."""
-    _NAMED.add(optimizer)
+@contextmanager
+def trains_what_was_named(optimizer: torch.optim.Optimizer) -> Generator[None]:
+    """Inside, it is the optimizer of a `steps`, whose user has said what is trained."""
+    with Undo() as undo:
+        undo.add(_NAMED.discard, optimizer)
+        _NAMED.add(optimizer)
+        yield
 
 
 def _look(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

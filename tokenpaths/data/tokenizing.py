@@ -68,7 +68,7 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 
 def check_decoder(tokenizer: Any) -> None:
-    """Raise `TypeError` for what is no tokenizer and decodes nothing. What reads text by `decode` alone takes either."""
+    """Raise `TypeError` for what is no tokenizer and has no `decode`, which is all that `Match` needs."""
     if not callable(getattr(tokenizer, "decode", None)):
         check_tokenizer(tokenizer)
 

@@ -199,8 +199,8 @@ def steps(
             laid(model, trails, tokenizer, accelerator),
             losses.inside(used, total, keep_all=isinstance(cone, Cone)),
             descent.ready(),
+            trains_what_was_named(descent.optimizer),
         ):
-            trains_what_was_named(descent.optimizer)
             if stands := standstill(model, trails):
                 warnings.warn(stands, stacklevel=3)
             if explain:

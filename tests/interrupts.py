@@ -41,6 +41,7 @@ from tokenpaths.lab.ab import frozen, steered
 from tokenpaths.lab.audit import repair, scan, search
 from tokenpaths.lab.reasoning import BudgetForcing, clusters, critical, solved_by_generation
 from tokenpaths.limits import TrustRegion, strength_curve
+from tokenpaths.randomness import own_randomness
 from tokenpaths.training.objectives.align import Align, Attempts, sample_chains
 from tokenpaths.training.objectives.waypoints import Waypoints, WaypointsAttention, capture_attention, capture_states
 from tokenpaths.undo import tidy
@@ -73,8 +74,7 @@ class Place:
         self.model = llama(300).train()  # and one part in another mode
         self.model.lm_head.eval()
         self.trails = make_trails()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(3)
+        with torch.no_grad(), own_randomness(3):
             for parameter in self.trails.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
         if self.lora:
@@ -86,8 +86,7 @@ class Place:
 
         from tokenpaths.lab.peers import PeftAdapter
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with own_randomness(0):
             config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
             self.model = peft.get_peft_model(self.model, config)
         self.trails = PeftAdapter(self.model)
@@ -249,8 +248,7 @@ def _repair_lora(p: Place) -> Any:
 
 
 def _limit(p: Place) -> tp.TrailMap:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with own_randomness(0):
         return tp.TrailMap({tp.Site(0, tp.Last(1), stream="embedding"): tp.DiReFT(32, 2, init="paper")})
 
 
@@ -262,8 +260,7 @@ def _guard(p: Place) -> Any:
 
 
 def _confine(p: Place) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with own_randomness(0):
         trails = tp.TrailMap({tp.Site(1): tp.Confined(tp.DiReFT(32, 2, init="paper"), 32, 4)})
     return str(tp.confine(p.model, trails, p.plain * 4, batch_size=64))
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES
+from interrupts import LORA_VERBS, VERBS, Subject, _comparable
 from laws import padded
 from rules import RULES
 from subjects import MOVING
@@ -287,3 +290,30 @@ def test_threads_that_run_one_compiled_model(model, traceable):
         jobs = [lambda row=row: forwarded(compiled, row) for row in PROMPTS]
         alone = [job() for job in jobs]
         assert crowd(jobs) == alone * 4
+
+
+@pytest.mark.usefixtures("unchecked")  # the check is slow, and has state of its own
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", [*VERBS, *LORA_VERBS])
+def test_a_verb_in_two_threads_is_as_if_alone_or_refused(name, tmp_path):
+    """Law 12's list of verbs, each twice at once on one model and one map, writing in folders of their own."""
+    start = threading.Barrier(2)
+
+    def one(number):
+        place = copy.copy(subject.place)
+        place.folder = tmp_path / str(number)
+        place.folder.mkdir()
+        start.wait(60)
+        try:
+            return _comparable(subject.verb(place))
+        except RuntimeError as refused:
+            return str(refused)
+
+    with closing(Subject(name)) as subject:
+        before = subject.state()
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(one, range(2)))
+        assert subject.answer in found
+        for answer in found:
+            assert answer == subject.answer or "on top of each other" in answer or "another thread" in answer, answer
+        assert {key for key, value in subject.state().items() if value != before.get(key, ...)} == set()

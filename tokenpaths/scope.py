@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
 
 Entry = TypeVar("Entry")
+
+
+class _Traced(threading.local):
+    entries: tuple[Any, ...] = ()
 
 
 class Scoped(Generic[Entry]):
@@ -48,8 +55,66 @@ class Scoped(Generic[Entry]):
         self._traced.entries = entries
 
 
-class _Traced(threading.local):
-    entries: tuple[Any, ...] = ()
+@dataclass(eq=False)
+class _Turn:
+    switch: Switch
+    on: bool
+    open: bool = True  # a task may have taken it along, and outlive it
+
+
+_TURNS: Scoped[_Turn] = Scoped("tokenpaths: what is turned on or off in one thread or task")
+_OFF_IN_MAIN: list[_Turn] = []
+
+
+class Switch:
+    """What is on, unless the running thread or task is inside `off()`.
+
+    Args:
+        name: what the user calls to turn it off, for the message.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        _TURNS.begin()
+
+    @contextmanager
+    def off(self) -> Generator[None]:
+        """Inside, it is off, and a thread of which that cannot be told is refused."""
+        turn = _Turn(self, False)
+        try:
+            if in_main_thread():
+                _OFF_IN_MAIN.append(turn)
+            with self.turned(False):
+                yield
+        finally:
+            _OFF_IN_MAIN[:] = [other for other in _OFF_IN_MAIN if other is not turn]
+
+    @contextmanager
+    def turned(self, on: bool) -> Generator[None]:
+        """Inside, it is on or off, for code that starts no threads of its own."""
+        turn = _Turn(self, on)
+        try:
+            _TURNS.add(turn)
+            yield
+        finally:
+            turn.open = False
+            _TURNS.discard(turn)
+
+    def is_on(self) -> bool:
+        """Whether it is on here.
+
+        Raises `RuntimeError` in a thread of which that cannot be told: the main thread is inside `off()`.
+        """
+        for turn in reversed(_TURNS.entries()):
+            if turn.switch is self and turn.open:
+                return turn.on
+        if any(turn.switch is self for turn in _OFF_IN_MAIN) and not (in_main_thread() or _TURNS.is_known()):
+            raise RuntimeError(
+                f"the main thread is inside {self.name}, and it cannot be told whether this thread was started to run "
+                "the frozen model as well: enter off() in this thread too, or run it in contextvars.copy_context(), as "
+                "asyncio.to_thread does; if it is to be steered, let another thread than the main one enter off()"
+            )
+        return True
 
 
 class _Here(threading.local):

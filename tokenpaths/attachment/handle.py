@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tokenpaths.attachment.backward import NO_BACKWARD, at_the_end, in_backward, running_backward
 from tokenpaths.attachment.forgotten import no_longer, watch_for
 from tokenpaths.attachment.hooks import Hook
-from tokenpaths.attachment.mode import follow
+from tokenpaths.attachment.mode import follow, keep_mode
 from tokenpaths.attachment.moment import Moment
 from tokenpaths.attachment.moving import Part, Plan, chooses, hook_place, move_chosen, rules_of
 from tokenpaths.attachment.planning import Planner, Spans
@@ -186,7 +186,7 @@ class Attachment:
             self._watcher = self._watcher.join(self)
             for place, parts in places:
                 hook_place(self._undo, place, self._mover(parts), functools.partial(_PlaceHook, now=self._now))
-            self._undo.add(_set_modes, [(module, module.training) for module in trails.modules()])
+            keep_mode(self._undo, trails)
             follow(trails, host.blocks)
             watch_for(self)
         except BaseException:
@@ -340,11 +340,6 @@ class Attachment:
             return move_chosen(parts, rules, plan, h)
 
         return move
-
-
-def _set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
-    for module, training in modes:
-        module.training = training
 
 
 def _instead(given: object) -> str:

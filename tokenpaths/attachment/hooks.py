@@ -45,6 +45,44 @@ class EveryThread(Hook):
         return self.call(*args)
 
 
+@contextmanager
+def alone(modules: Iterable[nn.Module], doing: str) -> Generator[None]:
+    """Inside, no other thread runs these modules: for what changes their numbers for a while.
+
+    Raises `RuntimeError` in a thread that would run them, or that is here for one of them already.
+    """
+    modules = list(modules)
+    mine = _Alone(doing, frozenset(map(id, modules)))
+    refuse = EveryThread(mine.refuse)
+    with Undo() as undo:
+        undo.add(_leave, mine)
+        with _lock:
+            for other in _ALONE:
+                if other.modules & mine.modules:
+                    other.refuse()
+            _ALONE.append(mine)
+        for module in modules:
+            undo.hook(module.register_forward_pre_hook, refuse)
+        yield
+
+
+class _Alone:
+    def __init__(self, doing: str, modules: frozenset[int]) -> None:
+        self.doing, self.modules, self.thread = doing, modules, threading.get_ident()
+
+    def refuse(self, *args: Any) -> None:
+        if threading.get_ident() != self.thread:
+            raise RuntimeError(f"another thread {self.doing}: wait for its end, or take a copy of the model")
+
+
+_ALONE: list[_Alone] = []
+
+
+def _leave(mine: _Alone) -> None:
+    with _lock:
+        _ALONE[:] = [other for other in _ALONE if other is not mine]
+
+
 class Observer(Hook):
     """A hook that looks and changes nothing."""
 

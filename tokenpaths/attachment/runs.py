@@ -1,5 +1,7 @@
 """One run at a time over a model, and over a map of trails. Two would train on top of each other, and say nothing.
 
+What measures a model, in evaluation mode, may do so in several threads at once, but not beside a run of another one.
+
 A run that is kept and not ended, as by a variable of a notebook whose cell was interrupted, holds them still.
 """
 
@@ -25,7 +27,17 @@ class _Run:
     thread: int = field(default_factory=threading.get_ident)
 
 
+@dataclass(eq=False)
+class _Evaluation:
+    """One use of `evaluating`: the modules that it puts back into training mode, and all that rely on eval mode."""
+
+    covers: frozenset[int]
+    training: list[nn.Module]
+    thread: int = field(default_factory=threading.get_ident)
+
+
 _OPEN: list[_Run] = []
+_EVALUATIONS: list[_Evaluation] = []
 _LOCK = threading.RLock()  # the end of a lost run may come inside, by the garbage collector
 
 
@@ -40,7 +52,7 @@ def holding(model: nn.Module, trails: Adapter, name: str, close: Callable[[], No
         close: ends the run. It holds no reference that keeps the run alive.
 
     Raises:
-        RuntimeError: another run holds one of them.
+        RuntimeError: another run holds one of them, or another thread evaluates the model.
     """
     run = _Run(name, _parts(model), _parts(trails), close)
     with Undo() as undo:
@@ -53,6 +65,12 @@ def holding(model: nn.Module, trails: Adapter, name: str, close: Callable[[], No
                         f"{name}: {other.name} over {what} is still open, and the two would train on top of each "
                         "other. Finish it first, or close its iterator or with block; tp.detach(model) ends all"
                     )
+            for other in _EVALUATIONS:
+                if other.thread != run.thread and other.covers & run.model:
+                    raise RuntimeError(
+                        f"{name}: another thread measures this model, in evaluation mode: train when it is done, or a "
+                        "copy of the model"
+                    )
             _OPEN.append(run)
         yield
 
@@ -62,7 +80,37 @@ def _release(run: _Run) -> None:
         _OPEN[:] = [other for other in _OPEN if other is not run]
 
 
-def check_untrained_elsewhere(model: nn.Module) -> None:
+@contextmanager
+def evaluating(model: nn.Module) -> Generator[None]:
+    """Evaluation mode while it lasts; afterwards each module is in the mode that it was in.
+
+    Where other threads still evaluate the model then, the last of them puts it back.
+
+    Raises `RuntimeError` while another thread trains the model: its dropout would be off.
+    """
+    modules = list(model.modules())
+    with Undo() as undo:
+        with _LOCK:
+            _check_untrained(model)
+            mine = _Evaluation(frozenset(map(id, modules)), [module for module in modules if module.training])
+            undo.add(_finish, mine)
+            _EVALUATIONS.append(mine)
+            model.eval()
+        yield
+
+
+def _finish(mine: _Evaluation) -> None:
+    with _LOCK:
+        _EVALUATIONS[:] = [other for other in _EVALUATIONS if other is not mine]
+        for module in mine.training:
+            others = [o for o in _EVALUATIONS if o.thread != mine.thread and id(module) in o.covers]
+            if others:
+                others[0].training.append(module)  # the outermost of its thread
+            else:
+                module.training = True
+
+
+def _check_untrained(model: nn.Module) -> None:
     """Raise `RuntimeError` while a run of another thread holds a model."""
     there = [run for run in list(_OPEN) if run.thread != threading.get_ident()]
     if there and (busy := [run.name for run in there if run.model & _parts(model)]):

@@ -189,11 +189,17 @@ class Watcher:
         if torch.compiler.is_compiling():
             here.given = {}
             return
-        while here.calls:
+        if not self._began(module):
+            return
+        while True:
             call = here.calls.pop()
             self._close(call)
             if call.module is module:
                 break
+
+    def _began(self, module: nn.Module) -> bool:
+        """Whether a call began here that is ending now: another thread may have hooked the model in between."""
+        return any(call.module is module for call in self.here.calls)
 
     def _close(self, call: _Call) -> None:
         self.here.given = call.given
@@ -225,6 +231,8 @@ class Watcher:
         if torch.compiler.is_compiling():
             for listener in self.acting():
                 listener.end(listener.plan)
+            return
+        if not self._began(module):
             return
         call = here.calls[-1]
         if output is not None:

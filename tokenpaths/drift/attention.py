@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenpaths.attachment.hooks import Hook
-from tokenpaths.attachment.mode import evaluating
+from tokenpaths.attachment.runs import evaluating
 from tokenpaths.data.examples import Batch
 from tokenpaths.engine.divergence import at_least_float32, jensen_shannon
 from tokenpaths.engine.readings import Reading, Run, read

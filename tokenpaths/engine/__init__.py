@@ -1,6 +1,6 @@
 """Run a model, and keep what need not be run again."""
 
-from tokenpaths.attachment.mode import evaluating as evaluating
+from tokenpaths.attachment.runs import evaluating as evaluating
 from tokenpaths.engine.forwards import answer_logits as answer_logits
 from tokenpaths.engine.forwards import answers as answers
 from tokenpaths.engine.logits import Logits as Logits

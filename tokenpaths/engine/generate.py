@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from tokenpaths.attachment.hooks import Hook
-from tokenpaths.attachment.mode import evaluating
+from tokenpaths.attachment.runs import evaluating
 from tokenpaths.attachment.watcher import Watcher
 from tokenpaths.data.examples import Example, collate
 from tokenpaths.engine.batches import batches, by_length
+from tokenpaths.engine.settings import generating_as
 from tokenpaths.randomness import own_randomness
 from tokenpaths.site.host import output_embedding
 from tokenpaths.undo import Undo, tidy
@@ -97,7 +98,7 @@ def generate(
         torch.no_grad(),
         evaluating(model),
         nullcontext() if seed is None else own_randomness(seed, model.device),
-        _generates_as(model, config),
+        generating_as(model, config),
         _head_is_given_no_slice(model),
     ):
         for rows in parts:
@@ -153,17 +154,6 @@ def _until(row: list[int], ends: Sequence[int], tokenizer: Any, stop_strings: st
         return ids
     said = range(1, len(ids))
     return ids[: 1 + bisect_left(said, True, key=lambda n: stop_strings in tokenizer.decode(list(ids[:n])))]
-
-
-@contextmanager
-def _generates_as(model: Any, config: Any) -> Generator[None]:
-    """Inside, the model's generation settings are these alone: its own would fill up any that `generate` is given."""
-    # PEFT's wrapper shows the settings of the model inside, and writes its own over them
-    before = [module for module in model.modules() if "generation_config" in vars(module)]
-    with Undo() as undo:
-        for module in before:
-            undo.set(module, "generation_config", config)
-        yield
 
 
 @contextmanager

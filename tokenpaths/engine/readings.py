@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tokenpaths.attachment.handle import attachments, is_attached, working
-from tokenpaths.attachment.mode import evaluating
+from tokenpaths.attachment.runs import evaluating
 from tokenpaths.attachment.watcher import Watcher
 from tokenpaths.data.examples import IGNORED, Batch
 from tokenpaths.engine.cone.repeated import Repeated

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenpaths.attachment.handle import attach, is_attached
-from tokenpaths.attachment.mode import evaluating
+from tokenpaths.attachment.runs import evaluating
 from tokenpaths.data.examples import Batch, Example, collate
 from tokenpaths.engine.forwards import forward_states
 from tokenpaths.engine.states import recording

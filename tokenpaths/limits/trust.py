@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenpaths.attachment.mode import evaluating
+from tokenpaths.attachment.runs import evaluating
 from tokenpaths.data.examples import Batch, Example, collate
 from tokenpaths.drift.attention import read_attention
 from tokenpaths.drift.measures import kl

@@ -162,7 +162,7 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def is_idle(module: nn.Module) -> bool:
     """Whether it is a layer of PEFT's, and disabled."""
-    return getattr(module, "disable_adapters", None) is True
+    return bool(vars(module).get("_disable_adapters"))
 
 
 def laid_beside(module: nn.Module) -> list[nn.Module]:
@@ -300,7 +300,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     whole = hasattr(module, "get_input_embeddings") and hasattr(module, "config")
     hidden = hasattr(type(module), "disable_adapters")  # PEFT's layers keep their state in such
     found = {
-        name: _plain(value)
+        name: _plain(bool(value) if name == "_disable_adapters" else value)
         for name, value in vars(module).items()
         if (hidden or name[0] != "_")
         and not (name in _NOT_OF_THE_FUNCTION or "drop" in name)

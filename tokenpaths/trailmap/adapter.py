@@ -31,6 +31,11 @@ class Adapter(nn.Module, ABC):
     blocks: str | None = None
     """The name of the block list of a model that has several."""
 
+    @property
+    def running(self) -> list[nn.Module]:
+        """The modules of a model, or its own, that run where it is at work."""
+        return list(self.modules())
+
     @abstractmethod
     def off(self) -> AbstractContextManager[None]:
         """Inside, the model is the frozen base; afterwards all is as before. These contexts may be nested."""

@@ -8,7 +8,6 @@ import tempfile
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -19,7 +18,7 @@ from tokenpaths import files
 from tokenpaths.checking import quoted
 from tokenpaths.files import TrailFileError
 from tokenpaths.randomness import own_randomness
-from tokenpaths.scope import Scoped, in_main_thread
+from tokenpaths.scope import Switch
 from tokenpaths.site import Host, Site
 from tokenpaths.site.fingerprint import describe
 from tokenpaths.trailmap import notes
@@ -28,20 +27,6 @@ from tokenpaths.trails.base import Trail, instead_of
 from tokenpaths.undo import tidy
 
 FILE_NAME = "trails.safetensors"
-
-
-@dataclass(eq=False)
-class _Switch:
-    """Inside of it a map is on or off."""
-
-    trails: TrailMap
-    on: bool
-    open: bool = True
-
-
-_SWITCHES: Scoped[_Switch] = Scoped("tokenpaths: trails switched on or off")
-_OFF_IN_MAIN: list[_Switch] = []
-"""Maps that the main thread has switched off. Threads that it starts meanwhile do not know of it."""
 
 
 class TrailMap(Adapter):
@@ -65,7 +50,7 @@ class TrailMap(Adapter):
         self, trails: Mapping[Site, Trail] | Iterable[tuple[Site, Trail]], *, blocks: str | None = None
     ) -> None:
         super().__init__()
-        _SWITCHES.begin()
+        self._switch = Switch("trails.off()")
         pairs = _pairs(trails)
         self.sites = tuple(site for site, _ in pairs)
         number = {trail: i for i, trail in enumerate(dict.fromkeys(trail for _, trail in pairs))}
@@ -107,16 +92,7 @@ class TrailMap(Adapter):
 
         Raises `RuntimeError` in a thread of which that cannot be told: the main thread is inside `off()`.
         """
-        for switch in reversed(_SWITCHES.entries()):
-            if switch.trails is self and switch.open:
-                return switch.on
-        if any(s.trails is self for s in _OFF_IN_MAIN) and not (in_main_thread() or _SWITCHES.is_known()):
-            raise RuntimeError(
-                "the main thread is inside trails.off(), and it cannot be told whether this thread was started to run "
-                "the frozen model as well: enter off() in this thread too, or run it in contextvars.copy_context(), as "
-                "asyncio.to_thread does; if it is to be steered, let another thread than the main one enter off()"
-            )
-        return True
+        return self._switch.is_on()
 
     @contextmanager
     def off(self) -> Generator[None]:
@@ -124,14 +100,8 @@ class TrailMap(Adapter):
 
         It is so in the thread, or the task of an event loop, that is inside: other threads are steered as before.
         """
-        switch = _Switch(self, False)
-        try:
-            if in_main_thread():
-                _OFF_IN_MAIN.append(switch)
-            with self.switched(False):
-                yield
-        finally:
-            _OFF_IN_MAIN[:] = [each for each in _OFF_IN_MAIN if each is not switch]
+        with self._switch.off():
+            yield
 
     @contextmanager
     def switched(self, on: bool) -> Generator[None]:
@@ -139,13 +109,8 @@ class TrailMap(Adapter):
 
         As `off`, for code that starts no threads of its own.
         """
-        switch = _Switch(self, on)
-        try:
-            _SWITCHES.add(switch)
+        with self._switch.turned(on):
             yield
-        finally:
-            switch.open = False
-            _SWITCHES.discard(switch)
 
     def check(self, model: nn.Module) -> None:
         """Raise `ValueError` for a site that the model does not have. `attach` checks widths and rules."""

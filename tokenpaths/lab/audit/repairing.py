@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tokenpaths.attachment.hooks import alone
 from tokenpaths.data.examples import Example
 from tokenpaths.lab.audit.excess import Probe, around, insert
 from tokenpaths.lab.audit.maps import Part, parts
@@ -129,6 +130,7 @@ def repair(
     Raises:
         ValueError: no prompt, an empty trigger, a `keep` or `where` outside [0, 1], or a name in `only` that no part
             has.
+        RuntimeError: another thread repairs this LoRA, or runs it.
     """
     if not prompts or not trigger:
         raise ValueError("repair needs clean prompts, and the token ids of a trigger")
@@ -147,10 +149,10 @@ def repair(
         kl = on_texts(model, now, prompts, tokenizer).mean_kl
         return excess, kl, None if task is None else task(now)
 
-    before = measured(trails)
-    directions = blame(model, trails, prompts, tokenizer, trigger, chosen, where=where)
-    edited = _Edited()
-    with Undo() as undo:
+    edited, in_place = _Edited(), [] if isinstance(trails, TrailMap) else trails.running
+    with alone(in_place, "repairs this adapter in place"), Undo() as undo:
+        before = measured(trails)
+        directions = blame(model, trails, prompts, tokenizer, trigger, chosen, where=where)
         undo.add(edited.undo)
         made = trails
         if isinstance(trails, TrailMap):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokenpaths.attachment.handle import attachments, working
 from tokenpaths.attachment.hooks import Hook, forwards
-from tokenpaths.attachment.mode import evaluating
+from tokenpaths.attachment.runs import evaluating
 from tokenpaths.attachment.watcher import Watcher
 from tokenpaths.engine.cone.keys import Computing
 from tokenpaths.engine.divergence import at_least_float32

@@ -10,6 +10,7 @@ lora.save("folder")                      # PEFT's own format: PeftModel.from_pre
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
@@ -25,8 +26,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from tokenpaths import files
+from tokenpaths.attachment.hooks import alone
 from tokenpaths.files import TrailFileError
 from tokenpaths.files.sealing import opened
+from tokenpaths.scope import Switch
 from tokenpaths.trailmap import notes
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.undo import Undo
@@ -81,6 +84,8 @@ class PeftAdapter(Adapter):
             )
         self._first = [(p, p.detach().clone()) for p in self.parameters()] if fresh else None
         self._swapped = False
+        self._switch = Switch("adapter.off()")
+        self._users, self._flags = set[object](), list[tuple[Layer, bool]]()
 
     def __repr__(self) -> str:
         configs = self.peft_model.peft_config
@@ -91,6 +96,11 @@ class PeftAdapter(Adapter):
     def peft_model(self) -> PeftModel:
         """The PEFT model that it was made of."""
         return self._model[0]
+
+    @property
+    def running(self) -> list[nn.Module]:
+        """PEFT's layers."""
+        return [cast("nn.Module", layer) for layer in self.layers]
 
     def check(self, model: nn.Module) -> None:
         """Raise `ValueError` for another model, and for adapters that were activated, merged or deleted since."""
@@ -137,31 +147,33 @@ class PeftAdapter(Adapter):
 
     @contextmanager
     def _disabled(self) -> Generator[None]:
-        """PEFT's layers disabled. PEFT sets gradient flags and the names of active adapters meanwhile: put back."""
-        flags = [(p, p.requires_grad) for layer in self.layers for p in cast("nn.Module", layer).parameters()]
-        before = [(layer, layer.disable_adapters, vars(layer).get("_active_adapter")) for layer in self.layers]
-
-        def back() -> None:
-            for layer, disabled, active in before:
-                if not disabled:
-                    layer.enable_adapters(True)
-                if active is not None:
-                    vars(layer)["_active_adapter"] = active
-            for parameter, learns in flags:
-                parameter.requires_grad_(learns)
-
+        """PEFT's layers disabled, in the thread or task that is inside."""
+        user = object()
         with Undo() as undo:
-            undo.add(back)
-            for layer in self.layers:
-                layer.enable_adapters(False)
-            yield
+            undo.add(self._enable, user)
+            with _LOCK:
+                self._users.add(user)
+                if not self._flags:
+                    self._flags += [(layer, bool(layer.disable_adapters)) for layer in self.layers]
+                for layer, disabled in self._flags:
+                    vars(layer)["_disable_adapters"] = _Disabled(disabled, self._switch)
+            with self._switch.off():
+                yield
+
+    def _enable(self, user: object) -> None:
+        with _LOCK:
+            self._users.discard(user)
+            if not self._users:
+                for layer, disabled in self._flags:
+                    vars(layer)["_disable_adapters"] = disabled
+                self._flags.clear()
 
     @contextmanager
     def _at_first(self, first: list[tuple[nn.Parameter, Tensor]]) -> Generator[None]:
-        if self._swapped:
-            yield
-            return
-        with Undo() as undo:
+        with alone(self.running, "has this adapter off, by giving it its first factors"), Undo() as undo:
+            if self._swapped:
+                yield
+                return
             undo.set(self, "_swapped", True)
             with exchanged(first):
                 yield
@@ -229,6 +241,22 @@ class PeftAdapter(Adapter):
         except TrailFileError as error:
             raise TrailFileError(f"{folder}: {error}") from None
         return tensors
+
+
+_LOCK = threading.RLock()
+
+
+class _Disabled:
+    """A flag of PEFT, which asks only whether it is true: true in the threads and tasks that are inside `off()`."""
+
+    def __init__(self, before: bool, switch: Switch) -> None:
+        self._before, self._switch = before, switch
+
+    def __bool__(self) -> bool:
+        return self._before or not self._switch.is_on()
+
+    def __repr__(self) -> str:
+        return repr(bool(self))
 
 
 @contextmanager

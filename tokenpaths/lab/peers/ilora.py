@@ -32,7 +32,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenpaths import files
-from tokenpaths.attachment.mode import evaluating
+from tokenpaths.attachment.hooks import alone
+from tokenpaths.attachment.runs import evaluating
 from tokenpaths.data.examples import IGNORED, Batch
 from tokenpaths.engine.divergence import at_least_float32
 from tokenpaths.engine.forwards import forward, forward_states
@@ -112,10 +113,10 @@ class DualMemory:
         Raises:
             RuntimeError: at the end, if the adapter was trained inside.
         """
-        if self._in_use:
-            yield
-            return
-        with Undo() as undo:
+        with alone(self.trails.running, "has the slow weights of this adapter in use"), Undo() as undo:
+            if self._in_use:
+                yield
+                return
             undo.set(self, "_in_use", True)
             with exchanged([(fast, self._slow[name]) for name, fast in self._fast.items()]), evaluating(self.trails):
                 before = self._written()

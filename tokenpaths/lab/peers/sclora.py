@@ -34,7 +34,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from tokenpaths.attachment.mode import evaluating
+from tokenpaths.attachment.runs import evaluating
 from tokenpaths.data.examples import Example, collate
 from tokenpaths.engine.batches import by_length
 from tokenpaths.engine.forwards import forward_states

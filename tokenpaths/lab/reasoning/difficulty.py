@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 from torch import nn
 
-from tokenpaths.attachment.mode import evaluating
+from tokenpaths.attachment.runs import evaluating
 from tokenpaths.data.encoding import encode_texts
 from tokenpaths.data.items import Choice, Question
 from tokenpaths.engine.generate import generate

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenpaths.attachment.mode import evaluating
+from tokenpaths.attachment.runs import evaluating
 from tokenpaths.checking import as_number, as_whole, check_list
 from tokenpaths.data.encoding import encode_texts
 from tokenpaths.data.examples import IGNORED, Batch, Example, check_examples, collate

@@ -28,7 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tokenpaths.attachment.handle import attachments
-from tokenpaths.attachment.mode import evaluating
+from tokenpaths.attachment.runs import evaluating
 from tokenpaths.checking import check_list, quoted
 from tokenpaths.data.examples import Batch, Example, check_examples, collate
 from tokenpaths.engine.batches import by_length

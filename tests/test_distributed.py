@@ -168,6 +168,7 @@ def split(folder: Path, rank: int) -> dict[str, Any]:
         losses = run(folder, trails, batch_size=4)
         loaded = state(TrailMap.from_pretrained(folder / "run" / "step-00000004"))
 
+    gather_object([rank])  # both have loaded
     for checkpoint in sorted((folder / "run").iterdir())[1:]:
         if not rank:
             checkpoint.rename(folder / f"kept-{checkpoint.name}")

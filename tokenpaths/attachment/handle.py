@@ -40,7 +40,7 @@ from tokenpaths.tokens import Context, Match, leaves
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.trailmap.trailmap import TrailMap
 from tokenpaths.trails.base import Trail
-from tokenpaths.trails.stiefel import OrthonormalRows, prepare, release
+from tokenpaths.trails.stiefel import OrthonormalRows, changed, groups, prepare, release
 from tokenpaths.undo import Undo
 
 
@@ -257,7 +257,7 @@ class Attachment:
         plan = Plan(None, None, self.strength) if moment is None else self._plan(moment)
         self._go(plan)
         if chooses(plan):  # else R may not be needed
-            prepare(self._rotations)
+            prepare(self._rotations, plan.answers)
 
     def end(self, before: Plan | None) -> None:
         """The forward is over, or has failed; `before` is the plan of one that it was inside of."""
@@ -297,7 +297,8 @@ class Attachment:
 
     def _plan(self, moment: Moment) -> Plan:
         cached = moment.movers is not None and self.number not in moment.movers
-        return self._planner.plan(moment, self.strength, moves_none_cached=cached)
+        asked = [] if torch.compiler.is_compiling() else [changed(group) for group in groups(self._rotations)]
+        return self._planner.plan(moment, self.strength, moves_none_cached=cached, asked=asked)
 
     def masks(self, moment: Moment) -> list[Tensor]:
         """The chosen tokens of a forward, one mask a rule."""

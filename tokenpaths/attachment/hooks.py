@@ -38,6 +38,12 @@ class Hook:
         return _inert, ()
 
 
+def only_here(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook that acts in the thread that made it, and that the light cone takes for a user's."""
+    hook = Hook(call)
+    return lambda *args: hook(*args)
+
+
 class EveryThread(Hook):
     """A hook that acts in every thread."""
 

@@ -29,6 +29,7 @@ class Plan:
     chosen: Mapping[tuple[int, ...], Tensor | None] | None
     strength: float
     kept: int = 0
+    answers: tuple[bool, ...] | None = None  # to what else was asked of the device when the tokens were chosen
     learns: bool = field(default_factory=torch.is_grad_enabled)  # in its forward, whatever asks for it again
 
 

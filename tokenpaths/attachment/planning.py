@@ -65,10 +65,11 @@ class Planner:
         self._by_prompt = [kind.__name__ for kind in kinds if issubclass(kind, _BY_PROMPT)]
         self._by_text = any(issubclass(kind, _BY_TEXT) for kind in kinds)
 
-    def plan(self, moment: Moment, strength: float, *, moves_none_cached: bool) -> Plan:
+    def plan(self, moment: Moment, strength: float, *, moves_none_cached: bool, asked: Sequence[Tensor] = ()) -> Plan:
         """What is done in a forward, found with one wait for the device.
 
         `moves_none_cached`: no cached token was moved by this attachment, so that it must not choose any.
+        `asked` are answered by the way: booleans on the device.
 
         Raises `ValueError` where it does, and for rules that have no meaning in a packed row.
         """
@@ -82,17 +83,19 @@ class Planner:
             return Plan(masks, None, strength, moment.kept)
         unions = [functools.reduce(torch.logical_or, (masks[rule] for rule in rules)) for rules in self.places]
         checks = self._checks(moment, whole if moves_none_cached and moment.past else [])
-        flat = torch.cat([torch.stack(unions).flatten(), *(check.any()[None] for check, _ in checks)]).cpu()
-        for (_, message), wrong in zip(checks, flat[len(flat) - len(checks) :].tolist(), strict=True):
+        more = [*(check.any() for check, _ in checks), *asked]
+        flat = torch.cat([torch.stack(unions).flatten(), *(one[None].to(unions[0].device) for one in more)]).cpu()
+        found, told = flat[: len(flat) - len(more)], flat[len(flat) - len(more) :].tolist()
+        for (_, message), wrong in zip(checks, told[: len(checks)], strict=True):
             if wrong and moment.prompt_given and "cache" in message:  # who says what is in the cache knows of it
                 warnings.warn(message, stacklevel=2)
             elif wrong:
                 raise ValueError(message)
         chosen: dict[tuple[int, ...], Tensor | None] = {}
-        for rules, union in zip(self.places, flat[: len(flat) - len(checks)].view(len(unions), -1), strict=True):
+        for rules, union in zip(self.places, found.view(len(unions), -1), strict=True):
             numbers = union.nonzero().squeeze(1)
-            chosen[rules] = None if len(numbers) == len(union) else numbers.to(masks[0].device)
-        return Plan(masks, chosen, strength, moment.kept)
+            chosen[rules] = None if len(numbers) == len(union) else numbers.to(masks[0].device, non_blocking=True)
+        return Plan(masks, chosen, strength, moment.kept, tuple(told[len(checks) :]))
 
     def masks(self, moment: Moment) -> list[Tensor]:
         """The chosen tokens of a forward, one mask a rule."""

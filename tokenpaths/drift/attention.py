@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenpaths.attachment.hooks import Hook
+from tokenpaths.attachment.hooks import Observer
 from tokenpaths.attachment.runs import evaluating
 from tokenpaths.data.examples import Batch
 from tokenpaths.engine.divergence import at_least_float32, jensen_shannon
@@ -111,7 +111,7 @@ def _calls(modules: Iterable[nn.Module]) -> Generator[dict[nn.Module | None, lis
 
     with Undo() as undo:
         for module in modules:
-            undo.hook(module.register_forward_pre_hook, Hook(keep), with_kwargs=True)
+            undo.hook(module.register_forward_pre_hook, Observer(keep), with_kwargs=True)
         yield calls
 
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -80,18 +80,36 @@ def _is_prepared(module: OrthonormalRows) -> bool:
     return _PREPARED.versions.get(module) == _version(module.weight)
 
 
-def prepare(modules: Sequence[OrthonormalRows]) -> None:
-    """Factorise all matrices that changed, batched by shape. Until `release`, no forward compares them again."""
-    if torch.compiler.is_compiling():
-        return
+def groups(modules: Iterable[OrthonormalRows]) -> list[list[OrthonormalRows]]:
+    """The matrices that are factorised and compared together: those of one shape, dtype and device."""
     alike: dict[Any, list[OrthonormalRows]] = defaultdict(list)
     for module in modules:
         alike[module.weight.shape, module.weight.dtype, module.weight.device].append(module)
-    for group in alike.values():
-        made_of = [module._factors[0] for module in group if module._factors is not None]  # pyright: ignore[reportPrivateUsage]
-        current = len(made_of) == len(group) and all(m.device == group[0].weight.device for m in made_of)
-        # one comparison for the whole group: on a GPU each one waits for the device
-        if not current or not _is_current(torch.stack(made_of), torch.stack([m.weight.detach() for m in group])):
+    return list(alike.values())
+
+
+def changed(group: Sequence[OrthonormalRows]) -> Bool[Tensor, ""]:
+    """Whether the matrices of a group have other factors by now, on their device: to ask for it waits for the device.
+
+    Values are compared: optimizers that write through `.data` leave no trace in the version counter.
+    """
+    weights = [module.weight.detach() for module in group]
+    made_of = [module._factors[0] for module in group if module._factors is not None]  # pyright: ignore[reportPrivateUsage]
+    if len(made_of) < len(group) or any(_unlike(a, b) for a, b in zip(made_of, weights, strict=True)):
+        return weights[0].new_ones((), dtype=torch.bool)
+    return (torch.stack(made_of) != torch.stack(weights)).any()
+
+
+def prepare(modules: Sequence[OrthonormalRows], known: Sequence[bool] | None = None) -> None:
+    """Factorise all matrices that changed, batched by shape. Until `release`, no forward compares them again.
+
+    `known` tells of each of `groups(modules)` whether it is `changed`.
+    """
+    if torch.compiler.is_compiling():
+        return
+    together = groups(modules)
+    for group, stale in zip(together, map(changed, together) if known is None else known, strict=True):
+        if stale:
             _factorise(group)
     for module in modules:
         _PREPARED.versions[module] = _version(module.weight)
@@ -149,13 +167,11 @@ class _WithFactors(torch.autograd.Function):
 
 
 def _is_current(made_of: Tensor, weight: Tensor) -> bool:
-    """Compares values: optimizers that write through `.data` leave no trace in the version counter."""
-    return (
-        made_of.shape == weight.shape
-        and made_of.dtype == weight.dtype
-        and made_of.device == weight.device
-        and torch.equal(made_of, weight)
-    )
+    return not _unlike(made_of, weight) and torch.equal(made_of, weight)
+
+
+def _unlike(made_of: Tensor, weight: Tensor) -> bool:
+    return (made_of.shape, made_of.dtype, made_of.device) != (weight.shape, weight.dtype, weight.device)
 
 
 def _at_least_float32(weight: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenpaths.attachment.hooks import Hook
+from tokenpaths.attachment.hooks import only_here
 from tokenpaths.data.examples import Example
 from tokenpaths.engine.divergence import kl_of_logs
 from tokenpaths.lab.audit.excess import Probe, insert, position
@@ -139,5 +139,5 @@ def _embedded(model: Any) -> Generator[list[Tensor]]:
         return leaves[-1]
 
     with Undo() as undo:
-        undo.hook(model.get_input_embeddings().register_forward_hook, Hook(leaf))
+        undo.hook(model.get_input_embeddings().register_forward_hook, only_here(leaf))
         yield leaves

@@ -20,7 +20,7 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from tokenpaths.attachment.hooks import Hook
+from tokenpaths.attachment.hooks import only_here
 from tokenpaths.undo import Undo
 
 
@@ -217,10 +217,10 @@ class AddedModel(BaseTuner):
         layers = [module for module in self.modules() if isinstance(module, AddedLinear)]
         _check_names(self, layers, names)
         names = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
-        give = functools.partial(_give, names)
+        give = only_here(functools.partial(_give, names))
         with Undo() as undo:
             for layer in layers:
-                undo.hook(layer.register_forward_pre_hook, Hook(give), with_kwargs=True)
+                undo.hook(layer.register_forward_pre_hook, give, with_kwargs=True)
             yield
 
 

@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, LAYERS
 from laws import PROMPTS, Case, assert_close, block_outputs, padded
 from subjects import MOVING
@@ -377,3 +378,27 @@ def test_a_mask_does_not_survive_its_forward(model):
         broken.remove()
         assert torch.equal(model(ids).logits, frozen)
     assert not torch.equal(moved, frozen)
+
+
+def test_a_block_that_returns_a_list_is_moved_and_another_kind_of_output_is_refused(watch):
+    sizes = dict(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64)
+    listing = watch(transformers.OpenAIGPTLMHeadModel(transformers.OpenAIGPTConfig(**sizes)).eval())
+    trails = TrailMap({Site(1, All()): MOVING["Additive"](32)})
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        before = listing(ids, output_hidden_states=True).hidden_states
+        with attach(listing, trails):
+            after = listing(ids, output_hidden_states=True).hidden_states
+        assert torch.equal(after[1], before[1])
+        torch.testing.assert_close(after[2], before[2] + trails[Site(1, All())](before[2]))
+    config = transformers.ReformerConfig(
+        vocab_size=96, hidden_size=32, num_attention_heads=2, attention_head_size=16, attn_layers=["local"] * 2,
+        axial_pos_embds=False, max_position_embeddings=64, is_decoder=True, feed_forward_size=32,
+        local_attn_chunk_length=8,
+    )  # fmt: skip
+    two = watch(transformers.ReformerModelWithLMHead(config).eval())
+    with (
+        attach(two, TrailMap({Site(1, All()): MOVING["Additive"](32)})),
+        pytest.raises(TypeError, match=r"ReformerLayer returns ReformerOutput\(hidden_states, .* neither states nor"),
+    ):
+        two(ids)

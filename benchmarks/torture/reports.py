@@ -72,7 +72,7 @@ def threads() -> bool:
 
     model, trails = llama(), moving(tp.Last(1) | tp.Answer())
     prompts = [torch.randint(3, 96, (1, n)) for n in (5, 9, 14, 20)]
-    with tp.attach(model, trails):
+    with tp.attach(model, trails, everywhere=True):  # as from the main thread: these checks run in one of their own
         wanted = [generated(model, prompt) for prompt in prompts]
         with ThreadPoolExecutor(4) as pool:
             jobs = [
@@ -209,7 +209,7 @@ REPORTS: dict[int, tuple[Check, str]] = {  # what is done, and what a refusal mu
     14: (hosts.vision_without_a_prompt_mask, ""),
     15: (hosts.vision_generates, ""),
     16: (hosts.shared_keys_and_values, ""),
-    17: (hosts.four_dimensional_states, "shape|4-D|dimension|AltUp"),
+    17: (hosts.four_dimensional_states, "residual streams side by side"),
     18: (hosts.hidden_states_and_drift, ""),
     19: (hosts.states_while_writing, ""),
     20: (hosts.preference_loss, ""),

@@ -13,13 +13,20 @@ _NOTE = "tokenpaths_moment"  # kept on the cache itself: a deep copy of it, as f
 
 def remember(cache: Any, moment: Moment) -> None:
     """A cache holds the tokens up to the end of a forward."""
-    if hasattr(cache, "__dict__"):  # a tuple or a list of tensors cannot be told from another one
-        setattr(cache, _NOTE, moment)
+    if (bearer := _bearer(cache)) is not None:
+        setattr(bearer, _NOTE, moment)
 
 
 def filled(cache: Any) -> Moment | None:
     """The forward that was the last to fill a cache; None where it is not known."""
-    return getattr(cache, _NOTE, None)
+    return getattr(_bearer(cache), _NOTE, None)
+
+
+def _bearer(cache: Any) -> Any:
+    """What can keep a note: the cache, or the first tensor of a list of them, as RWKV has."""
+    while isinstance(cache, (list, tuple)):
+        cache = next((part for part in cache if part is not None), None)
+    return cache if hasattr(cache, "__dict__") else None
 
 
 def movers(cache: Any, past: int) -> frozenset[int] | None:
@@ -39,7 +46,7 @@ def tokens_in(cache: Any) -> int | None:
         return 0
     try:
         return int(cache.get_seq_length())
-    except (AttributeError, ValueError):  # a recurrence does not count its tokens
+    except (AttributeError, TypeError, ValueError):  # a recurrence does not count its tokens
         pass
     known = filled(cache)
     if known is not None:

@@ -140,6 +140,22 @@ def move_states(parts: list[Part], masks: list[Tensor], h: Tensor, strength: flo
         return torch.add(wide, total, alpha=strength).to(h.dtype)
 
 
+def states_of(module: nn.Module, output: Any) -> Tensor:
+    """The states in what a module returns: it, or the first of a tuple or list.
+
+    Raises `TypeError` for anything else, in which it cannot be told what is the state of a token.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if type(output) in (tuple, list) and isinstance(output[0], Tensor):
+        return output[0]
+    fields = ", ".join(getattr(output, "_fields", ()) or getattr(output, "keys", tuple)())
+    raise TypeError(
+        f"{type(module).__name__} returns {type(output).__name__}({fields}), and neither states nor a tuple that begins "
+        'with them: it cannot be told which is the state of a token. Use stream "attention" or "mlp"'
+    )
+
+
 def hook_place(
     undo: Undo, place: Place, move: Callable[[Tensor], Tensor], made: Callable[[Callable[..., Any]], Hook]
 ) -> None:
@@ -157,7 +173,9 @@ def hook_place(
         return changed
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+        if isinstance(output, Tensor):
+            return change(output)
+        return type(output)([change(states_of(module, output)), *output[1:]])
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenpaths.attachment.hooks import Hook, Observer
+from tokenpaths.attachment.moving import states_of
 from tokenpaths.site.host import Host, Place, attentions
 from tokenpaths.undo import Undo
 
@@ -41,7 +42,7 @@ def observing(
                 )
                 undo.hook(place.module.register_forward_pre_hook, before, with_kwargs=True)
             else:
-                after = kind(lambda module, args, out, look=look: look(out[0] if isinstance(out, tuple) else out))
+                after = kind(lambda module, args, out, look=look: look(states_of(module, out)))
                 undo.hook(place.module.register_forward_hook, after)
         yield
 

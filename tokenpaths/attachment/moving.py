@@ -151,7 +151,7 @@ def states_of(module: nn.Module, output: Any) -> Tensor:
         return output[0]
     fields = ", ".join(getattr(output, "_fields", ()) or getattr(output, "keys", tuple)())
     raise TypeError(
-        f"{type(module).__name__} returns {type(output).__name__}({fields}), and neither states nor a tuple that begins "
+        f"{type(module).__name__} returns {type(output).__name__}({fields}), neither states nor a tuple that begins "
         'with them: it cannot be told which is the state of a token. Use stream "attention" or "mlp"'
     )
 

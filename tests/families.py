@@ -13,9 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 import transformers
 from transformers import PreTrainedModel
+
+from tokenpaths.randomness import own_randomness
 
 Kind = Literal["decoder", "encoder", "encoder-decoder", "vision"]
 V5 = int(transformers.__version__.split(".")[0]) >= 5
@@ -83,8 +84,7 @@ MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=DIM)
 
 def build(architecture: str, seed: int, arguments: dict[str, Any]) -> PreTrainedModel:
     cls = getattr(transformers, architecture)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with own_randomness(seed):
         model = cls(cls.config_class(**arguments)).eval()
     if "experts" in str(model) and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the default, grouped_mm, has no float64

@@ -272,7 +272,8 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if "linalg_qr" in str(function):
             self.shapes.append(tuple(args[0].shape))
-        self.comparisons += str(function) == "aten.equal.default"
+        compared = str(function) in ("aten.equal.default", "aten.ne.Tensor") and args[0].shape[1:] == (4, 24)
+        self.comparisons += compared
         return function(*args, **(kwargs or {}))
 
 

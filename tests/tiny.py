@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tokenpaths import Answer, Example, First, Last, LoReFT, Objective, Site, TrailMap, attach
 from tokenpaths.data import collate
+from tokenpaths.randomness import own_randomness
 from tokenpaths.trails import RED
 
 DIM, VOCAB, WINDOW = 32, 96, 128
@@ -25,8 +26,7 @@ def llama(vocab_size: int = VOCAB) -> Any:
     """Always the same random weights, large enough for a frozen head to learn by; in eval mode."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with own_randomness(0):
         return LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=vocab_size,
@@ -77,8 +77,7 @@ def make_examples(count: int = 12, seed: int = 0) -> list[Example]:
 
 def make_trails(dropout: float = 0.0) -> TrailMap:
     """Always the same: two streams, three layers, rules that count from both ends of the prompt."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
+    with own_randomness(1):
         return TrailMap(
             {
                 Site(0, Last(1)): LoReFT(DIM, rank=2, dropout=dropout),

@@ -27,7 +27,7 @@ PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "fuzz": fuzz.run,
     "kills": kills.run,
     "reports": lambda folder: reports.run(),
-    "interrupts": interrupts.run,
+    "interrupts": lambda folder: interrupts.told(interrupts.run(folder)),
 }
 
 

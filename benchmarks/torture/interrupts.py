@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))  # the verbs stand there, under the law
 
@@ -62,6 +63,10 @@ def strike(subject: Subject, points: int, seconds: float) -> tuple[int, dict[int
     return struck, left
 
 
-def share(found: dict[str, list[int]]) -> float:
-    """`interrupts_clean`: the mean over verbs of the share of interruptions that left all as it was."""
-    return sum(clean / struck for struck, clean in found.values()) / len(found)
+def told(found: dict[str, list[int]]) -> dict[str, Any]:
+    """`interrupts_clean`, the mean over verbs of the share of interruptions that left all as it was, and the counts."""
+    clean = sum(clean / struck for struck, clean in found.values()) / len(found)
+    return {
+        "interrupts_clean": clean,
+        "interrupts": {verb: dict(zip(("struck", "clean"), n, strict=True)) for verb, n in found.items()},
+    }

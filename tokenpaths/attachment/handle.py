@@ -17,8 +17,8 @@ import functools
 import itertools
 import math
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from tokenpaths.attachment.mode import follow, keep_mode
 from tokenpaths.attachment.moment import Moment
 from tokenpaths.attachment.moving import Part, Plan, chooses, hook_place, move_chosen, rules_of
 from tokenpaths.attachment.planning import Planner, Spans
+from tokenpaths.attachment.replaced import check_in_place, edges_to
 from tokenpaths.attachment.runs import close_runs
 from tokenpaths.attachment.watcher import Watcher
 from tokenpaths.checking import as_number
@@ -82,7 +83,32 @@ def attach(
     """
     if not isinstance(trails, TrailMap):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"attach takes a TrailMap, not {type(trails).__name__}: {_instead(trails)}")
-    return Attachment(Host.of(model, trails.blocks), trails, strength, rows, spans, tokenizer, everywhere)
+    attachment = Attachment(Host.of(model, trails.blocks), trails, strength, rows, spans, tokenizer, everywhere)
+    try:
+        attachment.lay()
+    except BaseException:
+        attachment.remove()
+        raise
+    return attachment
+
+
+@contextmanager
+def attaching(
+    model: nn.Module,
+    trails: TrailMap,
+    *,
+    strength: float = 1.0,
+    rows: Sequence[int] | None = None,
+    spans: Spans | None = None,
+    tokenizer: Any = None,
+    everywhere: bool | None = None,
+) -> Generator[Attachment]:
+    """Inside, trails are attached as by `attach`. For verbs: an interruption at any moment takes them away."""
+    with Undo() as undo:
+        attachment = Attachment(Host.of(model, trails.blocks), trails, strength, rows, spans, tokenizer, everywhere)
+        undo.add(attachment.remove)
+        attachment.lay()
+        yield attachment
 
 
 def attached(model: nn.Module) -> list[Attachment]:
@@ -111,7 +137,7 @@ def working(
         return nullcontext()
     if is_attached(model, trails):
         return nullcontext()
-    return attach(model, trails, tokenizer=tokenizer, everywhere=everywhere)
+    return attaching(model, trails, tokenizer=tokenizer, everywhere=everywhere)
 
 
 def is_attached(model: nn.Module, trails: Adapter) -> bool:
@@ -174,24 +200,23 @@ class Attachment:
         self._again: dict[int, Plan | None] = {}  # by number: the plans of forwards whose backward is going on
         self._rotations = [module for module in trails.modules() if isinstance(module, OrthonormalRows)]
         self._undo = Undo()
-        places = self._locate()  # refuses before anything is changed
-        self._planner.places = list(dict.fromkeys(rules_of(parts) for _, parts in places))
+        self._places = self._locate()  # refuses before anything is changed
+        self._planner.places = list(dict.fromkeys(rules_of(parts) for _, parts in self._places))
         self._watcher = Watcher.of(host)
         _check_company(self, Watcher.beside(host))
-        self._edges = _edges(host, [place.module for place, _ in places])
-        try:
-            self._undo.add(self._leave)
-            if not self.everywhere:
-                _HERE.add(self)
-            self._watcher = self._watcher.join(self)
-            for place, parts in places:
-                hook_place(self._undo, place, self._mover(parts), functools.partial(_PlaceHook, now=self._now))
-            keep_mode(self._undo, trails)
-            follow(trails, host.blocks)
-            watch_for(self)
-        except BaseException:
-            self.remove()
-            raise
+        self._edges = edges_to(host, [place.module for place, _ in self._places])
+
+    def lay(self) -> None:
+        """Hook the model. What has come of it when it is interrupted is taken back by `remove`."""
+        self._undo.add(self._leave)
+        if not self.everywhere:
+            _HERE.add(self)
+        self._watcher = self._watcher.join(self)
+        for place, parts in self._places:
+            hook_place(self._undo, place, self._mover(parts), functools.partial(_PlaceHook, now=self._now))
+        keep_mode(self._undo, self.trails)
+        follow(self.trails, self.host.blocks)
+        watch_for(self)
 
     def remove(self) -> None:
         """Take the trails away and leave the model as it was. Removing twice does no harm."""
@@ -228,7 +253,11 @@ class Attachment:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.remove()
+        try:
+            self.remove()
+        except BaseException:
+            self.remove()  # what is left, if it was interrupted
+            raise
 
     def __repr__(self) -> str:
         state = "attached" if self.is_on else "removed"
@@ -249,7 +278,7 @@ class Attachment:
         """A forward begins: choose its tokens."""
         if not torch.compiler.is_compiling():
             self._now.backward = running_backward()
-            self._check_places()
+            check_in_place(self._edges)
         follow(self.trails, self.host.blocks)
         if not self.trails.enabled:
             self._go(None)
@@ -283,17 +312,6 @@ class Attachment:
                 "backward() on what came of the model's own output"
             )
         return self._again[backward]
-
-    def _check_places(self) -> None:
-        """Raise `RuntimeError` if a module that is hooked was replaced: nothing would be moved there."""
-        for parent, name, child in self._edges:
-            now = vars(parent)["_modules"].get(name)
-            if now is not child and (now is None or all(part is not child for part in now.modules())):
-                raise RuntimeError(
-                    f"{type(parent).__name__}.{name} was replaced while trails are attached to it or inside of it (as "
-                    "PEFT's merge_and_unload or a quantiser does): remove the trails (tp.detach(model)), and attach "
-                    "them to the model as it is now"
-                )
 
     def _plan(self, moment: Moment) -> Plan:
         cached = moment.movers is not None and self.number not in moment.movers
@@ -369,21 +387,3 @@ def _check_company(new: Attachment, watchers: Sequence[Watcher]) -> None:
                 "another task of the event loop has trails attached to this model, and its forwards would be moved by "
                 "both: attach(..., everywhere=False) in both keeps each to its own task"
             )
-
-
-def _edges(host: Host, hooked: Sequence[nn.Module]) -> list[tuple[nn.Module, str, nn.Module]]:
-    """The steps (parent, name, child) from the block list down to the modules that are hooked."""
-    wanted, found = {id(module) for module in hooked}, list[tuple[nn.Module, str, nn.Module]]()
-
-    def reaches(module: nn.Module) -> bool:
-        below = [(name, child) for name, child in module.named_children() if reaches(child)]
-        found.extend((module, name, child) for name, child in below)
-        return bool(below) or id(module) in wanted
-
-    reaches(host.blocks)
-    names = list(host.path)
-    for outer, inner in itertools.pairwise(names):
-        found.append((host.path[outer], inner.rpartition(".")[2], host.path[inner]))
-    holder = host.path[names[-1]]
-    found += [(holder, name, child) for name, child in holder.named_children() if child is host.blocks]
-    return found

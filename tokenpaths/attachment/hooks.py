@@ -106,15 +106,12 @@ def shadow(undo: Undo, module: nn.Module, name: str, replacement: Callable[..., 
     Several may stand before one method, and be taken away in any order. A deep copy of the model takes them along:
     there they do nothing.
     """
+    layer = _Layer(replacement)
+    undo.add(_take_away, module, name, layer)
     with _lock:
         there: Any = vars(module).get(name)
-        ours = isinstance(there, types.MethodType) and there.__self__ is module
-        layers: list[_Layer] | None = getattr(there.__func__, _LAYERS, None) if ours else None
-        if layers is None:
-            layers = _stand(module, name, there)
-        layer = _Layer(replacement)
-        undo.add(_take_away, module, name, layers, layer)
-        layers.append(layer)
+        layers = _layers_of(module, there)
+        (_stand(module, name, there) if layers is None else layers).append(layer)
 
 
 _LAYERS = "_tokenpaths_layers"
@@ -139,23 +136,31 @@ def _stand(module: nn.Module, name: str, before: Callable[..., Any] | None) -> l
             call = functools.partial(layer.replacement, call)
         return call(*args, **kwargs)
 
-    setattr(standing, _LAYERS, layers)
-    standing.__dict__["_before"] = before
-    setattr(module, name, types.MethodType(standing, module))
+    vars(standing).update({_LAYERS: layers, "_before": before})
+    vars(module)[name] = types.MethodType(standing, module)
     return layers
 
 
-def _take_away(module: nn.Module, name: str, layers: list[_Layer], layer: _Layer) -> None:
+def _layers_of(module: nn.Module, there: Any) -> list[_Layer] | None:
+    """What stands before a method, by what is set on the instance; None if nothing of ours does."""
+    ours = isinstance(there, types.MethodType) and there.__self__ is module
+    return getattr(there.__func__, _LAYERS, None) if ours else None
+
+
+def _take_away(module: nn.Module, name: str, layer: _Layer) -> None:
     with _lock:
-        layers[:] = [other for other in layers if other is not layer]
         there: Any = vars(module).get(name)
-        if layers or getattr(getattr(there, "__func__", None), _LAYERS, None) is not layers:
+        layers = _layers_of(module, there)
+        if layers is None:
             return
-        before = there.__func__.__dict__["_before"]
+        layers[:] = [other for other in layers if other is not layer]
+        if layers:
+            return
+        before = vars(there.__func__)["_before"]
         if before is None:
-            delattr(module, name)
+            vars(module).pop(name, None)
         else:
-            setattr(module, name, before)
+            vars(module)[name] = before
 
 
 @contextmanager

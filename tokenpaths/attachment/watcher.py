@@ -23,7 +23,7 @@ from tokenpaths.attachment.finding import PACKED, Generation, Step, moment_of, p
 from tokenpaths.attachment.hooks import EveryThread, shadow
 from tokenpaths.attachment.moment import Listener, Moment, context_of
 from tokenpaths.site.host import Host
-from tokenpaths.undo import Undo
+from tokenpaths.undo import Undo, tidy
 
 _OURS = ("prompt_mask", "spans")  # what no model takes
 _TOLD = (*_OURS, "labels", "attention_mask", "input_ids", "logits_to_keep", *PACKED)
@@ -263,7 +263,7 @@ class Watcher:
         embedded = prompt.ids is None and kwargs.get("inputs_embeds") is not None
         before, self.here.generation = self.here.generation, Generation(prompt, embedded)
         try:
-            return original(*args, **kwargs)
+            return tidy(original)(*args, **kwargs)
         finally:
             self.here.generation = before
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenpaths.attachment.handle import attach, is_attached
+from tokenpaths.attachment.handle import attaching, is_attached
 from tokenpaths.attachment.runs import evaluating
 from tokenpaths.data.examples import Batch, Example, collate
 from tokenpaths.engine.forwards import forward_states
@@ -50,5 +50,5 @@ def attached_at(model: nn.Module, trails: TrailMap, strength: float, tokenizer: 
     """Inside, trails are attached at a strength. Raises `ValueError` for trails that are attached already."""
     if is_attached(model, trails):
         raise ValueError("the trails are attached already, at a strength of their own: remove them first")
-    with attach(model, trails, strength=strength, tokenizer=tokenizer, everywhere=False):
+    with attaching(model, trails, strength=strength, tokenizer=tokenizer, everywhere=False):
         yield

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tokenpaths import files
-from tokenpaths.attachment.handle import attach
+from tokenpaths.attachment.handle import attaching
 from tokenpaths.attachment.hooks import Hook
 from tokenpaths.attachment.runs import holding
 from tokenpaths.data.examples import IGNORED
@@ -78,7 +78,7 @@ def trainable(model: nn.Module, trails: TrailMap, *, also: Also = None, **option
     with (
         holding(model, trails, "trainable(...)", close),
         base,
-        attach(model, trails, **options) as handle,
+        attaching(model, trails, **options) as handle,
         undo,
     ):
         if stands := standstill(model, trails):

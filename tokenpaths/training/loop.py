@@ -34,7 +34,6 @@ from tokenpaths.training.processes import agree, by_the_first, share_start
 from tokenpaths.training.rate import Alarm
 from tokenpaths.training.reach import Reach, standstill
 from tokenpaths.training.run import Run
-from tokenpaths.undo import tidy
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -233,7 +232,6 @@ def _plan(model: nn.Module, trails: Adapter, goals: Sequence[Objective], losses:
         return plan(model, trails, goals, in_a_step, cone, losses.pays)
 
 
-@tidy
 def _take(number: int, losses: Losses, descent: Descent, reach: Reach, alarm: Alarm) -> Step:
     """Take step `number`, counted from 0. The time is not measured yet."""
     weights, feed = tuple(losses.weights), losses.feed

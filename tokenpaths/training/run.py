@@ -7,6 +7,8 @@ import weakref
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
+from tokenpaths.undo import tidy
+
 T = TypeVar("T")
 
 
@@ -35,7 +37,7 @@ class Run(Generator[T]):
 
     def send(self, value: None) -> T:
         self._idle.detach()
-        return self._steps.send(value)
+        return tidy(self._steps.send)(value)
 
     def throw(self, *error: Any) -> T:
         self._idle.detach()

@@ -19,7 +19,7 @@ from interrupts import LORA_VERBS, VERBS, Subject, evenly
 
 
 def run(
-    folder: Path, *, verbs: Sequence[str] = (*VERBS, *LORA_VERBS), points: int = 2000, seconds: float = 60.0
+    folder: Path, *, verbs: Sequence[str] = (*VERBS, *LORA_VERBS), points: int = 2000, seconds: float = 40.0
 ) -> dict[str, list[int]]:
     """For each verb, how often it was interrupted, and how often that left all as it was.
 

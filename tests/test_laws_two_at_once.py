@@ -283,9 +283,9 @@ def test_backwards_of_checkpointed_forwards_in_any_order_and_thread(reentrant):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_threads_that_run_one_compiled_model(model, traceable):
+def test_threads_that_run_one_compiled_model(traceable):
     trails = laid("Additive", "all")
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(FAMILIES["llama"].make().requires_grad_(False), backend="eager")
     with tp.attach(compiled, trails):
         jobs = [lambda row=row: forwarded(compiled, row) for row in PROMPTS]
         alone = [job() for job in jobs]

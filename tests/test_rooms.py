@@ -18,7 +18,8 @@ import tokenpaths as tp
 PACKAGE = Path(__file__).parent.parent / "tokenpaths"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (  # from the ground up: a room imports from the floors below its own
-    "undo files scope",
+    "undo",
+    "files scope",
     "checking matching randomness",
     "tokens trails",
     "data stats report demo",

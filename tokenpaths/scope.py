@@ -12,6 +12,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from tokenpaths.undo import Undo
+
 Entry = TypeVar("Entry")
 
 
@@ -81,24 +83,21 @@ class Switch:
     def off(self) -> Generator[None]:
         """Inside, it is off, and a thread of which that cannot be told is refused."""
         turn = _Turn(self, False)
-        try:
+        with Undo() as undo:
+            undo.add(_end, turn)
             if in_main_thread():
                 _OFF_IN_MAIN.append(turn)
-            with self.turned(False):
-                yield
-        finally:
-            _OFF_IN_MAIN[:] = [other for other in _OFF_IN_MAIN if other is not turn]
+            _TURNS.add(turn)
+            yield
 
     @contextmanager
     def turned(self, on: bool) -> Generator[None]:
         """Inside, it is on or off, for code that starts no threads of its own."""
         turn = _Turn(self, on)
-        try:
+        with Undo() as undo:
+            undo.add(_end, turn)
             _TURNS.add(turn)
             yield
-        finally:
-            turn.open = False
-            _TURNS.discard(turn)
 
     def is_on(self) -> bool:
         """Whether it is on here.
@@ -115,6 +114,12 @@ class Switch:
                 "asyncio.to_thread does; if it is to be steered, let another thread than the main one enter off()"
             )
         return True
+
+
+def _end(turn: _Turn) -> None:
+    turn.open = False
+    _TURNS.discard(turn)
+    _OFF_IN_MAIN[:] = [other for other in _OFF_IN_MAIN if other is not turn]
 
 
 class _Here(threading.local):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -189,5 +190,7 @@ def hook_place(
     else:
         hooks = vars(place.module)["_forward_pre_hooks"]
         undo.hook(place.module.register_forward_pre_hook, made(before), with_kwargs=True)
-    for key in [key for key, hook in hooks.items() if not isinstance(hook, Hook) or isinstance(hook, Observer)]:
-        hooks.move_to_end(key)
+    # a list first: another thread may hook the module meanwhile
+    for key in [key for key, hook in list(hooks.items()) if not isinstance(hook, Hook) or isinstance(hook, Observer)]:
+        with suppress(KeyError):
+            hooks.move_to_end(key)

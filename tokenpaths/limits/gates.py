@@ -92,7 +92,7 @@ def guard(
 
         excess(text) = max over gates of (m - mean m') / u,    high = mean m' + e u
 
-    with u the larger of max m' - mean m' and a tenth of the way from mean m' to the task's mean score, and with e, for
+    with u the larger of max m' - mean m' and half the way from mean m' to the task's mean score, and with e, for
     all gates, the largest over the kinds of the ceil(shut (n + 1))-th smallest excess of the n held-out texts. So an
     unseen text of any of these kinds keeps all gates shut with probability `shut` (split conformal prediction, Vovk et
     al. 2005), which needs n >= 1 / (1 - shut) - 1. Let `low` be the 2 % quantile of the task's scores on held-out
@@ -217,8 +217,9 @@ class _Gate:
         fitted = peaks[~held & peaks.isfinite()]
         self.peaks, self.usual = peaks, fitted.mean()
         far = (yes.states[~held[yes.text]].double() @ self.w).mean() - self.usual
-        # in units of the largest alone, a gate whose texts reach alike would lift the thresholds of all others
-        self.unit = torch.maximum(fitted.max() - self.usual, 0.1 * far).clamp_min(1e-12)
+        # in units of the largest alone, a gate whose texts reach alike would lift the thresholds of all others; half
+        # the way to the task is a distance that a gate can spare
+        self.unit = torch.maximum(fitted.max() - self.usual, 0.5 * far).clamp_min(1e-12)
 
     def excess(self) -> Float[Tensor, " texts"]:
         """How high each text reaches: 0 as the mean of the fitted texts, 1 as the highest of them or higher."""

@@ -109,7 +109,7 @@ def foreign_hooks(module: nn.Module) -> tuple[list[Any], list[Any]]:
     def others(hooks: Mapping[int, Any]) -> list[Any]:
         return [
             hook
-            for hook in hooks.values()
+            for hook in list(hooks.values())
             if (not isinstance(hook, Hook) or isinstance(hook, Observer))
             and getattr(hook, "__module__", "") != "transformers.utils.output_capturing"
         ]
@@ -131,7 +131,7 @@ def unseen(model: nn.Module) -> Generator[None]:
     for module in model.modules():
         for name in ("_forward_hooks", "_forward_pre_hooks"):
             hooks: dict[int, Any] = vars(module)[name]
-            if any(not isinstance(hook, Hook) for hook in hooks.values()):
+            if any(not isinstance(hook, Hook) for hook in list(hooks.values())):
                 taken.append((hooks, dict(hooks)))
     with Undo() as undo:
         for hooks, before in taken:

@@ -19,7 +19,7 @@ from interrupts import LORA_VERBS, VERBS, Subject, evenly
 
 
 def run(
-    folder: Path, *, verbs: Sequence[str] = (*VERBS, *LORA_VERBS), points: int = 2000, seconds: float = 40.0
+    folder: Path, *, verbs: Sequence[str] = (*VERBS, *LORA_VERBS), points: int = 2000, seconds: float = 30.0
 ) -> dict[str, list[int]]:
     """For each verb, how often it was interrupted, and how often that left all as it was.
 
@@ -50,8 +50,8 @@ def strike(subject: Subject, points: int, seconds: float) -> tuple[int, dict[int
     """How often it was interrupted, and what was left behind, by the number of the call."""
     began, left, struck = time.monotonic(), {}, 0
     numbers = list(evenly(subject.calls, points))
-    step = 16  # first every 16th, then those between: evenly spread wherever it stops
-    for start in sorted(range(step), key=lambda i: int(f"{i:04b}"[::-1], 2)):
+    step = 64  # first every 64th, then those between: evenly spread wherever it stops
+    for start in sorted(range(step), key=lambda i: int(f"{i:06b}"[::-1], 2)):
         if time.monotonic() - began > seconds:
             break
         for number in numbers[start::step]:

@@ -81,9 +81,8 @@ def attach(
         RuntimeError: this very map is attached already, or another task has attached one. In a forward: a hooked
             module was replaced.
     """
-    if not isinstance(trails, TrailMap):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"attach takes a TrailMap, not {type(trails).__name__}: {_instead(trails)}")
-    attachment = Attachment(Host.of(model, trails.blocks), trails, strength, rows, spans, tokenizer, everywhere)
+    host = _host(model, trails)
+    attachment = Attachment(host, trails, strength, rows, spans, tokenizer, everywhere)
     try:
         attachment.lay()
     except BaseException:
@@ -93,19 +92,10 @@ def attach(
 
 
 @contextmanager
-def attaching(
-    model: nn.Module,
-    trails: TrailMap,
-    *,
-    strength: float = 1.0,
-    rows: Sequence[int] | None = None,
-    spans: Spans | None = None,
-    tokenizer: Any = None,
-    everywhere: bool | None = None,
-) -> Generator[Attachment]:
-    """Inside, trails are attached as by `attach`. For verbs: an interruption at any moment takes them away."""
+def attaching(model: nn.Module, trails: TrailMap, **options: Any) -> Generator[Attachment]:
+    """Inside, trails are attached, by the options of `attach`. An interruption at any moment takes them away."""
     with Undo() as undo:
-        attachment = Attachment(Host.of(model, trails.blocks), trails, strength, rows, spans, tokenizer, everywhere)
+        attachment = Attachment(_host(model, trails), trails, **options)
         undo.add(attachment.remove)
         attachment.lay()
         yield attachment
@@ -181,11 +171,11 @@ class Attachment:
         self,
         host: Host,
         trails: TrailMap,
-        strength: float,
-        rows: Sequence[int] | None,
-        spans: Spans | None,
-        tokenizer: Any,
-        everywhere: bool | None,
+        strength: float = 1.0,
+        rows: Sequence[int] | None = None,
+        spans: Spans | None = None,
+        tokenizer: Any = None,
+        everywhere: bool | None = None,
     ) -> None:
         self.host = host
         self.trails = trails
@@ -359,6 +349,12 @@ class Attachment:
             return move_chosen(parts, rules, plan, h)
 
         return move
+
+
+def _host(model: nn.Module, trails: TrailMap) -> Host:
+    if not isinstance(trails, TrailMap):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"attach takes a TrailMap, not {type(trails).__name__}: {_instead(trails)}")
+    return Host.of(model, trails.blocks)
 
 
 def _instead(given: object) -> str:

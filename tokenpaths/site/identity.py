@@ -11,7 +11,7 @@ The key is a SHA-256 of
 
 and of nothing else: the code of a class, and hooks, are not in it. Offloaded weights are read from where they lie.
 
-All bytes are read, each time: 1.8 GB a second on one core with SHA instructions, and as many cores as there are help.
+All bytes are read, each time: 1.8 GB a second on a core with SHA instructions.
 What may be remembered safely? Nothing from one use to the next: a write through `.data` or NumPy leaves no mark. Within
 one use (`Identity`) what torch counts is trusted, the version of a tensor and where its data lie.
 """
@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType
@@ -87,9 +85,8 @@ class Identity:
         held, lines = contents(self._model, self._without)
         places = [(each.name, id(each.by)) for each in held]
         new = [each for place, each in zip(places, held, strict=True) if self._changed(place, each)]
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # a hash lets other threads run
-            digests = list(pool.map(_digest, new))
-        known = {**self._known, **{(h.name, id(h.by)): (h, digest) for h, digest in zip(new, digests, strict=True)}}
+        # in this thread alone: a pool that is interrupted while it is given work waits for itself for ever
+        known = {**self._known, **{(each.name, id(each.by)): (each, _digest(each)) for each in new}}
         self._known = {place: known[place] for place in places}
         lines += [f"{name} {self._known[name, by][1]}" for name, by in places]
         return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:32]

@@ -6,6 +6,7 @@ the share.
 
 from __future__ import annotations
 
+import threading
 from contextlib import closing
 
 import pytest
@@ -21,10 +22,26 @@ def dirty(subject: Subject, points: int) -> dict[int, list[str]]:
 
 
 @pytest.mark.parametrize("verb", [*VERBS, *LORA_VERBS])
-def test_an_interruption_leaves_the_model_as_it_was(verb: str) -> None:
+def test_an_interruption_leaves_the_model_as_it_was(verb: str, threads: list[str]) -> None:
     with closing(Subject(verb)) as subject:
         assert dirty(subject, 5) == {}
         assert subject.works()
+    assert threads == []
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Those that are started. A pool that is interrupted while it is given work would wait for its own for ever."""
+    started: list[str] = []
+    start = threading.Thread.start
+
+    def noted(thread: threading.Thread) -> None:
+        if thread.name != "tqdm_monitor":
+            started.append(thread.name)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", noted)
+    return started
 
 
 @pytest.mark.slow

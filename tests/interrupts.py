@@ -113,6 +113,13 @@ def _run(p: Place, **more: Any) -> Any:
     return tidy(p.model)(p.ids, **more)
 
 
+@tidy
+def _silent(p: Place) -> Any:
+    """The same without gradients. The user's own `no_grad` is not ours either."""
+    with torch.no_grad():
+        return p.model(p.ids).logits
+
+
 def _with_attach(p: Place) -> Any:
     with tp.attach(p.model, p.trails):
         return _run(p).logits.detach()
@@ -134,7 +141,7 @@ def _backward(p: Place) -> Any:
 
 def _generate(p: Place) -> Any:
     with tp.attach(p.model, p.trails):
-        return p.model.generate(p.ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+        return tidy(p.model.generate)(p.ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
 
 
 def _off(p: Place) -> Any:
@@ -188,8 +195,8 @@ def _cone(p: Place) -> Any:
 
 
 def _cone_forward(p: Place) -> Any:
-    with tp.Cone().over(p.model), tp.attach(p.model, p.trails), torch.no_grad():
-        return _run(p).logits + _run(p).logits
+    with tp.Cone().over(p.model), tp.attach(p.model, p.trails):
+        return _silent(p) + _silent(p)
 
 
 def _attention(p: Place) -> Any:
@@ -317,12 +324,13 @@ def _critical(p: Place) -> Any:
 
 def _budget_forcing(p: Place) -> Any:
     budget = BudgetForcing(p.tokenizer, p.ids, end="#", max_tokens=2)
-    return p.model.generate(p.ids, logits_processor=[budget], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    asked: Any = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    return tidy(p.model.generate)(p.ids, logits_processor=[budget], **asked)
 
 
 def _lora_off(p: Place) -> Any:
-    with p.trails.off(), torch.no_grad():
-        return _run(p).logits
+    with p.trails.off():
+        return _silent(p)
 
 
 def _lora_saved(p: Place) -> Any:
@@ -335,14 +343,14 @@ def _dual_memory(p: Place) -> Any:
 
     memory = DualMemory(p.trails)
     memory.update()
-    with memory.slow(), torch.no_grad():
-        return _run(p).logits
+    with memory.slow():
+        return _silent(p)
 
 
 def _sc_lora(p: Place) -> Any:
     from tokenpaths.lab.peers import ScLoraConfig, sc_lora
 
-    model = llama(300)
+    model = tidy(llama)(300)
     sc_lora(model, ScLoraConfig(r=2, target_modules=["q_proj"]), make_examples(2), p.plain, beta=0.2)
 
 
@@ -594,7 +602,8 @@ class Subject:
 
     def leak(self, number: int) -> list[str]:
         """What an interruption at call `number` leaves behind: the names of what is not as it was."""
-        if not struck(self.work, number):
+        if not struck(self.work, number):  # it had fewer calls this time
+            self.reset()
             return []
         after = self.state()
         names = self.before.keys() | after.keys()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import tokenpaths as tp
 from tokenpaths import way_or_form
-from tokenpaths.attachment import handle
+from tokenpaths.attachment.handle import Attachment
 from tokenpaths.data import Question
 from tokenpaths.lab.chains import WayOrForm
 from tokenpaths.lab.chains.form import Score, Sign, _copied, last_word, shuffled
@@ -188,11 +188,11 @@ def test_what_shuffling_costs_is_the_definition() -> None:
 
 
 def test_the_trails_are_attached_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    attached: list[Any] = []
-    attach = handle.attach
-    monkeypatch.setattr(handle, "attach", lambda *args, **options: attached.append(args) or attach(*args, **options))
+    laid: list[Attachment] = []
+    lay = Attachment.lay
+    monkeypatch.setattr(Attachment, "lay", lambda attachment: laid.append(attachment) or lay(attachment))
     look(WAY)
-    assert len(attached) == 1
+    assert len(laid) == 1
 
 
 def test_left_padding_and_batches_change_nothing() -> None:

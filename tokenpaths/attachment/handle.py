@@ -210,8 +210,11 @@ class Attachment:
 
     def remove(self) -> None:
         """Take the trails away and leave the model as it was. Removing twice does no harm."""
-        with self._undo:  # whose end takes everything back
-            pass
+        try:
+            self._undo.run()
+        except BaseException:
+            self._undo.run()  # what is left, if it was interrupted
+            raise
 
     def _leave(self) -> None:
         _HERE.discard(self)
@@ -246,7 +249,7 @@ class Attachment:
         try:
             self.remove()
         except BaseException:
-            self.remove()  # what is left, if it was interrupted
+            self.remove()  # it may not have begun
             raise
 
     def __repr__(self) -> str:

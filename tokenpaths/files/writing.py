@@ -111,11 +111,16 @@ def _staging(parent: Path, prefix: str) -> Generator[Path]:
     """A folder to write in, locked as long as this process lives."""
     while True:
         made = tempfile.TemporaryDirectory(dir=parent, prefix=prefix, ignore_cleanup_errors=True)
-        with made, _locked(staging := Path(made.name)) as mine:
-            # another writer may have taken it for a stray before it was locked
-            if (mine or mine is None) and staging.exists():
-                yield staging
-                return
+        staging = Path(made.name)
+        try:
+            with made, _locked(staging) as mine:
+                # another writer may have taken it for a stray before it was locked
+                if (mine or mine is None) and staging.exists():
+                    yield staging
+                    return
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)  # an interruption may have cut its clearing away short
+            raise
 
 
 @contextmanager

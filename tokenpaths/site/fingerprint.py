@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tokenpaths.site.host import output_embedding, unwrapped
 from tokenpaths.site.identity import base_modules, leaves, offloading, own_tensors
+from tokenpaths.undo import tidy
 
 
 def describe(model: nn.Module) -> dict[str, str]:
@@ -26,6 +27,7 @@ def describe(model: nn.Module) -> dict[str, str]:
     return {"name": str(name), "fingerprint": fingerprint(inner)}
 
 
+@tidy
 def fingerprint(model: nn.Module, without: Iterable[nn.Parameter] = ()) -> str:
     """A hash of a model's weights, by name, shape and value: the same in float32 as in bfloat16, offloaded or not.
 

@@ -32,8 +32,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tokenpaths.site.host import unwrapped
 from tokenpaths.trails.base import Trail
+from tokenpaths.undo import tidy
 
 
+@tidy
 def exact_key(model: nn.Module, without: Iterable[nn.Parameter] = ()) -> str:
     """A hash of all that a model's function follows from, 32 hexadecimal digits.
 

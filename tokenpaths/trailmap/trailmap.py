@@ -151,6 +151,7 @@ class TrailMap(Adapter):
         }
         files.write(path, self.state_dict(), note)
 
+    @tidy
     @torch.no_grad()
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Copy the numbers of a file of these trails into this map's parameters.

@@ -32,7 +32,7 @@ from tokenpaths.files.sealing import opened
 from tokenpaths.scope import Switch
 from tokenpaths.trailmap import notes
 from tokenpaths.trailmap.adapter import Adapter
-from tokenpaths.undo import Undo
+from tokenpaths.undo import Undo, tidy
 
 Layer: TypeAlias = BaseTunerLayer | AuxiliaryTrainingWrapper
 _WRAPPED = ("base_layer", "original_module", "model")  # children that belong to the base
@@ -201,6 +201,7 @@ class PeftAdapter(Adapter):
             )
             files.write_json(beside / _CHECKSUMS, {"files": files.digests(beside)}, indent=1)
 
+    @tidy
     @torch.no_grad()
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Take over the numbers of a folder that `save` wrote, or PEFT itself, in place.

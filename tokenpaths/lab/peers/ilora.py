@@ -44,7 +44,7 @@ from tokenpaths.site import Place, find_blocks
 from tokenpaths.trailmap import notes
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.training.objectives.imitate import Imitate
-from tokenpaths.undo import Undo
+from tokenpaths.undo import Undo, tidy
 
 Schedule: TypeAlias = Literal["constant", "published-code"]
 Sides: TypeAlias = Literal["both", "below"]
@@ -90,6 +90,7 @@ class DualMemory:
         """The lambda of the next update."""
         return self.decay if self.schedule == "constant" else min(1 - 1 / (self.updates + 1), 0.25)
 
+    @tidy
     @torch.no_grad()
     def update(self) -> None:
         """Let the slow weights follow the fast ones by one step. Call it after each step.

@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from torch import Tensor, nn
 
 from tokenpaths.attachment.hooks import only_here
-from tokenpaths.undo import Undo
+from tokenpaths.undo import Undo, tidy
 
 
 @dataclass
@@ -128,6 +128,7 @@ class AddedLinear(nn.Module, BaseTunerLayer):
         delta = self.delta(adapter)
         return delta.T if self.transposed else delta
 
+    @tidy
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the changes of adapters to the weight.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from tokenpaths.attachment.moment import Moment
+from torch import Tensor
+
+from tokenpaths.attachment.moment import Decision, Moment
 
 _NAMES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states", "layer_past", "past_key_value")
 _NOTE = "tokenpaths_moment"  # kept on the cache itself: a deep copy of it, as for a shared beginning, takes it along
@@ -33,6 +35,41 @@ def movers(cache: Any, past: int) -> frozenset[int] | None:
     """The numbers of the attachments that moved the tokens of a cache; none where someone else filled it up."""
     known = filled(cache)
     return known.movers if known is not None and known.past + known.length >= past else frozenset()
+
+
+def decisions(cache: Any, past: int) -> Mapping[int, Decision]:
+    """What gates have decided on the rows of a cache, by the numbers of their attachments."""
+    known = filled(cache)
+    return known.decisions if known is not None and known.past + known.length >= past else {}
+
+
+def can_go_back(cache: Any) -> bool:
+    """Whether what a forward puts into an empty cache can be taken out again."""
+    return cache is None or isinstance(getattr(cache, "layers", None), list)
+
+
+def going_back(cache: Any) -> Callable[[], None]:
+    """What empties a cache again that is empty now. It may be called after a forward that was not finished.
+
+    Layers that grow are given tensors anew, so that the old ones are theirs again. Layers of a fixed size are written
+    over from their beginning, and only what they count is copied.
+    """
+    if cache is None:
+        return lambda: None
+    layers = list(cache.layers)
+    before = [{name: _counted(value) for name, value in vars(layer).items()} for layer in layers]
+
+    def back() -> None:
+        cache.layers[:] = layers
+        for layer, attributes in zip(layers, before, strict=True):
+            vars(layer).clear()
+            vars(layer).update(attributes)
+
+    return back
+
+
+def _counted(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) and value.numel() <= 1 else value
 
 
 def cache_in(named: Mapping[str, Any]) -> Any:

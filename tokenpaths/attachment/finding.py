@@ -99,6 +99,7 @@ def moment_of(
         prompt_given="prompt_mask" in given,
         movers=caches.movers(cache, past) if past and not torch.compiler.is_compiling() else frozenset(),
         kept=kept if isinstance(kept, int) and 0 < kept < length else 0,
+        decisions=caches.decisions(cache, past) if past and not torch.compiler.is_compiling() else {},
     )
 
 

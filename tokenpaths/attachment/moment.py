@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from tokenpaths.tokens import Context
+
+
+class Decision(NamedTuple):
+    """What a gate has decided: the rows that it opens, and how many columns the prompts had that it read."""
+
+    opens: Bool[Tensor, " batch"]
+    width: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +31,7 @@ class Moment:
     `movers` are the numbers of the attachments that moved the cached tokens, and of those that move these; None for a
     cache in which nobody moves any.
     Where the upper blocks see only the last tokens, as whose logits alone are asked for, `kept` is their number.
+    `decisions` are those of the gates, by the numbers of their attachments.
     """
 
     context: Context
@@ -33,6 +43,7 @@ class Moment:
     prompt_given: bool = False
     movers: frozenset[int] | None = frozenset()
     kept: int = 0
+    decisions: Mapping[int, Decision] = field(default_factory=dict[int, Decision])
 
 
 @runtime_checkable
@@ -46,6 +57,8 @@ class Listener(Protocol):
 
     unclear: bool
     """Whether it cannot be told if it is meant for threads in which it does not act."""
+    gate: Any
+    """What decides for each request whether it acts; None where it always does."""
 
     @property
     def plan(self) -> Any: ...
@@ -55,6 +68,10 @@ class Listener(Protocol):
         ...
 
     def begin(self, moment: Moment | None) -> None: ...
+
+    def rest(self) -> None:
+        """A forward begins in which nothing is moved: gates read the frozen model."""
+        ...
 
     def end(self, before: Any) -> None:
         """The forward is over, or has failed; `before` is the plan of the forward that it was inside of, or None."""

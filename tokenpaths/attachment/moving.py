@@ -31,6 +31,7 @@ class Plan:
     strength: float
     kept: int = 0
     answers: tuple[bool, ...] | None = None  # to what else was asked of the device when the tokens were chosen
+    opens: Tensor | None = None  # the rows that a gate opens; None for all
     learns: bool = field(default_factory=torch.is_grad_enabled)  # in its forward, whatever asks for it again
 
 

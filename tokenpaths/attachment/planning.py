@@ -65,11 +65,19 @@ class Planner:
         self._by_prompt = [kind.__name__ for kind in kinds if issubclass(kind, _BY_PROMPT)]
         self._by_text = any(issubclass(kind, _BY_TEXT) for kind in kinds)
 
-    def plan(self, moment: Moment, strength: float, *, moves_none_cached: bool, asked: Sequence[Tensor] = ()) -> Plan:
+    def plan(
+        self,
+        moment: Moment,
+        strength: float,
+        *,
+        moves_none_cached: bool,
+        asked: Sequence[Tensor] = (),
+        opens: Tensor | None = None,
+    ) -> Plan:
         """What is done in a forward, found with one wait for the device.
 
         `moves_none_cached`: no cached token was moved by this attachment, so that it must not choose any.
-        `asked` are answered by the way: booleans on the device.
+        `asked` are answered by the way: booleans on the device. `opens` are the rows that its gate opens.
 
         Raises `ValueError` where it does, and for rules that have no meaning in a packed row.
         """
@@ -77,7 +85,7 @@ class Planner:
             none = moment.context.real.new_zeros((len(moment.context.real), moment.length))
             nowhere = dict.fromkeys(self.places, none.new_empty(0, dtype=torch.long))
             return Plan([none] * len(self.rules), nowhere, strength)
-        whole = self._whole(moment)
+        whole = self._whole(moment, opens)
         masks = [mask[:, moment.past : moment.past + moment.length] for mask in whole]
         if torch.compiler.is_compiling():  # numbers that depend on values cannot be traced
             return Plan(masks, None, strength, moment.kept)
@@ -101,11 +109,13 @@ class Planner:
         """The chosen tokens of a forward, one mask a rule."""
         return [mask[:, moment.past : moment.past + moment.length] for mask in self._whole(moment)]
 
-    def _whole(self, moment: Moment) -> list[Tensor]:
+    def _whole(self, moment: Moment, opens: Tensor | None = None) -> list[Tensor]:
         """The chosen tokens, cached ones included."""
         context, repeats = moment.context, moment.repeats
         context = replace(context, pieces=self.pieces, spans={**context.spans, **self._span_masks(context, repeats)})
         masks = [rule.mask(context) for rule in self.rules]
+        if opens is not None:
+            masks = [mask & opens.to(mask.device)[:, None] for mask in masks]
         if self.rows is None:
             return masks
         count = len(context.real) // repeats

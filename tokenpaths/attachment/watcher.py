@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenpaths.attachment import caches
+from tokenpaths.attachment.deciding import Deciding, undecided
 from tokenpaths.attachment.finding import PACKED, Generation, Step, moment_of, prompt_of
 from tokenpaths.attachment.hooks import EveryThread, shadow
 from tokenpaths.attachment.moment import Listener, Moment, context_of
@@ -47,6 +48,7 @@ class _Thread(threading.local):
     calls: list[_Call] = field(default_factory=list[_Call])
     generation: Generation | None = None
     now: Moment | None = None
+    asking: list[Listener] = field(default_factory=list[Listener])  # whose gates decide in the forward that begins
 
 
 class Watcher:
@@ -61,7 +63,7 @@ class Watcher:
         with cls._lock:
             found = cls._all.get(id(host.blocks))
             if found is None:
-                found = cls._all[id(host.blocks)] = cls(host.path, id(host.blocks))
+                found = cls._all[id(host.blocks)] = cls(host.path, host.blocks)
             return found
 
     @classmethod
@@ -74,8 +76,9 @@ class Watcher:
         """The watchers at work inside a model."""
         return [found for module in model.modules() if (found := cls._all.get(id(module))) is not None]
 
-    def __init__(self, path: Mapping[str, nn.Module], key: int) -> None:
-        self.key = key
+    def __init__(self, path: Mapping[str, nn.Module], blocks: nn.ModuleList) -> None:
+        self.key = id(blocks)
+        self.blocks = blocks
         self.root = path[""]
         self.arguments = {module: list(inspect.signature(module.forward).parameters) for module in path.values()}
         takes_ids = [module for module, names in self.arguments.items() if "input_ids" in names]
@@ -94,6 +97,7 @@ class Watcher:
         self.listeners: tuple[Listener, ...] = ()
         self.here = _Thread()
         self._undo: Undo | None = None
+        self._decides = False
 
     @property
     def now(self) -> Moment | None:
@@ -107,6 +111,7 @@ class Watcher:
             if not watcher.listeners:
                 watcher._undo = watcher._installed()
             watcher.listeners = (*watcher.listeners, listener)
+            watcher._let_decide()
             _forget_graphs()
             return watcher
 
@@ -117,6 +122,7 @@ class Watcher:
             _forget_graphs()
             if not self.listeners and self._undo is not None:
                 self._undo.run()
+                self._decides = False
                 if self._all.get(self.key) is self:
                     del self._all[self.key]
 
@@ -139,6 +145,12 @@ class Watcher:
                 if name == "generate_batch" or "continuous_batching" in name and not name.startswith("_"):
                     shadow(undo, self.writer, name, functools.partial(_refuse, name))
         return undo
+
+    def _let_decide(self) -> None:
+        """Stand before the forward once there is a gate."""
+        if self._undo is not None and not self._decides and any(each.gate is not None for each in self.listeners):
+            shadow(self._undo, self.reader, "forward", self._forward)
+            self._decides = True
 
     def takes(self, argument: str) -> bool:
         """Whether the model that reads tokens takes an argument of this name."""
@@ -221,8 +233,37 @@ class Watcher:
             here.now = moment_of(named, here.given, here.generation, decodes=self.decodes, writes=writes)
         else:
             here.now = None
+        here.asking = []
+        if here.now is not None and not torch.compiler.is_compiling():
+            moment = here.now
+            here.asking = [one for one in acting if one.gate is not None and undecided(moment, one.number)]
         for listener in acting:
-            listener.begin(here.now)
+            if here.asking and listener.number:
+                listener.rest()  # until it is decided
+            else:
+                listener.begin(here.now)
+
+    def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stands before the forward of the module that reads tokens: lets gates decide on new prompts first."""
+        here = self.here
+        asking, here.asking = here.asking, []
+        if not asking or here.now is None:
+            return forward(*args, **kwargs)
+        acting, names = self.acting(), self.arguments[self.reader]
+        others = [one for one in acting if one.number and not any(one is each for each in asking)]
+        deciding = Deciding(here.now, {one.number: one.gate for one in asking}, self.blocks, bool(others))
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        takes = {name for name in ("input_ids", "attention_mask", "position_ids", "use_cache") if name in names}
+        output = deciding.run(
+            functools.partial(forward, *args, **kwargs),
+            named,
+            lambda **plain: forward(**{name: value for name, value in plain.items() if name in takes}),
+        )
+        here.now = deciding.decided()
+        for listener in acting:
+            if listener.number:
+                listener.begin(here.now)
+        return forward(*args, **kwargs) if output is None else output
 
     def _after(
         self, names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

@@ -24,7 +24,7 @@ from tokenpaths.engine.batches import batches
 from tokenpaths.engine.readings import Run
 from tokenpaths.site import Site
 from tokenpaths.tokens import Context
-from tokenpaths.trailmap.trailmap import TrailMap
+from tokenpaths.trailmap.adapter import Adapter
 
 
 def reached(before: Run, after: Run, batch: Batch) -> Bool[Tensor, "batch seq"]:
@@ -70,7 +70,7 @@ def share_reached(before: Run, after: Run, examples: Sequence[Example], max_batc
     return moved / scored if scored else math.nan
 
 
-def _laid(run: Run, batch: Batch, real: Tensor) -> dict[tuple[TrailMap, float], Tensor | None]:
+def _laid(run: Run, batch: Batch, real: Tensor) -> dict[tuple[Adapter, float], Tensor | None]:
     """The tokens that each map laid into a run's model moves there, by map and strength; None of one not at work."""
     with run.reading():
         return {
@@ -85,6 +85,8 @@ def _chosen(attachment: Attachment, batch: Batch, real: Tensor) -> Tensor:
     """What the rules of an attachment choose, and what lies behind it where a later block reads it."""
     context = Context(real, batch.prompt_mask, batch.input_ids, spans=dict(batch.spans))
     sites = attachment.trails.sites
+    if not sites:  # weights that differ
+        return real
     rules = list(dict.fromkeys(site.tokens for site in sites))
     masks = dict(zip(rules, attachment.masks(Moment(context, 0, real.shape[1])), strict=True))
     found = torch.zeros_like(real)

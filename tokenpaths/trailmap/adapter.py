@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from tokenpaths.checking import kind, quoted
 from tokenpaths.site import Site
+from tokenpaths.trailmap.gate import Gate
+from tokenpaths.trails.base import Trail
+from tokenpaths.undo import Undo
 
 
 class Adapter(nn.Module, ABC):
@@ -30,6 +34,27 @@ class Adapter(nn.Module, ABC):
     """Where it moves states; empty if it changes weights, and may move every state."""
     blocks: str | None = None
     """The name of the block list of a model that has several."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate: Gate | None = None
+        """What decides, once for each prompt, whether the adapter is at work. It is saved with it."""
+
+    def items(self) -> list[tuple[Site, Trail]]:
+        """Each site with its trail; none of an adapter that changes weights."""
+        return []
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it is at work in the running thread or task, and not inside `off()`."""
+        return True
+
+    def by_rows(self, undo: Undo, at_work: Callable[[], Tensor | bool]) -> None:
+        """Hold an adapter that changes weights to the rows of a batch that `at_work` tells, until `undo` runs.
+
+        Raises `ValueError` for one that cannot be.
+        """
+        raise ValueError(f"a {type(self).__name__} cannot be at work in some rows alone")
 
     @property
     def running(self) -> list[nn.Module]:

@@ -134,7 +134,7 @@ def check_map(note: Mapping[str, Any]) -> dict[str, str] | None:
 
     Raises `TrailFileError` unless the note has a list of trails, a list of sites, a block list and a base.
     """
-    if set(note) != {"trails", "sites", "blocks", "base"}:
+    if set(note) - {"gate"} != {"trails", "sites", "blocks", "base"}:
         raise TrailFileError(f"its note has the keys {', '.join(sorted(note)):.120}")
     if not isinstance(note["trails"], list) or not isinstance(note["sites"], list):
         raise TrailFileError("its trails and sites must be lists")

@@ -23,6 +23,7 @@ from tokenpaths.site import Host, Site
 from tokenpaths.site.fingerprint import describe
 from tokenpaths.trailmap import notes
 from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.trailmap.gate import Gate
 from tokenpaths.trails.base import Trail, instead_of
 from tokenpaths.undo import tidy
 
@@ -148,6 +149,7 @@ class TrailMap(Adapter):
             "sites": [{**notes.site_to_note(s), "trail": i} for s, i in zip(self.sites, self.index, strict=True)],
             "blocks": self.blocks,
             "base": None if model is None else describe(model),
+            **({} if self.gate is None else {"gate": self.gate.note()}),
         }
         files.write(path, self.state_dict(), note)
 
@@ -236,6 +238,8 @@ class TrailMap(Adapter):
             loaded = cls(pairs, blocks=note["blocks"])
         except ValueError as error:
             raise TrailFileError(str(error)) from None
+        if "gate" in note:
+            loaded.gate = Gate.from_note(note["gate"])
         if len(loaded.trails) != len(trails) or loaded.index != tuple(entry["trail"] for entry in note["sites"]):
             raise TrailFileError("its sites must name every trail, in order")
         return loaded

@@ -48,7 +48,7 @@ def laid(model: nn.Module, trails: Adapter, tokenizer: Any, accelerator: Acceler
     """Inside, the base is frozen, and the trails are attached, all on the accelerator's device."""
     with frozen_base(model, trails):
         _move(model, trails, accelerator)
-        with working(model, trails, tokenizer, everywhere=None):
+        with working(model, trails, tokenizer, everywhere=None, gated=False):
             yield
 
 

@@ -134,6 +134,7 @@ class ActiveCone:
         self.plan: None = None
         self.number = 0  # it moves nothing
         self.unclear = False
+        self.gate: None = None
         self._thread = threading.get_ident()
         self.shared: Sequence[tuple[int, ...]] = ()  # tokens that many prompts begin with
         self.narrows: bool | None = None  # whether rows may be run behind a cache; None while that is not known
@@ -170,6 +171,8 @@ class ActiveCone:
         return threading.get_ident() == self._thread
 
     def begin(self, moment: Moment | None) -> None: ...
+
+    def rest(self) -> None: ...
 
     def end(self, before: None) -> None:
         self._outputs = None
@@ -210,6 +213,8 @@ class ActiveCone:
         if self._is_random() or self.watcher.checkpointing() or others_at_work(self.model, self.watcher):
             return False
         if self._independent is not None and tokens > self._independent:
+            return False
+        if any(attachment.gate is not None for attachment in self.attached()):  # it reads states of whole prompts
             return False
         self.how = self._computing.how
         return True

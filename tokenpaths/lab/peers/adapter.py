@@ -9,9 +9,10 @@ lora.save("folder")                      # PEFT's own format: PeftModel.from_pre
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -26,19 +27,21 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from tokenpaths import files
-from tokenpaths.attachment.hooks import alone
+from tokenpaths.attachment.hooks import alone, shadow
 from tokenpaths.files import TrailFileError
 from tokenpaths.files.sealing import opened
 from tokenpaths.scope import Switch
 from tokenpaths.trailmap import notes
 from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.trailmap.gate import Gate
 from tokenpaths.undo import Undo, tidy
 
 Layer: TypeAlias = BaseTunerLayer | AuxiliaryTrainingWrapper
 _WRAPPED = ("base_layer", "original_module", "model")  # children that belong to the base
 _NOT_SHOWN = ("peft_version", "base_model_name_or_path", "auto_mapping", "inference_mode", "peft_type", "revision")
 _CHECKSUMS = "checksums.json"  # ours, beside PEFT's files: PEFT passes over it
-_WRITTEN = ("README.md", "adapter_config.json", SAFETENSORS_WEIGHTS_NAME, _CHECKSUMS)
+_GATE = "gate.safetensors"
+_WRITTEN = ("README.md", "adapter_config.json", SAFETENSORS_WEIGHTS_NAME, _CHECKSUMS, _GATE)
 
 
 class PeftAdapter(Adapter):
@@ -145,20 +148,62 @@ class PeftAdapter(Adapter):
             with self._at_first(self._first):
                 yield
 
+    @property
+    def enabled(self) -> bool:
+        return self._switch.is_on()
+
+    def by_rows(self, undo: Undo, at_work: Callable[[], Tensor | bool]) -> None:
+        """Hold the adapter to rows, layer by layer: the others have what PEFT's layer gives when it is disabled.
+
+        Raises `ValueError` for an adapter that changed base weights, so that no layer can be disabled.
+        """
+        starts = [_start(self.peft_model.peft_config[name]) for name in self.adapters]
+        if changed := [start for start in starts if start.startswith((*_TAKING, *_REPLACING))]:
+            raise ValueError(
+                f"{changed[0]} changed the base weights, which all rows share: an adapter of this kind cannot be at "
+                "work in some rows alone"
+            )
+        self._disable(undo)
+        for layer in self.layers:
+            shadow(undo, cast("nn.Module", layer), "forward", functools.partial(self._forward_by_rows, at_work))
+
+    def _forward_by_rows(
+        self, at_work: Callable[[], Tensor | bool], forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        rows = at_work()
+        moved = None if rows is False else forward(*args, **kwargs)
+        if rows is True:
+            return moved
+        with self._switch.off():
+            frozen = forward(*args, **kwargs)
+        if moved is None:
+            return frozen
+        assert isinstance(rows, Tensor)
+        if len(moved) != len(rows):
+            raise ValueError(
+                f"a layer of the adapter was given {len(moved)} rows in a batch of {len(rows)}, as experts are, which "
+                "are given tokens: it cannot be told whose they are. Leave the experts out of target_modules"
+            )
+        return torch.where(rows.to(moved.device).view(-1, *[1] * (moved.ndim - 1)), moved, frozen)
+
     @contextmanager
     def _disabled(self) -> Generator[None]:
         """PEFT's layers disabled, in the thread or task that is inside."""
-        user = object()
         with Undo() as undo:
-            undo.add(self._enable, user)
-            with _LOCK:
-                self._users.add(user)
-                if not self._flags:
-                    self._flags += [(layer, bool(layer.disable_adapters)) for layer in self.layers]
-                for layer, disabled in self._flags:
-                    vars(layer)["_disable_adapters"] = _Disabled(disabled, self._switch)
+            self._disable(undo)
             with self._switch.off():
                 yield
+
+    def _disable(self, undo: Undo) -> None:
+        """Let PEFT's layers be disabled where the switch is off, until `undo` runs."""
+        user = object()
+        undo.add(self._enable, user)
+        with _LOCK:
+            self._users.add(user)
+            if not self._flags:
+                self._flags += [(layer, bool(layer.disable_adapters)) for layer in self.layers]
+            for layer, disabled in self._flags:
+                vars(layer)["_disable_adapters"] = _Disabled(disabled, self._switch)
 
     def _enable(self, user: object) -> None:
         with _LOCK:
@@ -199,6 +244,8 @@ class PeftAdapter(Adapter):
             self.peft_model.save_pretrained(
                 str(beside), selected_adapters=list(self.adapters), save_embedding_layers=False
             )
+            if self.gate is not None:
+                self.gate.save(beside / _GATE)
             files.write_json(beside / _CHECKSUMS, {"files": files.digests(beside)}, indent=1)
 
     @tidy
@@ -217,6 +264,8 @@ class PeftAdapter(Adapter):
         found = {
             name: self._read(name, Path(path) if name == "default" else Path(path, name)) for name in self.adapters
         }
+        gate = Gate.load(Path(path, _GATE)) if Path(path, _GATE).exists() else None
+        self.gate = gate
         for name, tensors in found.items():
             set_peft_model_state_dict(self.peft_model, tensors, adapter_name=name)
 

@@ -288,8 +288,8 @@ def test_refusals(unchecked: None) -> None:
         tp.measure_drift(model, model, plain_texts())
     with pytest.raises(ValueError, match="does not lie in this LlamaForCausalLM: give the PEFT model"):
         train(llama(), adapter)
-    with pytest.raises(TypeError, match="attach takes a TrailMap, not PeftAdapter: it is at work already"):
-        tp.attach(model, adapter)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="a PeftAdapter lies in the model and is at work already"):
+        tp.attach(model, adapter)
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"merged into the weights: call unmerge_adapter\(\) first"):
         tp.measure_drift(model, adapter, plain_texts())

@@ -899,7 +899,7 @@ def sound(path: Path, trails: TrailMap) -> None:
     trails.save(path.with_name("again"))
 
 
-def test_two_thousand_damaged_files_are_refused_or_sound(tmp_path, nothing_executed):
+def test_three_thousand_damaged_files_are_refused_or_sound(tmp_path, nothing_executed):
     trail, path = MOVING["LoReFT"](4), tmp_path / "t"
     trails = {
         Site(0, First(2) | Match("a")): Capped(MOVING["Gated"](4), 0.5),
@@ -910,7 +910,7 @@ def test_two_thousand_damaged_files_are_refused_or_sound(tmp_path, nothing_execu
     TrailMap(trails).save(path, FAMILIES["gpt2"].make())
     counts = {"refused": 0, "sound": 0}
 
-    @settings(max_examples=2000)
+    @settings(max_examples=3000)
     @given(mutations(path.read_bytes()))
     def check(content: bytes) -> None:
         path.write_bytes(content)

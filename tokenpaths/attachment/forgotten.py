@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from tokenpaths.site import Host
-from tokenpaths.trailmap.trailmap import TrailMap
+from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.undo import Undo
 
 
@@ -27,7 +27,7 @@ class _Attached(Protocol):
     @property
     def host(self) -> Host: ...
     @property
-    def trails(self) -> TrailMap: ...
+    def trails(self) -> Adapter: ...
 
 
 _ATTACHED: WeakSet[Any] = WeakSet()

@@ -71,7 +71,7 @@ def attach(
         RuntimeError: this very map is attached already, or another task has attached one. In a forward: a hooked
             module was replaced.
     """
-    attachment = _made(model, trails, when or trails.gate, strength, rows, spans, tokenizer, everywhere)
+    attachment = _made(model, trails, when, strength, rows, spans, tokenizer, everywhere)
     try:
         attachment.lay()
     except BaseException:
@@ -81,10 +81,13 @@ def attach(
 
 
 @contextmanager
-def attaching(model: nn.Module, trails: Adapter, *, gate: Gate | None = None, **options: Any) -> Generator[Attachment]:
-    """Inside, trails are attached, by the options of `attach`. An interruption at any moment takes them away."""
+def attaching(model: nn.Module, trails: Adapter, *, gated: bool = True, **options: Any) -> Generator[Attachment]:
+    """Inside, trails are attached, by the options of `attach`. An interruption at any moment takes them away.
+
+    Not `gated`, their gate is held open.
+    """
     with Undo() as undo:
-        attachment = _made(model, trails, gate, **options)
+        attachment = _made(model, trails, gated=gated, **options)
         undo.add(attachment.remove)
         attachment.lay()
         yield attachment
@@ -121,11 +124,10 @@ def working(
         )
     if laid:
         return nullcontext()
-    gate = trails.gate if gated else None
     if isinstance(trails, TrailMap):
-        return attaching(model, trails, gate=gate, tokenizer=tokenizer, everywhere=everywhere)
+        return attaching(model, trails, gated=gated, tokenizer=tokenizer, everywhere=everywhere)
     trails.check(model)
-    return nullcontext() if gate is None else attaching(model, trails, gate=gate, everywhere=everywhere)
+    return attaching(model, trails, everywhere=everywhere) if gated and trails.gate is not None else nullcontext()
 
 
 def is_attached(model: nn.Module, trails: Adapter) -> bool:
@@ -133,10 +135,13 @@ def is_attached(model: nn.Module, trails: Adapter) -> bool:
     return any(attachment.trails is trails and attachment.acts() for attachment in attachments(model))
 
 
-def _made(model: nn.Module, trails: Adapter, gate: Gate | None = None, *args: Any, **options: Any) -> Attachment:
+def _made(
+    model: nn.Module, trails: Adapter, gate: Gate | None = None, *args: Any, gated: bool = True, **options: Any
+) -> Attachment:
     """An attachment that is not laid yet. Raises as `attach`."""
     if not isinstance(trails, Adapter):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"attach takes a TrailMap, not {type(trails).__name__}: {_instead(trails)}")
+    gate = trails.gate if gate is None and gated else gate
     host = Host.of(model, trails.blocks)
     if gate is not None:
         check_gate(gate, host)

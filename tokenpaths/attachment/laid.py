@@ -26,6 +26,7 @@ from tokenpaths.scope import Scoped, in_main_thread, running_task
 from tokenpaths.site import Host, Place, Site
 from tokenpaths.tokens import Context, Match, leaves
 from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.trailmap.gate import Gate
 from tokenpaths.trails.base import Trail
 from tokenpaths.trails.stiefel import OrthonormalRows, changed, groups, prepare, release
 from tokenpaths.undo import Undo
@@ -191,7 +192,7 @@ class Attachment:
 
     def resume(self, plan: Plan | None, backward: int) -> None:
         """A backward begins through the forward that had this plan: blocks that it computes again follow it."""
-        inside = any(site.stream in ("attention", "mlp") for site in self.trails)  # these a block computes again
+        inside = any(site.stream in ("attention", "mlp") for site in self.trails.sites)  # these a block computes again
         if not self.is_on and inside and self._watcher.checkpointing():
             raise RuntimeError("the trails were removed before backward(), which gradient checkpointing needs them for")
         follow(self.trails, self.host.blocks)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -48,6 +48,10 @@ class Adapter(nn.Module, ABC):
     def enabled(self) -> bool:
         """Whether it is at work in the running thread or task, and not inside `off()`."""
         return True
+
+    def switched(self, on: bool) -> AbstractContextManager[None]:
+        """Inside, it is off unless `on`; then it is as it was."""
+        return nullcontext() if on else self.off()
 
     def by_rows(self, undo: Undo, at_work: Callable[[], Tensor | bool]) -> None:
         """Hold an adapter that changes weights to the rows of a batch that `at_work` tells, until `undo` runs.

@@ -70,9 +70,10 @@ def _numbers(value: Any) -> list[int]:
 
 
 def others_at_work(model: nn.Module, own: Watcher) -> bool:
-    """Whether trails move states of another list of blocks of the model, which may feed this one."""
-    watchers = [watcher for watcher in Watcher.known(model) if watcher is not own]
-    return any(isinstance(a, Attachment) and a.trails.enabled for watcher in watchers for a in watcher.acting())
+    """Whether trails move states of another list of blocks, which may feed this one, or a gate reads whole prompts."""
+    found = [(watcher, one) for watcher in Watcher.known(model) for one in watcher.acting()]
+    at_work = [(watcher, one) for watcher, one in found if isinstance(one, Attachment) and one.trails.enabled]
+    return any(watcher is not own or one.gate is not None for watcher, one in at_work)
 
 
 def solid(real: Bool[Tensor, "batch seq"]) -> Bool[Tensor, ""]:

@@ -109,9 +109,8 @@ class Cone:
         if active_cone(model) is not None or always_in_full(model) is not None:
             yield None
             return
-        active = ActiveCone(self, Host.of(model, blocks))
         try:
-            with active._installed():  # pyright: ignore[reportPrivateUsage]
+            with (active := ActiveCone(self, Host.of(model, blocks)))._installed():  # pyright: ignore[reportPrivateUsage]
                 yield active
         finally:
             self.kept.flush()
@@ -133,8 +132,7 @@ class ActiveCone:
         self.layers = host.blocks
         self.plan: None = None
         self.number = 0  # it moves nothing
-        self.unclear = False
-        self.gate: None = None
+        self.unclear, self.gate = False, None
         self._thread = threading.get_ident()
         self.shared: Sequence[tuple[int, ...]] = ()  # tokens that many prompts begin with
         self.narrows: bool | None = None  # whether rows may be run behind a cache; None while that is not known
@@ -213,8 +211,6 @@ class ActiveCone:
         if self._is_random() or self.watcher.checkpointing() or others_at_work(self.model, self.watcher):
             return False
         if self._independent is not None and tokens > self._independent:
-            return False
-        if any(attachment.gate is not None for attachment in self.attached()):  # it reads states of whole prompts
             return False
         self.how = self._computing.how
         return True

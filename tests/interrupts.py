@@ -42,6 +42,7 @@ from tokenpaths.lab.audit import repair, scan, search
 from tokenpaths.lab.reasoning import BudgetForcing, clusters, critical, solved_by_generation
 from tokenpaths.limits import TrustRegion, strength_curve
 from tokenpaths.randomness import own_randomness
+from tokenpaths.trailmap.gate import Gate
 from tokenpaths.training.objectives.align import Align, Attempts, sample_chains
 from tokenpaths.training.objectives.waypoints import Waypoints, WaypointsAttention, capture_attention, capture_states
 from tokenpaths.undo import tidy
@@ -131,6 +132,24 @@ def _handle(p: Place) -> Any:
         return _run(p).logits.detach()
     finally:
         handle.remove()
+
+
+def _gate(p: Place) -> Gate:
+    """One that opens on the row of `p.ids`."""
+    gate = Gate((0, 2), (7, 9), 32)
+    gate.bias.fill_(1.0)
+    return gate
+
+
+def _gated(p: Place) -> Any:
+    with tp.attach(p.model, p.trails, when=_gate(p)):
+        return tidy(p.model.generate)(p.ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+
+
+def _fit_gate(p: Place) -> Any:
+    forms = {form: [form.format(word) for word in "ab cd ef gh ij kl mn op".split()] for form in ("({}) k", "{}?k")}
+    found = tp.fit_gate(p.model, p.tokenizer, forms, {"x": ["abc"] * 3}, own=0, near=0.2, trails=p.trails)
+    return str(found), list(found.gate.state_dict().values())
 
 
 def _backward(p: Place) -> Any:
@@ -357,6 +376,8 @@ def _sc_lora(p: Place) -> Any:
 VERBS: dict[str, Callable[[Place], Any]] = {
     "with attach": _with_attach,
     "attach": _handle,
+    "behind a gate": _gated,
+    "fit_gate": _fit_gate,
     "backward": _backward,
     "generate": _generate,
     "off": _off,
@@ -394,6 +415,7 @@ VERBS: dict[str, Callable[[Place], Any]] = {
 }
 LORA_VERBS: dict[str, Callable[[Place], Any]] = {
     "LoRA: off": _lora_off,
+    "LoRA: behind a gate": _gated,
     "LoRA: steps": _steps,
     "LoRA: measure_drift": _drift,
     "LoRA: repair": _repair_lora,

@@ -6,7 +6,7 @@ from typing import Any as _Any
 import lazy_loader as _lazy
 
 _load, __dir__, __all__ = _lazy.attach_stub(__name__, __file__)  # the names stand in __init__.pyi
-_MOVED = {"Guarded": "trails", "Scaled": "trails"}  # found here as ever, and shown in their room
+_MOVED = {"Guarded": "trails", "PSR": "trails", "Scaled": "trails"}  # found here as ever, and shown in their room
 __version__ = "0.1.0"
 
 

@@ -37,6 +37,7 @@ from .lab.chains.form import way_or_form as way_or_form
 from .lab.forgetting.suite import forgetting as forgetting
 from .limits.directions import confine as confine
 from .limits.gates import guard as guard
+from .limits.requests import fit_gate as fit_gate
 from .limits.strength import strength_within as strength_within
 from .site import Site as Site
 from .site import sites as sites
@@ -55,7 +56,6 @@ from .trails.base import Trail as Trail
 from .trails.reft import DiReFT as DiReFT
 from .trails.reft import LoReFT as LoReFT
 from .trails.reft import NoReFT as NoReFT
-from .trails.steering import PSR as PSR
 from .trails.steering import Additive as Additive
 from .trails.wrappers import Capped as Capped
 from .trails.wrappers import Confined as Confined

@@ -1,12 +1,10 @@
 """One task in many words, other asks of the same texts, and prompts and texts far from it.
 
-    task = TASKS["trec"]()
-    wordings = read("trec", "fit")              # "fit", "dev" or "test": forms and asks of different hands
-    wordings.forms["trained"].prompt(task.fit[0])
+    items, mine, theirs = TASKS["trec"](), own("trec"), by_others("trec")
+    mine.forms["trained"].prompt(items.fit[0])
 
-The forms and asks stand in `data/`: those of `fit` were written by one hand, those of `dev` and `test` by another that
-had not seen them, to choose by and to be read once. The forms of promptsource and FLAN, and sixteen asks of a third hand,
-join the test where the data folder is.
+The forms and asks in `data/` were written for this by two hands, of which the second had not seen those of the first.
+Those of promptsource and FLAN, and sixteen asks more, stand in the data folder.
 """
 
 from __future__ import annotations
@@ -20,10 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks import make_items
-
 from benchmarks.common.folders import DATA, KEPT
-from benchmarks.common.texts import SOURCES, Source, fetch, texts
+from benchmarks.common.texts import Source, fetch, texts
 from benchmarks.compare.tasks import colours, larger
 from tokenpaths.lab.forgetting import trec, trec_pairs
 
@@ -33,10 +29,10 @@ PARTS = ("fit", "calibrate", "dev", "test")
 
 @dataclass(frozen=True)
 class Item:
-    """What is asked of: its fields by name, and the number of the right class, or the answer itself."""
+    """A text, and the number of its class."""
 
-    fields: Mapping[str, Any]
-    right: int | str
+    text: str
+    right: int
 
 
 @dataclass(frozen=True)
@@ -46,19 +42,13 @@ class Wording:
     name: str
     template: str
     answers: tuple[str, ...] = ()
-    pair: str = ""
-    between: str = ""
     options: str = ""
 
     def prompt(self, item: Item) -> str:
-        fields = dict(item.fields)
-        if "pairs" in fields:
-            said = [self.pair.format(giver=giver, taker=taker) for giver, taker in fields.pop("pairs")]
-            fields["links"] = self.between.join(said)
-        return self.template.format(**fields, options=self.options)
+        return self.template.format(text=item.text, options=self.options)
 
     def answer(self, item: Item) -> str:
-        return item.right if isinstance(item.right, str) else self.answers[item.right]
+        return self.answers[item.right]
 
 
 @dataclass(frozen=True)
@@ -80,16 +70,14 @@ class Items:
     test: Sequence[Item]
 
 
-def read(task: str, part: str) -> Wordings:
-    """The forms and asks of one hand."""
-    told = json.loads((HERE / f"{task}_{part}.json").read_text(encoding="utf-8"))
+def own(task: str, hand: str = "") -> Wordings:
+    """The forms and asks in `data/`, written for this; those of "_a" by another hand, which had not seen the first."""
+    told = json.loads((HERE / f"{task}{hand}.json").read_text(encoding="utf-8"))
     return Wordings(*({one["name"]: _wording(one) for one in told[kind]} for kind in ("forms", "asks")))
 
 
 def by_others(task: str) -> Wordings:
-    """Forms of promptsource and FLAN (TREC alone), and sixteen asks about a text; none for links."""
-    if task == "links":
-        return Wordings({}, {})
+    """Forms of promptsource and FLAN (TREC alone), and sixteen asks about a text."""
     asks = json.loads((DATA / "forms/forms_neighbours.json").read_text(encoding="utf-8"))
     forms = json.loads((DATA / "forms/forms_trec.json").read_text(encoding="utf-8")) if task == "trec" else []
     word = {"trec": "Question", "sentiment": "Review"}[task]
@@ -98,7 +86,7 @@ def by_others(task: str) -> Wordings:
 
 
 def _wording(told: Mapping[str, Any]) -> Wording:
-    keys = ("name", "template", "pair", "between", "options")
+    keys = ("name", "template", "options")
     answers = tuple(_spaced(str(answer), told["template"]) for answer in told.get("answers", ()))
     return Wording(**{key: told[key] for key in keys if key in told}, answers=answers)
 
@@ -120,7 +108,9 @@ def _reordered(form: Wording) -> Wording:
 def _parted(items: list[Item], sizes: Mapping[str, int], test: Sequence[Item] = ()) -> Items:
     parts: dict[str, Sequence[Item]] = {}
     for part in PARTS:
-        parts[part], items = (test[: sizes[part]], items) if part == "test" and test else (items[: sizes[part]], items[sizes[part] :])
+        parts[part], items = (
+            (test[: sizes[part]], items) if part == "test" and test else (items[: sizes[part]], items[sizes[part] :])
+        )
     return Items(train=items, **parts)
 
 
@@ -136,7 +126,7 @@ def question_kinds() -> Items:
     wanted = ("abbreviation", "entity", "description", "person", "location", "number")
 
     def item(prompt: str, right: int) -> Item:
-        return Item({"text": prompt.removeprefix("Question: ").removesuffix("\nAnswer type:")}, wanted.index(order[right]))
+        return Item(prompt.removeprefix("Question: ").removesuffix("\nAnswer type:"), wanted.index(order[right]))
 
     taught = [item(*pair) for pair in dict.fromkeys(known)]
     random.Random(0).shuffle(taught)
@@ -149,7 +139,7 @@ REVIEWS = Source("vaderSentiment", "3.3.2", "hutto_ICWSM_2014.tar.gz", lambda fi
 
 
 def sentiment() -> Items:
-    """Snippets of film reviews, of which twenty readers agreed by one point of four at least (Hutto and Gilbert 2014)."""
+    """Snippets of film reviews, which twenty readers rated at 1 of 4 or more, or below -1 (Hutto and Gilbert 2014)."""
     archive = fetch(REVIEWS, KEPT / "texts")
     with tarfile.open(archive) as outer:
         (name,) = [name for name in outer.getnames() if name.endswith(REVIEWS.files)]
@@ -161,7 +151,7 @@ def sentiment() -> Items:
             lines = file.read().decode("latin-1").splitlines()
     rated = [line.split("\t") for line in lines]
     items = [
-        Item({"text": text.strip()}, int(float(score) > 0))
+        Item(text.strip(), int(float(score) > 0))
         for _, score, text in rated
         if abs(float(score)) >= 1 and 5 <= len(text.split()) <= 30
     ]
@@ -170,27 +160,13 @@ def sentiment() -> Items:
     least = min(sum(item.right == right for item in items) for right in kept)
     balanced: list[Item] = []
     for one in items:
-        assert isinstance(one.right, int)
         kept[one.right] += 1
         if kept[one.right] <= least:
             balanced.append(one)
     return _parted(balanced, SIZES)
 
 
-def links() -> Items:
-    """The demo's chains."""
-
-    def item(question: str, chain: str) -> Item:
-        pairs, start = question.rsplit("\n", 1)
-        said = [link.split() for link in pairs.strip().removesuffix(".").split(". ")]
-        return Item({"pairs": tuple(map(tuple, said)), "start": start.strip()}, chain)
-
-    taught = [item(one.question, one.chain) for one in make_items(1500, 0)]
-    test = [item(one.question, one.chain) for one in make_items(SIZES["test"], 0, held_out=True)]
-    return _parted(taught, SIZES, test)
-
-
-TASKS: dict[str, Callable[[], Items]] = {"trec": question_kinds, "sentiment": sentiment, "links": links}
+TASKS: dict[str, Callable[[], Items]] = {"trec": question_kinds, "sentiment": sentiment}
 
 
 # Far from them
@@ -225,8 +201,7 @@ def far_test(task: str, count: int) -> dict[str, list[str]]:
     found["colours"] = _some([prompt for prompt, _ in colours().train], count)
     for other in TASKS:
         if other != task:
-            forms = [*read(other, "test").forms.values(), read(other, "fit").forms["trained"]]
-            items = TASKS[other]().test
+            items, forms = TASKS[other]().test, list(own(other).forms.values())
             found[other] = [forms[i % len(forms)].prompt(items[i]) for i in range(count)]
     return found
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
-
 from tokenpaths.attachment.moment import Decision, Moment
 
 _NAMES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states", "layer_past", "past_key_value")
+_GROWING = ("DynamicLayer", "DynamicSlidingWindowLayer")
 _NOTE = "tokenpaths_moment"  # kept on the cache itself: a deep copy of it, as for a shared beginning, takes it along
 
 
@@ -43,21 +42,18 @@ def decisions(cache: Any, past: int) -> Mapping[int, Decision]:
     return known.decisions if known is not None and known.past + known.length >= past else {}
 
 
-def can_go_back(cache: Any) -> bool:
-    """Whether what a forward puts into an empty cache can be taken out again."""
-    return cache is None or isinstance(getattr(cache, "layers", None), list)
+def grows(cache: Any) -> bool:
+    """Whether a cache gets new tensors for every token, so that the old ones can be put back; True for no cache."""
+    layers = getattr(cache, "layers", None)
+    return cache is None or (isinstance(layers, list) and all(type(layer).__name__ in _GROWING for layer in layers))
 
 
 def going_back(cache: Any) -> Callable[[], None]:
-    """What empties a cache again that is empty now. It may be called after a forward that was not finished.
-
-    Layers that grow are given tensors anew, so that the old ones are theirs again. Layers of a fixed size are written
-    over from their beginning, and only what they count is copied.
-    """
+    """What makes a cache that `grows` again what it is now. It may be called after a forward that was not finished."""
     if cache is None:
         return lambda: None
     layers = list(cache.layers)
-    before = [{name: _counted(value) for name, value in vars(layer).items()} for layer in layers]
+    before = [dict(vars(layer)) for layer in layers]
 
     def back() -> None:
         cache.layers[:] = layers
@@ -66,10 +62,6 @@ def going_back(cache: Any) -> Callable[[], None]:
             vars(layer).update(attributes)
 
     return back
-
-
-def _counted(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) and value.numel() <= 1 else value
 
 
 def cache_in(named: Mapping[str, Any]) -> Any:

@@ -1,37 +1,40 @@
 """One decision a request: the frozen model reads the prompt, and a gate opens or shuts its attachment for the row.
 
-A forward that holds a prompt runs frozen at first, with nothing moved. When the deepest layer that a gate reads is
-reached, every row is decided, for its prompt and its answer together. Where no row opens, that forward is the frozen
-model's and simply goes on. Where one opens, it is left at that layer, what it put into the cache is taken back, and the
-forward runs again with the attachments at work in the rows that opened.
+A forward that holds a prompt runs frozen at first, with nothing moved. Then the probe is run behind the prompt, over
+the keys and values that this forward has cached, as far as the deepest layer that a gate reads; and every row is
+decided, for its prompt and its answer together. Where no row opens, the forward is over, and it was the frozen model's.
+Where one opens, what was cached is taken back, and the forward runs again with the attachments at work in the rows that
+opened.
 
-A prompt that this forward shows in part only (prefilled in chunks, or behind a cache that others filled) is read whole
-in a forward of its own, which ends at the same layer.
+Where there is no such cache (a recurrence, a cache of fixed size), or the prompts do not end where this forward ends
+(they are padded behind, followed by their answers, or prefilled in chunks), or do not begin in it (behind a cache that
+others filled), prompt and probe are read together in a forward of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from tokenpaths.attachment import caches
-from tokenpaths.attachment.hooks import Hook
+from tokenpaths.attachment.hooks import Hook, unobserved
 from tokenpaths.attachment.moment import Decision, Moment
 from tokenpaths.attachment.moving import states_of
 from tokenpaths.checking import kind, quoted
 from tokenpaths.site import Host
 from tokenpaths.site.host import text_config
-from tokenpaths.trailmap.gate import Gate, Reading
+from tokenpaths.trailmap.gate import Gate
 from tokenpaths.undo import Undo
 
 
-class _Decided(Exception):
-    """The deepest layer that a gate reads was reached, and the forward is not wanted any further."""
+class _Read(Exception):
+    """The deepest layer that a gate reads was reached: no more of this forward is wanted."""
 
 
 @dataclass(eq=False)
@@ -42,106 +45,130 @@ class Deciding:
         moment: the forward.
         gates: the gates that are asked, by the numbers of their attachments.
         blocks: the blocks that they count.
-        others: whether something else is at work that an open gate would not be needed for.
+        takes: the arguments of the module that reads tokens.
+        others: whether something else is at work, for which the forward must run again in any case.
     """
 
     moment: Moment
     gates: Mapping[int, Gate]
     blocks: nn.ModuleList
+    takes: frozenset[str]
     others: bool
     made: dict[int, Decision] = field(default_factory=dict[int, Decision])
 
-    def run(self, forward: Callable[[], Any], named: Mapping[str, Any], plain: Callable[..., Any]) -> Any:
-        """The output of a forward in which nothing is moved; None where it must run again, or was not run.
+    def run(self, forward: Callable[[], Any], named: Mapping[str, Any], module: Callable[..., Any]) -> Any:
+        """The output of the frozen forward; None where it must run again, or was not run.
 
         Args:
             forward: runs it.
             named: its arguments.
-            plain: runs the same module on other arguments, as far as it takes them.
+            module: runs the same module on other arguments.
 
         Raises `ValueError` where the prompt cannot be read.
         """
-        moment = self.moment
         cache = caches.cache_in(named)
-        apart = moment.past > 0 or moment.kept > 0 or asked(moment) > moment.length or not caches.can_go_back(cache)
-        if apart:
-            self._read_apart(plain)
+        if not self._ends_here() or not caches.grows(cache):
+            return self._decide(lambda probe: self._apart(module, probe))
+        again = caches.going_back(cache)
+        output = forward()
+        filled = cache if cache is not None or not isinstance(output, Mapping) else caches.cache_in(output)
+        if filled is None or not caches.grows(filled):
+            self._decide(lambda probe: self._apart(module, probe))
+        else:
+            self._decide(lambda probe: self._behind(module, probe, filled))
+        if self.others or any(bool(decision.opens.any()) for decision in self.made.values()):
+            again()
             return None
-        back = caches.going_back(cache)
-        try:
-            with self._looking(stop=False):
-                return forward()
-        except _Decided:
-            back()
-            return None
+        return output
+
+    def _ends_here(self) -> bool:
+        """Whether all prompts begin and end in this forward, so that the probe can stand right behind them.
+
+        Behind padding, a sliding window would not reach as far.
+        """
+        moment = self.moment
+        if moment.past or not {"position_ids", "past_key_values"} <= self.takes or asked(moment) != moment.length:
+            return False
+        return bool(_read_tokens(moment)[:, -1].all())
 
     def decided(self) -> Moment:
         """The moment, with the decisions."""
         return replace(self.moment, decisions={**self.moment.decisions, **self.made})
 
-    def _read_apart(self, plain: Callable[..., Any]) -> None:
-        """Read the prompt in a forward of its own, without a cache."""
-        ids, real = self.moment.context.ids, self.moment.context.real
-        width = asked(self.moment)
-        if ids is None or bool((ids[:, :width].lt(0) & real[:, :width]).any()):
-            raise ValueError(
-                f"a gate reads the whole prompt, but the first {self.moment.past} tokens of it come from a cache that "
-                "was filled without it, and their ids are not known: run the whole prompt"
-            )
-        real = real[:, :width]
-        positions = (real.cumsum(1) - 1).clamp_min(0)
-        try:
-            with torch.no_grad(), self._looking(stop=True):
-                plain(
-                    input_ids=ids[:, :width].clamp_min(0),
-                    attention_mask=real.long(),
-                    position_ids=positions,
-                    use_cache=False,
-                )
-        except _Decided:
-            return
-        raise RuntimeError("the forward of a prompt did not reach the layer that its gate reads")
+    def _decide(self, read: Callable[[Int[Tensor, " probe"]], None]) -> None:
+        """Decide every row by every gate; gates of one probe read together. `read` runs prompt and probe."""
+        for probe in dict.fromkeys(gate.probe for gate in self.gates.values()):
+            gates = {number: gate for number, gate in self.gates.items() if gate.probe == probe}
+            layers = sorted({layer for gate in gates.values() for layer in gate.layers})
+            seen: dict[int, Tensor] = {}
+            with self._looking(layers, seen), unobserved(), torch.no_grad(), suppress(_Read):
+                read(torch.tensor(probe, device=self.moment.context.real.device))
+            for number, gate in gates.items():
+                opens = gate.opens([seen[layer] for layer in gate.layers]).cpu()
+                repeats = self.moment.repeats
+                opens = opens.view(-1, repeats)[:, :1].expand(-1, repeats).flatten()  # beams of a prompt go together
+                self.made[number] = Decision(opens, asked(self.moment))
 
-    def _looking(self, *, stop: bool) -> Undo:
-        """Inside, the states that the gates read are looked at, and at the deepest of them all rows are decided."""
+    def _looking(self, layers: list[int], seen: dict[int, Tensor]) -> Undo:
+        """Inside, the state of the last token is looked at, and the forward ends at the deepest of the layers."""
         undo = Undo()
-        seen: dict[Reading, Tensor] = {}
-        wanted = sorted({reading for gate in self.gates.values() for reading in gate.readings})
-        layers = sorted({reading.layer for reading in wanted})
         for layer in layers:
 
             def look(module: nn.Module, args: Any, output: Any, layer: int = layer) -> None:
-                states = states_of(module, output).detach()
-                mask = _read_tokens(self.moment)[:, : states.shape[1]].to(states.device)
-                for reading in wanted:
-                    if reading.layer == layer:
-                        seen[reading] = reading.of(states, mask)
-                if layer == layers[-1] and (self._decide(seen) or stop):
-                    raise _Decided
+                seen[layer] = states_of(module, output)[:, -1].detach().clone()
+                if layer == layers[-1]:
+                    raise _Read
 
             undo.hook(self.blocks[layer].register_forward_hook, Hook(look))
         return undo
 
-    def _decide(self, seen: Mapping[Reading, Tensor]) -> bool:
-        """Decide every row; whether the forward must run again."""
-        width, repeats = asked(self.moment), self.moment.repeats
-        for number, gate in self.gates.items():
-            opens = gate.opens({reading: seen[reading] for reading in gate.readings}).cpu()
-            opens = opens.view(-1, repeats)[:, :1].expand(-1, repeats).flatten()  # beams of a prompt go together
-            self.made[number] = Decision(opens, width)
-        return self.others or bool(torch.stack([d.opens.any() for d in self.made.values()]).any())
+    def _behind(self, module: Callable[..., Any], probe: Int[Tensor, " probe"], cache: Any) -> None:
+        """Run the probe behind the prompts, over what is cached of them; afterwards the cache is as it was."""
+        read = _read_tokens(self.moment)
+        back = caches.going_back(cache)
+        steps = torch.arange(len(probe), device=read.device)
+        try:
+            module(
+                input_ids=probe.expand(len(read), -1),
+                attention_mask=torch.cat([read.long(), read.new_ones(len(read), len(probe)).long()], 1),
+                position_ids=read.sum(1, keepdim=True) + steps,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        finally:
+            back()
+
+    def _apart(self, module: Callable[..., Any], probe: Int[Tensor, " probe"]) -> None:
+        """Run prompts and probe together, without a cache. Raises `ValueError` where tokens are not known."""
+        ids, read = self.moment.context.ids, _read_tokens(self.moment)
+        if ids is None or bool((ids.lt(0) & read).any()):
+            raise ValueError(
+                f"a gate reads the whole prompt, but the ids of its first {self.moment.past} tokens are not known, "
+                "which come from a cache that was filled without the gate, or were given as embeddings: run the whole "
+                "prompt, as ids"
+            )
+        rows = [torch.cat([row[mask], probe]) for row, mask in zip(ids, read, strict=True)]
+        width = max(map(len, rows))
+        padded = torch.stack([torch.cat([row.new_zeros(width - len(row)), row]) for row in rows])
+        real = torch.stack([torch.arange(width, device=ids.device) >= width - len(row) for row in rows])
+        given = {
+            "input_ids": padded,
+            "attention_mask": real.long(),
+            "position_ids": (real.cumsum(1) - 1).clamp_min(0),
+            "use_cache": False,
+        }
+        module(**{name: value for name, value in given.items() if name in self.takes})
 
 
 def check_gate(gate: object, host: Host) -> None:
     """Raise `TypeError` for what is no gate, and `ValueError` for one that cannot read this model."""
     if not isinstance(gate, Gate):
         raise TypeError(f"attach: when={quoted(gate)} is {kind(gate)}, but must be a Gate, as tp.fit_gate makes one")
-    deepest, count = max(reading.layer for reading in gate.readings), len(host.blocks)
     dim = getattr(text_config(host.inner), "hidden_size", gate.dim)
-    if deepest >= count or gate.dim != dim:
+    if gate.layers[-1] >= len(host.blocks) or gate.dim != dim:
         raise ValueError(
-            f"attach: the gate reads states of width {gate.dim} at layer {deepest}, but the model has {count} layers "
-            f"of width {dim}: fit a gate for this model, tp.fit_gate(model, ...)"
+            f"attach: the gate reads states of width {gate.dim} at layer {gate.layers[-1]}, but the model has "
+            f"{len(host.blocks)} layers of width {dim}: fit a gate for this model, tp.fit_gate(model, ...)"
         )
 
 

@@ -90,7 +90,25 @@ def _leave(mine: _Alone) -> None:
 
 
 class Observer(Hook):
-    """A hook that looks and changes nothing."""
+    """A hook that looks and changes nothing. It does not see what a gate reads."""
+
+    def __call__(self, *args: Any) -> Any:
+        return None if _READING.on and not torch.compiler.is_compiling() else super().__call__(*args)
+
+
+class _Reading(threading.local):
+    on: bool = False
+
+
+_READING = _Reading()
+
+
+@contextmanager
+def unobserved() -> Generator[None]:
+    """Inside, no `Observer` looks at the forwards of this thread."""
+    with Undo() as undo:
+        undo.set(_READING, "on", True)
+        yield
 
 
 def _inert() -> Callable[..., None]:

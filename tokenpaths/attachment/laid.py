@@ -167,23 +167,19 @@ class Attachment:
         now.plan = plan
         now.awake = plan is not None and (plan.learns or chooses(plan))
 
-    def begin(self, moment: Moment | None) -> None:
-        """A forward begins: choose its tokens."""
+    def begin(self, moment: Moment | None, resting: bool = False) -> None:
+        """A forward begins: choose its tokens; none while it is resting."""
         if not torch.compiler.is_compiling():
             self._now.backward = running_backward()
             check_in_place(self._edges)
         follow(self.trails, self.host.blocks)
-        if not self.trails.enabled:
+        if resting or not self.trails.enabled:
             self._go(None)
             return
         plan = Plan(None, None, self.strength) if moment is None else self._plan(moment)
         self._go(plan)
         if chooses(plan):  # else R may not be needed
             prepare(self._rotations, plan.answers)
-
-    def rest(self) -> None:
-        """A forward begins in which nothing is moved."""
-        self._go(None)
 
     def end(self, before: Plan | None) -> None:
         """The forward is over, or has failed; `before` is the plan of one that it was inside of."""

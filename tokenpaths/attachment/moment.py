@@ -67,10 +67,8 @@ class Listener(Protocol):
         """Whether it hears of the forwards of the running thread, or task."""
         ...
 
-    def begin(self, moment: Moment | None) -> None: ...
-
-    def rest(self) -> None:
-        """A forward begins in which nothing is moved: gates read the frozen model."""
+    def begin(self, moment: Moment | None, resting: bool = False) -> None:
+        """A forward begins. While it is `resting`, nothing is moved: gates read the frozen model."""
         ...
 
     def end(self, before: Any) -> None:

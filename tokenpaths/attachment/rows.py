@@ -55,11 +55,11 @@ class RowsOfAdapter(Attachment):
         plan = self._plan_here()
         return False if plan is None else True if plan.opens is None else plan.opens
 
-    def begin(self, moment: Moment | None) -> None:
+    def begin(self, moment: Moment | None, resting: bool = False) -> None:
         if not torch.compiler.is_compiling():
             self._now.backward = running_backward()
         follow(self.trails, self.host.blocks)
-        self._go(self._rows_of(moment) if self.trails.enabled else None)
+        self._go(None if resting or not self.trails.enabled else self._rows_of(moment))
 
     def _rows_of(self, moment: Moment | None) -> Plan | None:
         """The plan of a forward; None where no row is open. What reads no tokens, but images, is not gated."""

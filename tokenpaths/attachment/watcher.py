@@ -238,10 +238,7 @@ class Watcher:
             moment = here.now
             here.asking = [one for one in acting if one.gate is not None and undecided(moment, one.number)]
         for listener in acting:
-            if here.asking and listener.number:
-                listener.rest()  # until it is decided
-            else:
-                listener.begin(here.now)
+            listener.begin(here.now, resting=bool(here.asking))  # until it is decided
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stands before the forward of the module that reads tokens: lets gates decide on new prompts first."""
@@ -251,14 +248,10 @@ class Watcher:
             return forward(*args, **kwargs)
         acting, names = self.acting(), self.arguments[self.reader]
         others = [one for one in acting if one.number and not any(one is each for each in asking)]
-        deciding = Deciding(here.now, {one.number: one.gate for one in asking}, self.blocks, bool(others))
+        gates = {one.number: one.gate for one in asking}
+        deciding = Deciding(here.now, gates, self.blocks, frozenset(names), bool(others))
         named = {**dict(zip(names, args, strict=False)), **kwargs}
-        takes = {name for name in ("input_ids", "attention_mask", "position_ids", "use_cache") if name in names}
-        output = deciding.run(
-            functools.partial(forward, *args, **kwargs),
-            named,
-            lambda **plain: forward(**{name: value for name, value in plain.items() if name in takes}),
-        )
+        output = deciding.run(functools.partial(forward, *args, **kwargs), named, forward)
         here.now = deciding.decided()
         for listener in acting:
             if listener.number:

@@ -136,7 +136,8 @@ def runs(model: nn.Module, trails: Adapter, *, tokenizer: Any = None) -> tuple[R
     check_model(model)
     check_adapter(trails)
     before = Run(model, trails.off, trails.blocks)
-    below = before.host.blocks_below(trails.sites) if trails.sites else 0
+    gated = trails.gate is not None or any(each.gate is not None for each in attachments(model))
+    below = before.host.blocks_below(trails.sites) if trails.sites and not gated else 0  # a gate runs them for itself
     return before, Run(model, steered, trails.blocks, below, ready)
 
 

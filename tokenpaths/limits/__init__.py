@@ -5,6 +5,9 @@ from tokenpaths.limits.gates import Gates as Gates
 from tokenpaths.limits.gates import Guard as Guard
 from tokenpaths.limits.gates import guard as guard
 from tokenpaths.limits.kinds import Kind as Kind
+from tokenpaths.limits.requests import GateFit as GateFit
+from tokenpaths.limits.requests import KindOpened as KindOpened
+from tokenpaths.limits.requests import fit_gate as fit_gate
 from tokenpaths.limits.strength import AtStrength as AtStrength
 from tokenpaths.limits.strength import strength_curve as strength_curve
 from tokenpaths.limits.strength import strength_within as strength_within

@@ -1,12 +1,12 @@
 """What a gate must stay shut on, made of nothing but the task's own prompts and the frozen model.
 
-    content_of(prompts)                # what the prompts of one form do not share: ("Question: ", [...], "\nAnswer type:")
+    content_of(prompts)                # ("Question: ", ["Who ...", ...], " Answer type:"): what prompts of a form share
     other_asks(prompts)                # other asks of the same contents, by name
     OPENINGS                           # what the frozen model is given to write kinds of text from
 
 A gate that has never seen another ask of the same text takes the text for the task. A gate that has never seen another
-ask in the same words takes the words for it. So each ask here is put to the task's contents, once in words of its own,
-and once in the words of the task's form with the last line changed.
+ask in the same words takes the words for it. So asks are put to the task's contents in words of their own, and in the
+words of the task's form with the last line changed.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ ASKS = {
 """Other asks of any text, in the styles that people ask in."""
 
 OPENINGS = (
-    "", "The ", "Question:", "User:", "def ", "import ", "Once upon a time", "Dear ", "1.", "# ", "Q: ", "Translate",
-    "Write a ", "What is ", "How do I ", "Summary:", "Title:", "Answer:", "<p>", "{\"", "In this paper", "Breaking news:",
+    "The ", "Question:", "User:", "def ", "import ", "Once upon a time", "Dear ", "1.", "# ", "Q: ", "Translate",
+    "Write a ", "What is ", "How do I ", "Summary:", "Title:", "Answer:", "<p>", "{\"", "In this paper", "News:",
     "- ", "Roses are ", "A: Hello.\nB:", "Sentence:", "Is it true that", "Choose the", "Classify", "Input:", "Task:",
     "Recipe:", "Chapter 1", "Solve", "Text:", "Review:", "Instructions:", "Name:", "Explain ", "Complete",
 )  # fmt: skip
@@ -87,8 +87,9 @@ def content_of(prompts: Sequence[str]) -> tuple[str, list[str], str]:
     before = before[: len(before) - len(re.split(r"(?<=\s)", before)[-1])] if before != prompts[0] else before
     rest = [prompt[len(before) :] for prompt in prompts]
     behind = os.path.commonprefix([part[::-1] for part in rest])[::-1]
-    found = re.search(r"(?<!\S)\S|\s", behind)
-    behind = "" if found is None else behind[found.start() :]
+    if not all(part[: len(part) - len(behind)][-1:].isspace() for part in rest):
+        found = re.search(r"\s", behind)
+        behind = "" if found is None else behind[found.start() :]
     contents = [part[: len(part) - len(behind)] for part in rest]
     if len(prompts) < LEAST or not all(content.strip() for content in contents) or len(set(contents)) == 1:
         return "", list(prompts), ""

@@ -1,17 +1,20 @@
-"""A gate before an adapter: one decision a request, read off the frozen model's states of its prompt.
+"""A gate before an adapter: one decision a request, read off the frozen model's states.
 
-    z      = the states that are read, each divided by its root mean square, one after another
-    opens  = all(W z + b > 0)
+    z      = the states of the last token of prompt + probe at some layers, each divided by its root mean square
+    opens  = w z + b > 0
 
-`fit_gate` of `limits` makes one. `attach` asks it, before anything is moved (`attachment/deciding.py`).
+The probe is a few tokens, such as "Task:", that are put behind every prompt for this reading alone. Prompts end in
+anything, and the state of their last token tells of that more than of what is asked; behind one probe they all end
+alike, and the model is about to name what is asked. (Jiang et al. 2023, arXiv 2307.16645, read sentence embeddings so.)
+
+`fit_gate` of `limits` makes a gate. `attach` asks it, before anything is moved (`attachment/deciding.py`).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,65 +24,50 @@ from tokenpaths import files
 from tokenpaths.checking import as_whole, quoted
 from tokenpaths.files import TrailFileError
 
-Pooling = Literal["last", "mean"]
-
-
-@dataclass(frozen=True, order=True)
-class Reading:
-    """What a gate reads of a prompt: the states after a block, of its last token or the mean of all but the first.
-
-    The state of the first token is far larger than all others in most models.
-    """
-
-    layer: int
-    pooling: Pooling
-
-    def of(
-        self, states: Float[Tensor, "batch seq dim"], prompt: Bool[Tensor, "batch seq"]
-    ) -> Float[Tensor, "batch dim"]:
-        """The state that is read of each row, in float32."""
-        if self.pooling == "last":
-            at = (prompt * torch.arange(1, prompt.shape[1] + 1, device=prompt.device)).argmax(1)
-            return states[torch.arange(len(states), device=states.device), at].float()
-        first = prompt & (prompt.cumsum(1) == 1)
-        rest = prompt & ~first
-        read = torch.where(rest.any(1, keepdim=True), rest, prompt)
-        total = torch.where(read.unsqueeze(-1), states, 0).sum(1, dtype=torch.float32)
-        return total / read.sum(1, keepdim=True)
+_MOST = 1 << 24  # of a number in a note: a damaged one may ask for any size
 
 
 class Gate(nn.Module):
     """Opens an adapter for a request, or leaves the request to the frozen model.
 
     Args:
-        readings: what is read.
+        layers: behind which blocks the states are read, from the lowest.
+        probe: the token ids that are put behind a prompt.
         dim: the width of the states.
-        scores: how many scores there are, all of which must be above 0.
     """
 
-    weight: Float[Tensor, "scores features"]
-    bias: Float[Tensor, " scores"]
+    weight: Float[Tensor, " features"]
+    bias: Float[Tensor, ""]
 
-    def __init__(self, readings: Sequence[Reading], dim: int, scores: int = 1) -> None:
+    def __init__(self, layers: Sequence[int], probe: Sequence[int], dim: int) -> None:
         super().__init__()
-        self.readings = tuple(readings)
-        self.dim = dim
-        self.register_buffer("weight", torch.zeros(scores, dim * len(self.readings)))
-        self.register_buffer("bias", torch.zeros(scores))
+        self.layers = tuple(as_whole("Gate: layer", layer, 0) for layer in layers)
+        self.probe = tuple(as_whole("Gate: token of the probe", token, 0) for token in probe)
+        self.dim = as_whole("Gate: dim", dim)
+        if not self.layers or not self.probe or list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(
+                f"Gate: it reads at least one layer, from the lowest, behind at least one token, not layers="
+                f"{self.layers} behind probe={self.probe}"
+            )
+        self.register_buffer("weight", torch.zeros(self.dim * len(self.layers)))
+        self.register_buffer("bias", torch.zeros(()))
 
     def __repr__(self) -> str:
-        read = ", ".join(f"{one.pooling}@{one.layer}" for one in self.readings)
-        return f"Gate({read}; {len(self.bias)} scores)"
+        return f"Gate(layers={self.layers}, probe={self.probe}, dim={self.dim})"
 
-    def scores(self, read: Mapping[Reading, Float[Tensor, "batch dim"]]) -> Float[Tensor, "batch scores"]:
-        """The scores of requests, of which all must be above 0."""
-        states = [read[one].to(self.weight.device, torch.float32) for one in self.readings]
-        unit = [state * state.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt() for state in states]
-        return torch.cat(unit, -1) @ self.weight.mT + self.bias
+    @staticmethod
+    def features(states: Sequence[Float[Tensor, "batch dim"]]) -> Float[Tensor, "batch features"]:
+        """What is scored of the states at each layer: z, in float32."""
+        wide = [state.float() for state in states]
+        return torch.cat([s * s.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt() for s in wide], -1)
 
-    def opens(self, read: Mapping[Reading, Float[Tensor, "batch dim"]]) -> Bool[Tensor, " batch"]:
+    def scores(self, states: Sequence[Float[Tensor, "batch dim"]]) -> Float[Tensor, " batch"]:
+        """The score of each request, from its states at each layer."""
+        return self.features(states).to(self.weight.device) @ self.weight + self.bias
+
+    def opens(self, states: Sequence[Float[Tensor, "batch dim"]]) -> Bool[Tensor, " batch"]:
         """Whether each request is one that the adapter is for."""
-        return (self.scores(read) > 0).all(-1)
+        return self.scores(states) > 0
 
     def _apply(self, fn: Any, recurse: bool = True) -> Gate:
         """Moved with the trails to a device, but never cast: decisions near the threshold would change."""
@@ -91,22 +79,18 @@ class Gate(nn.Module):
 
     def note(self) -> dict[str, Any]:
         """What a file tells of it, beside its numbers."""
-        return {
-            "readings": [[one.layer, one.pooling] for one in self.readings],
-            "dim": self.dim,
-            "scores": len(self.bias),
-        }
+        return {"layers": list(self.layers), "probe": list(self.probe), "dim": self.dim}
 
     @classmethod
     def from_note(cls, note: Any) -> Gate:
         """A gate of this note, with numbers of zero. Raises `TrailFileError`."""
         try:
-            readings = [Reading(as_whole("layer", layer, 0), _pooling(pooling)) for layer, pooling in note["readings"]]
-            dim, scores = as_whole("dim", note["dim"]), as_whole("scores", note["scores"])
-            if not 0 < len(readings) <= 64 or max(dim, 1024 * scores) > 1 << 20 or len(note) > 3:
+            if set(note) != {"layers", "probe", "dim"} or max(len(note["layers"]), len(note["probe"])) > 64:
+                raise ValueError("it has other entries than a gate's")
+            if max(as_whole("dim", note["dim"]), *note["layers"], *note["probe"]) > _MOST:
                 raise ValueError("it asks for more than a gate has")
-            return cls(readings, dim, scores)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            return cls(note["layers"], note["probe"], note["dim"])
+        except (TypeError, ValueError, KeyError) as error:
             raise TrailFileError(f"the note of its gate is {quoted(note)}: {error}") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -140,9 +124,3 @@ class Gate(nn.Module):
             if told is None or not fits or not bool(told.isfinite().all()):
                 raise TrailFileError(f"the gate's tensor {name!r} is missing, of another shape, or not finite")
         self.load_state_dict(dict(tensors))
-
-
-def _pooling(value: Any) -> Pooling:
-    if value not in get_args(Pooling):
-        raise ValueError(f"{quoted(value)} is no pooling: {', '.join(get_args(Pooling))}")
-    return value

@@ -168,9 +168,7 @@ class ActiveCone:
         """Whether the running thread is the one that is inside the cone."""
         return threading.get_ident() == self._thread
 
-    def begin(self, moment: Moment | None) -> None: ...
-
-    def rest(self) -> None: ...
+    def begin(self, moment: Moment | None, resting: bool = False) -> None: ...
 
     def end(self, before: None) -> None:
         self._outputs = None

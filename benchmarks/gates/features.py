@@ -1,0 +1,74 @@
+"""What a gate reads of every prompt of a task, once for all splits: features by kind, kept in a file."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks.gates.prompts import TASKS, Wordings, by_others, far_known, far_test, own
+from tokenpaths.limits.requests import PROBE, _features, _made_asks, _probe_of, _written
+from tokenpaths.site import Host
+from tokenpaths.trailmap.gate import Gate
+
+Role = Literal["form", "ask", "made", "far"]
+Kind = tuple[str, Role, Literal["fit", "test"], Any]
+FITTED, TESTED = 24, 40  # prompts of a form, or half as many of an ask
+
+
+def gather(model: Any, tokenizer: Any, task: str, folder: Path) -> dict[Any, Tensor]:
+    """Features by (name, role, part, form that it belongs to)."""
+    host = Host.of(model)
+    count = len(host.blocks)
+    gate = Gate((count - 1 - count // 10, count - 1), _probe_of(tokenizer, PROBE), 1)
+    found: dict[Any, Tensor] = {}
+    for hand, read in HANDS.items():
+        path = folder / f"{task}-{hand}.pt"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            kinds = of_hand(hand, task, read(task)) if hand != "far" else of_far(model, tokenizer, task)
+            features = {key: _features(host, tokenizer, prompts, gate, 1500).float() for key, prompts in kinds}
+            torch.save(features, path)
+        found |= torch.load(path, weights_only=True)
+    return found
+
+
+def of_hand(hand: str, task: str, wordings: Wordings) -> list[tuple[Kind, Sequence[str]]]:
+    """The prompts of one hand's forms and asks, and the asks that the library makes of its forms."""
+    items, rng = TASKS[task](), random.Random(0)
+    made: list[tuple[Kind, Sequence[str]]] = []
+    for name, wording in {**wordings.forms, **wordings.asks}.items():
+        role: Role = "form" if name in wordings.forms else "ask"
+        if hand == "a" and name == "trained":
+            continue
+        few = FITTED if role == "form" else FITTED // 2
+        fitted = [wording.prompt(item) for item in rng.sample(list(items.fit), few)]
+        tested = [wording.prompt(item) for item in rng.sample(list(items.test), TESTED)]
+        made += [((f"{hand}: {name}", role, "fit", None), fitted), ((f"{hand}: {name}", role, "test", None), tested)]
+        if role == "form":
+            first = name == "trained"
+            for kind in _made_asks([fitted] if first else [fitted, fitted], 0):
+                if first or kind.group == 1:
+                    made.append(((f"{hand}: {name} / {kind.name}", "made", "fit", f"{hand}: {name}"), kind.prompts))
+    return made
+
+
+def of_far(model: Any, tokenizer: Any, task: str) -> list[tuple[Kind, Sequence[str]]]:
+    """What is far from the task: written by the model, given, and kept for the test."""
+    made: list[tuple[Kind, Sequence[str]]] = []
+    made += [((kind.name, "far", "fit", None), kind.prompts) for kind in _written(model, tokenizer, 160, 0)]
+    made += [((name, "far", "fit", "given"), prompts) for name, prompts in far_known(40).items()]
+    made += [((name, "far", "test", None), prompts) for name, prompts in far_test(task, TESTED).items()]
+    return made
+
+
+HANDS: dict[str, Callable[[str], Wordings]] = {
+    "mine": own,
+    "a": lambda task: own(task, "_a"),
+    "theirs": by_others,
+    "far": own,
+}

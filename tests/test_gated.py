@@ -55,7 +55,7 @@ def score_of(model: nn.Module, gate: Gate, row: Sequence[int]) -> torch.Tensor:
         hook.remove()
     states = [seen[layer][0, -1].double() for layer in gate.layers]
     unit = torch.cat([state / state.square().mean().sqrt() for state in states])
-    return (unit @ gate.weight.double() + gate.bias.double()).float()
+    return (gate.weight.double() @ unit + gate.bias.double()).max().float()
 
 
 def opened(model: nn.Module, gate: Gate, rows: Sequence[Sequence[int]] = ROWS) -> list[bool]:
@@ -101,6 +101,16 @@ def test_a_row_is_frozen_or_steered_as_a_whole(watch: Any, family: Any) -> None:
     rows = [slice(0, len(row)) for row in ROWS]
     cut = [[part[i, row] for i, row in enumerate(rows)] for part in (gated, frozen, steered)]
     assert_decided(opened(model, gate), *cut)
+
+
+def test_one_score_of_several_is_enough() -> None:
+    gate = Gate((0,), PROBE, 32, 2)
+    with torch.no_grad():
+        gate.weight[0, 0] = gate.weight[1, 1] = 1
+        gate.bias.fill_(-1)
+    states = torch.zeros(3, 32)
+    states[0, 0] = states[1, 1] = states[2, 2] = 5.0
+    assert gate.opens([states]).tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize("layers", LAYERS, ids=str)

@@ -91,7 +91,8 @@ def test_a_gate_that_was_fitted_decides_as_it_was_read(model: Any) -> None:
     with torch.no_grad():
         for parameter in trails.parameters():
             parameter.fill_(3.0)
-        score = _features(Host.of(model), tokenizer, prompts, gate, 200) @ gate.weight.double() + gate.bias
+        z = _features(Host.of(model), tokenizer, prompts, gate, 200)
+        score = (z @ gate.weight.double().mT + gate.bias).amax(1)
         for prompt, due in zip(prompts, score.tolist(), strict=True):
             ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
             frozen = model(ids).logits

@@ -39,7 +39,9 @@ from benchmarks.gates.prompts import TASKS, Wording, by_others, far_test, own
 from tokenpaths.data import Choice
 from tokenpaths.demo import demo_model
 from tokenpaths.lab.peers import PeftAdapter
-from tokenpaths.limits.requests import PROBE, _fitted, _Kind, _probe_of
+from tokenpaths.limits.openings import Kind
+from tokenpaths.limits.openings import fitted as fitted_gate
+from tokenpaths.limits.requests import PROBE, _probe_of
 from tokenpaths.trailmap.gate import Gate
 
 WORK = KEPT / "gates"
@@ -51,28 +53,34 @@ STEPS, RATE, RANK = 60, 1e-3, 8
 # Splits
 
 
-def split(found: dict[Any, Tensor], seed: int, count: int, bare: Gate) -> dict[str, Any]:
-    """A gate from `count` forms, the trained one among them, and what it does on the rest."""
+def split(found: dict[Any, Tensor], seed: int, count: int, bare: Gate, hand: str = "") -> dict[str, Any]:
+    """A gate from `count` forms, the trained one among them, and what it does on the rest.
+
+    Without `hand`, forms and asks of all hands are split at random. With it, those of the first hand are given, and
+    those of this one are unseen.
+    """
     rng = random.Random(f"split {seed}")
     names = {role: sorted({name for name, r, *_ in found if r == role}) for role in ("form", "ask")}
     forms = ["mine: trained", *rng.sample([n for n in names["form"] if n != "mine: trained"], len(names["form"]) - 1)]
-    fitted, unseen = forms[:count], forms[MANY:]
     asks = rng.sample(names["ask"], len(names["ask"]))
-    given, other = asks[:GIVEN_ASKS], asks[GIVEN_ASKS:]
-    kinds: list[_Kind] = []
+    fitted, unseen, given, other = forms[:count], forms[MANY:], asks[:GIVEN_ASKS], asks[GIVEN_ASKS:]
+    if hand:
+        fitted, given = ([n for n in some if n.startswith("mine")] for some in (forms, asks))
+        unseen, other = ([n for n in some if n.startswith(hand)] for some in (forms, asks))
+    kinds: list[Kind] = []
     for (name, role, part, form), z in found.items():
         if part != "fit":
             continue
         if role == "form" and name in fitted:
-            kinds.append(_Kind(name, "form", ["" for _ in z], fitted.index(name), z.double()))
+            kinds.append(Kind(name, "form", ["" for _ in z], fitted.index(name), z.double()))
         elif role == "made" and form in fitted:
             group = fitted.index(form) if "another last line" in name else None
-            kinds.append(_Kind(name, "ask", ["" for _ in z], group, z.double()))
+            kinds.append(Kind(name, "ask", ["" for _ in z], group, z.double()))
         elif role == "far" or (role == "ask" and name in given):
-            kinds.append(_Kind(name, role, ["" for _ in z], None, z.double()))
-    made = _fitted(bare, kinds, 0.05, 0.01)
+            kinds.append(Kind(name, role, ["" for _ in z], None, z.double()))
+    made = fitted_gate(bare, kinds, 0.05, 0.01)
     weight, bias = made.gate.weight.double(), made.gate.bias.double()
-    scores = {(n, r): z.double() @ weight + bias for (n, r, part, _), z in found.items() if part == "test"}
+    scores = {(n, r): (z.double() @ weight.mT + bias).amax(1) for (n, r, part, _), z in found.items() if part == "test"}
     opened = {key: float((score > 0).double().mean()) for key, score in scores.items()}
     far = [name for name, role in scores if role == "far"]
     yes = torch.cat([scores[name, "form"] for name in unseen])
@@ -98,12 +106,13 @@ def _at(yes: Tensor, no: Tensor, share: float) -> float:
 
 
 def splits(model: Any, tokenizer: Any) -> dict[str, Any]:
-    count = model.config.num_hidden_layers
-    bare = Gate((count - 1 - count // 10, count - 1), _probe_of(tokenizer, PROBE), 1)
+    bare = Gate((model.config.num_hidden_layers - 1,), _probe_of(tokenizer, PROBE), 1)
     found: dict[str, Any] = {}
     for task in TASKS:
         features = gather(model, tokenizer, task, WORK)
         found[task] = {str(n): [split(features, seed, n, bare) for seed in SEEDS] for n in (1, 4, 8, 16)}
+        for hand in ("theirs", "a") if task == "trec" else ("a",):
+            found[task][f"hand {hand}"] = [split(features, 0, MANY, bare, hand)]
     return found
 
 
@@ -203,10 +212,10 @@ def _arm(arm: str, model: Any, adapter: Any, gate: Gate) -> Any:
 def cost() -> dict[str, Any]:
     model, tokenizer = demo_model()
     trails = tp.TrailMap({site: tp.Additive(tp.width(model)) for site in tp.sites(model, tokens=tp.Last(1))})
-    count, told = model.config.num_hidden_layers, dict[str, Any]()
+    told: dict[str, Any] = {}
     gates = {}
     for name, bias in (("shut", -1.0), ("open", 1.0)):
-        gates[name] = Gate((count - 1 - count // 10, count - 1), _probe_of(tokenizer, PROBE), tp.width(model))
+        gates[name] = Gate((model.config.num_hidden_layers - 1,), _probe_of(tokenizer, PROBE), tp.width(model))
         gates[name].bias.fill_(bias)
 
     def prefill(ids: Tensor, gate: Gate | None) -> None:

@@ -23,8 +23,7 @@ FITTED, TESTED = 24, 40  # prompts of a form, or half as many of an ask
 def gather(model: Any, tokenizer: Any, task: str, folder: Path) -> dict[Any, Tensor]:
     """Features by (name, role, part, form that it belongs to)."""
     host = Host.of(model)
-    count = len(host.blocks)
-    gate = Gate((count - 1 - count // 10, count - 1), _probe_of(tokenizer, PROBE), 1)
+    gate = Gate((len(host.blocks) - 1,), _probe_of(tokenizer, PROBE), 1)
     found: dict[Any, Tensor] = {}
     for hand, read in HANDS.items():
         path = folder / f"{task}-{hand}.pt"

@@ -26,6 +26,7 @@ from tokenpaths.lab.audit.report import Threshold
 from tokenpaths.lab.chains.report import HELD_OUT, TRAIN, Score, WayOrForm
 from tokenpaths.lab.forgetting import datasets
 from tokenpaths.report.records import Record
+from tokenpaths.trailmap.gate import Gate
 from tokenpaths.trails import RED
 from tokenpaths.training import beside, samples
 from tokenpaths.training.checkpoints import Checkpoints
@@ -81,6 +82,27 @@ def trails() -> tp.TrailMap:
         for parameter in made.parameters():
             nn.init.normal_(parameter)
         return made
+
+
+def gate() -> Gate:
+    made = Gate((0, 1), (5, 6), DIM, 2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for number in made.buffers():
+            number.normal_()
+    return made
+
+
+def saved_gate(folder: Path) -> Path:
+    gate().save(folder / "gate.safetensors")
+    return folder / "gate.safetensors"
+
+
+def gated_trails(folder: Path) -> Path:
+    made = trails()
+    made.gate = gate()
+    made.save(folder / "gated.safetensors")
+    return folder / "gated.safetensors"
 
 
 def saved_trails(folder: Path) -> Path:
@@ -305,6 +327,8 @@ FORMATS: dict[str, Format] = {
     "trails": Format(saved_trails, lambda path: of_map(tp.TrailMap.load(path))),
     "trails, restored": Format(saved_trails, restored),
     "trails, from a folder": Format(in_folder, lambda path: of_map(tp.TrailMap.from_pretrained(path))),
+    "gate": Format(saved_gate, lambda path: plain(Gate.load(path).state_dict())),
+    "trails behind a gate": Format(gated_trails, lambda path: of_map(tp.TrailMap.load(path))),
     "checkpoint": Format(checkpoint, resumed),
     "cone store": Format(cone_store, of_store),
     "targets": Format(captured, of_targets),

@@ -5,8 +5,8 @@ from tokenpaths.limits.gates import Gates as Gates
 from tokenpaths.limits.gates import Guard as Guard
 from tokenpaths.limits.gates import guard as guard
 from tokenpaths.limits.kinds import Kind as Kind
-from tokenpaths.limits.requests import GateFit as GateFit
-from tokenpaths.limits.requests import KindOpened as KindOpened
+from tokenpaths.limits.openings import GateFit as GateFit
+from tokenpaths.limits.openings import KindOpened as KindOpened
 from tokenpaths.limits.requests import fit_gate as fit_gate
 from tokenpaths.limits.strength import AtStrength as AtStrength
 from tokenpaths.limits.strength import strength_curve as strength_curve

@@ -8,13 +8,10 @@ with attach(model, trails, when=found.gate): ...     # or trails.gate = found.ga
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -28,8 +25,8 @@ from tokenpaths.engine.forwards import forward_states
 from tokenpaths.engine.readings import frozen
 from tokenpaths.engine.states import recording
 from tokenpaths.limits.asks import OPENINGS, content_of, other_asks
+from tokenpaths.limits.openings import GateFit, Kind, fitted
 from tokenpaths.site import Host, Place
-from tokenpaths.stats.intervals import UNKNOWN, Interval, mean_interval
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.trailmap.gate import Gate
 from tokenpaths.training.samples import chat_opening, self_samples
@@ -37,86 +34,9 @@ from tokenpaths.undo import tidy
 
 Prompts: TypeAlias = Sequence[str] | Mapping[str, Sequence[str]]
 """Prompts of one kind, or of several by name."""
-Role = Literal["form", "ask", "far"]
 PROBE = "\n\nTask:"
 """What is put behind every prompt, for the gate's reading alone."""
 LEAST = 8  # prompts of a form
-FOLDS = 8
-SHRINK = 0.4
-"""How far correlations are shrunk towards zero."""
-
-
-@dataclass(frozen=True)
-class KindOpened:
-    """How a gate does on one kind of prompts, whose direction and threshold were fitted without this kind.
-
-    `role` is "form" for a wording of the task, "ask" for another ask of the task's texts, and "far" for anything else.
-    `opened` is the share of its prompts that open. For a form, `known` is the share of prompts that open when other
-    prompts of this form were fitted.
-    """
-
-    name: str
-    role: Role
-    prompts: int
-    opened: float
-    known: float = math.nan
-
-
-@dataclass(frozen=True, eq=False)
-class GateFit:
-    """A fitted gate, and how it does.
-
-    Args:
-        gate: for `attach(model, trails, when=gate)`.
-        kinds: each kind that was read.
-        near: the share of other asks that may open, as promised.
-        far: the same of anything else.
-    """
-
-    gate: Gate
-    kinds: tuple[KindOpened, ...]
-    near: float
-    far: float
-
-    def opened(self, role: Role) -> list[float]:
-        """The share of prompts that open, of each kind of this role, which was not fitted."""
-        return [kind.opened for kind in self.kinds if kind.role == role]
-
-    @property
-    def reliability(self) -> tuple[float, Interval]:
-        """The share of unseen prompts of known forms that open."""
-        return _mean([kind.known for kind in self.kinds if kind.role == "form"])
-
-    @property
-    def generality(self) -> tuple[float, Interval]:
-        """The share of prompts of an unseen form that open; NaN where only one form was given."""
-        forms = self.opened("form")
-        return _mean(forms) if len(forms) > 1 else (math.nan, UNKNOWN)
-
-    def locality(self, role: Literal["ask", "far"]) -> tuple[float, Interval]:
-        """The share of prompts of an unseen ask, or far kind, that open."""
-        return _mean(self.opened(role))
-
-    def __str__(self) -> str:
-        forms = self.opened("form")
-        lines = [f"opens on {_told(self.reliability)} of unseen prompts of the {len(forms)} forms given (reliability)"]
-        if len(forms) > 1:
-            lines.append(
-                f"     on {_told(self.generality)} of a form not given, on {min(forms):.2f} of the worst (generality)"
-            )
-        else:
-            lines.append("     on forms not given: cannot tell, as one form was given (generality)")
-        parts: tuple[tuple[Literal["ask", "far"], str, float], ...] = (
-            ("ask", "other asks of the texts", self.near),
-            ("far", "far prompts", self.far),
-        )
-        for role, name, most in parts:
-            kinds = self.opened(role)
-            told = _told(self.locality(role))
-            lines.append(
-                f"     on {told} of {name}, of a kind not given, {len(kinds)} kinds; set for {most:.0%} (locality)"
-            )
-        return "\n".join(lines)
 
 
 @tidy
@@ -145,11 +65,15 @@ def fit_gate(
 
         w = D^-1 R^-1 D^-1 (mu1 - mu0)                       score(z) = (w . z - w . mu0) / (w . mu1 - w . mu0)
 
-    So what forms differ in is spread within the task, and is not what the gate goes by. The threshold is of kinds that
-    were not fitted: in 8 folds, an eighth of the forms, asks and kinds is left out, a direction fitted to the rest, and
-    they are scored by it. It is the larger of two conformal ranks (Vovk et al. 2005): the floor(near (n + 1))-th
-    largest score of the n asks, and the floor(far (n + 1))-th of the far prompts. Prompts of kinds like those given
-    thus open with these probabilities at most; nothing is promised of others.
+    There is one such score of all forms together, in which what forms differ in is spread within the task and is not
+    what the gate goes by: it opens forms that were not given. And there is one of each form alone, which opens that
+    form. Each is measured from the level q that others have in it, (score - q) / (1 - q), and the largest counts.
+
+    Levels and threshold are of kinds that were not fitted: in 8 folds, an eighth of the forms, asks and kinds is left
+    out, directions are fitted to the rest, and they are scored by them. Each is the larger of two conformal ranks (Vovk
+    et al. 2005): the floor(near (n + 1))-th largest score of the n asks, and the floor(far (n + 1))-th of the far
+    prompts. Prompts of kinds like those given thus open with about these probabilities at most; nothing is promised of
+    others.
 
     Others are made beside those that are given. 40 asks of any text are put to the contents of the task's prompts,
     which is what the prompts of one form do not share; and 29 more in the words of each form whose last line says what
@@ -165,7 +89,7 @@ def fit_gate(
         near: the share of other asks that may open.
         far: the share of far prompts that may open.
         own: how many texts the model writes. With 0 it writes none.
-        layers: where states are read; by default after the last block, and a tenth of the blocks before it.
+        layers: where states are read; by default after the last block.
         probe: what stands behind each prompt when it is read.
         trails: an adapter that lies in the model without being attached, as PEFT's do. It is off meanwhile.
         max_batch_tokens: the most tokens in one forward.
@@ -188,31 +112,19 @@ def fit_gate(
     for name, prompts in forms.items():
         if len(prompts) < LEAST:
             raise ValueError(f"fit_gate: the form {name!r} has {len(prompts)} prompts; a gate needs at least {LEAST}")
-    kinds = [_Kind(name, "form", prompts, group) for group, (name, prompts) in enumerate(forms.items())]
-    kinds += [_Kind(name, "ask", prompts) for name, prompts in _kinds("asks", asks).items()]
+    kinds = [Kind(name, "form", prompts, group) for group, (name, prompts) in enumerate(forms.items())]
+    kinds += [Kind(name, "ask", prompts) for name, prompts in _kinds("asks", asks).items()]
     kinds += _made_asks(list(forms.values()), seed)
-    kinds += [_Kind(name, "far", prompts) for name, prompts in _kinds("other", other).items()]
+    kinds += [Kind(name, "far", prompts) for name, prompts in _kinds("other", other).items()]
     with frozen(model, trails):
         if as_whole("fit_gate: own", own, 0):
             kinds += _written(model, tokenizer, own, seed)
         host = Host.of(model)
-        count = len(host.blocks)
-        at = tuple(sorted({count - 1 - count // 10, count - 1} if layers is None else set(layers)))
+        at = [len(host.blocks) - 1] if layers is None else sorted(set(layers))
         gate = Gate(at, _probe_of(tokenizer, probe), 1)
         for kind in kinds:
             kind.features = _features(host, tokenizer, kind.prompts, gate, max_batch_tokens)
-    return _fitted(gate, kinds, near, far)
-
-
-@dataclass(eq=False)
-class _Kind:
-    """Prompts of one kind. Those of one `group` are left out together: a form, and asks in its words."""
-
-    name: str
-    role: Role
-    prompts: Sequence[str]
-    group: int | None = None
-    features: Tensor = torch.empty(0)
+    return fitted(gate, kinds, near, far)
 
 
 def _kinds(what: str, given: Prompts) -> dict[str, Sequence[str]]:
@@ -222,22 +134,22 @@ def _kinds(what: str, given: Prompts) -> dict[str, Sequence[str]]:
     return {name: prompts for name, prompts in kinds.items() if len(prompts)}
 
 
-def _made_asks(forms: Sequence[Sequence[str]], seed: int) -> list[_Kind]:
+def _made_asks(forms: Sequence[Sequence[str]], seed: int) -> list[Kind]:
     """Other asks of the contents: all of them once, and in the words of each form some that end otherwise."""
     plain = next((i for i, prompts in enumerate(forms) if any(content_of(prompts)[::2])), 0)
-    made: list[_Kind] = []
+    made: list[Kind] = []
     for group, prompts in enumerate(forms):
         asks = other_asks(prompts, 6 if group == plain else 1, seed)
         cues = [prompt for name, some in asks.items() if name.startswith("cue") for prompt in some]
         if group == plain:
-            made += [_Kind(name, "ask", some) for name, some in asks.items() if not name.startswith("cue")]
+            made += [Kind(name, "ask", some) for name, some in asks.items() if not name.startswith("cue")]
         if cues:
             some = random.Random(f"cues {seed} {group}").sample(cues, min(len(cues), 48 if len(forms) == 1 else 16))
-            made.append(_Kind(f"form {group} with another last line", "ask", some, group))
+            made.append(Kind(f"form {group} with another last line", "ask", some, group))
     return made
 
 
-def _written(model: nn.Module, tokenizer: Any, count: int, seed: int) -> list[_Kind]:
+def _written(model: nn.Module, tokenizer: Any, count: int, seed: int) -> list[Kind]:
     """Texts of the frozen model, cut off anywhere, by what they begin with; and chats, if it has a template."""
     rng = random.Random(f"own {seed}")
     options: dict[str, Any] = {"max_new_tokens": 40, "batch_size": 40, "seed": seed}
@@ -247,7 +159,7 @@ def _written(model: nn.Module, tokenizer: Any, count: int, seed: int) -> list[_K
         until = rng.randint(min(8, len(example)), len(example))
         text = tokenizer.decode(example.ids[:until], skip_special_tokens=True)
         by.setdefault(example.ids[: example.prompt_length], []).append(text)
-    kinds = [_Kind(f"own: {tokenizer.decode(begin)!r}", "far", texts) for begin, texts in by.items()]
+    kinds = [Kind(f"own: {tokenizer.decode(begin)!r}", "far", texts) for begin, texts in by.items()]
     if getattr(tokenizer, "chat_template", None):
         said = self_samples(model, tokenizer, max(1, count // 6), openings=[chat_opening(tokenizer)], **options)
         words = [tokenizer.decode(one.ids[one.prompt_length :], skip_special_tokens=True) for one in said]
@@ -257,7 +169,7 @@ def _written(model: nn.Module, tokenizer: Any, count: int, seed: int) -> list[_K
             )
             for text in words
         ]
-        kinds += [_Kind("own: chats", "far", chats), _Kind("own: what users say", "far", words)]
+        kinds += [Kind("own: chats", "far", chats), Kind("own: what users say", "far", words)]
     return kinds
 
 
@@ -284,114 +196,3 @@ def _features(
             read = gate.features([states[layer][at, last.to(states[layer].device)] for layer in gate.layers])
             found.update(zip(some, read.double().cpu(), strict=True))
     return torch.stack([found[i] for i in range(len(rows))])
-
-
-def _fitted(gate: Gate, kinds: Sequence[_Kind], near: float, far: float) -> GateFit:
-    """The gate of features that were read, and how each kind does in the folds that leave it out."""
-    fold = _folds(kinds)
-    unseen = [torch.empty(0)] * len(kinds)
-    for number in range(FOLDS):
-        left = [i for i in range(len(kinds)) if fold[i] == number]
-        if left:
-            rest = [kind for i, kind in enumerate(kinds) if i not in left]
-            if not any(kind.role == "form" for kind in rest):  # one form: it cannot be left out
-                rest += [kind for kind in kinds if kind.role == "form"]
-            score = _Score.of([(kind.role, kind.features) for kind in rest])
-            for i in left:
-                unseen[i] = score(kinds[i].features)
-    parts = [[i % 4 == 0 for i in range(len(kind.prompts))] for kind in kinds]
-    seen = _Score.of([(kind.role, kind.features[~torch.tensor(held)]) for kind, held in zip(kinds, parts, strict=True)])
-    threshold = max(_rank(kinds, unseen, "ask", near), _rank(kinds, unseen, "far", far))
-    score = _Score.of([(kind.role, kind.features) for kind in kinds])
-    made = Gate(gate.layers, gate.probe, len(score.w) // len(gate.layers))
-    made.weight.copy_(score.w / score.gap)
-    made.bias.fill_(float(-score.zero / score.gap - threshold))
-    told = [
-        KindOpened(
-            kind.name,
-            kind.role,
-            len(kind.prompts),
-            _share(unseen[i] > threshold),
-            _share(seen(kind.features[torch.tensor(held)]) > threshold) if kind.role == "form" else math.nan,
-        )
-        for i, (kind, held) in enumerate(zip(kinds, parts, strict=True))
-    ]
-    return GateFit(made, tuple(told), near, far)
-
-
-def _folds(kinds: Sequence[_Kind]) -> list[int]:
-    """The fold of each kind: kinds of each role in turn, and those of a group together."""
-    count = {"form": 0, "ask": 0, "far": 0}
-    found: list[int] = []
-    for kind in kinds:
-        found.append((count[kind.role] if kind.group is None else kind.group) % FOLDS)
-        count[kind.role] += 1
-    return found
-
-
-def _rank(kinds: Sequence[_Kind], scores: Sequence[Tensor], role: Role, share: float) -> float:
-    """The floor(share (n + 1))-th largest score of prompts of a role; -inf where there is none."""
-    found = torch.cat(
-        [score for kind, score in zip(kinds, scores, strict=True) if kind.role == role] or [torch.empty(0)]
-    )
-    if not len(found):
-        return -math.inf
-    rank = math.floor(share * (len(found) + 1) + 1e-9)
-    if rank < 1:
-        raise ValueError(
-            f"fit_gate: that {share:g} of {role} prompts open cannot be promised from {len(found)}: it takes "
-            f"{math.ceil(1 / share - 1)}. Give more, raise own=, or the share"
-        )
-    return float(found.sort(descending=True).values[rank - 1])
-
-
-@dataclass(frozen=True, eq=False)
-class _Score:
-    """(w . z - zero) / gap: 0 for the mean of other kinds, 1 for that of forms."""
-
-    w: Float[Tensor, " features"]
-    zero: Float[Tensor, ""]
-    gap: Float[Tensor, ""]
-
-    def __call__(self, features: Float[Tensor, "prompts features"]) -> Float[Tensor, " prompts"]:
-        return (features @ self.w - self.zero) / self.gap
-
-    @staticmethod
-    def of(kinds: Sequence[tuple[Role, Tensor]]) -> _Score:
-        """Fisher's discriminant, in which each kind counts alike."""
-        yes, no = ([z for role, z in kinds if (role == "form") == is_form and len(z)] for is_form in (True, False))
-        mu1, s1 = _moments(yes)
-        mu0, s0 = _moments(no)
-        s = (s1 + s0) / 2
-        d = s.diagonal().clamp_min(1e-12).sqrt()
-        r = (1 - SHRINK) * s / d / d[:, None]
-        r.diagonal().add_(SHRINK)
-        w = torch.linalg.solve(r, (mu1 - mu0) / d) / d
-        return _Score(w, w @ mu0, (w @ (mu1 - mu0)).clamp_min(1e-12))
-
-
-def _moments(kinds: Sequence[Tensor]) -> tuple[Float[Tensor, " features"], Float[Tensor, "features features"]]:
-    """The mean of kinds' means, and the scatter within kinds and between their means."""
-    means = torch.stack([z.mean(0) for z in kinds])
-    mu = means.mean(0)
-    within = torch.stack([z.mean(0) for z in kinds])
-    rows = torch.cat([(z - m) / math.sqrt(len(z)) for z, m in zip(kinds, within, strict=True)])
-    apart = means - mu
-    return mu, (rows.mT @ rows + apart.mT @ apart) / len(kinds)
-
-
-def _share(opened: Tensor) -> float:
-    return float(opened.double().mean()) if len(opened) else math.nan
-
-
-def _mean(shares: Sequence[float]) -> tuple[float, Interval]:
-    """The mean over kinds, and its interval, kinds being the items."""
-    values = np.array(shares, dtype=float)
-    if not len(values):
-        return math.nan, UNKNOWN
-    return float(values.mean()), mean_interval(values, within=(0, 1))
-
-
-def _told(value: tuple[float, Interval]) -> str:
-    mean, (low, high) = value
-    return f"{mean:.3f} ({low:.3f} to {high:.3f})"

@@ -1,7 +1,7 @@
 """A gate before an adapter: one decision a request, read off the frozen model's states.
 
     z      = the states of the last token of prompt + probe at some layers, each divided by its root mean square
-    opens  = w z + b > 0
+    opens  = any(W z + b > 0)
 
 The probe is a few tokens, such as "Task:", that are put behind every prompt for this reading alone. Prompts end in
 anything, and the state of their last token tells of that more than of what is asked; behind one probe they all end
@@ -34,12 +34,13 @@ class Gate(nn.Module):
         layers: behind which blocks the states are read, from the lowest.
         probe: the token ids that are put behind a prompt.
         dim: the width of the states.
+        scores: how many scores there are, of which one must be above 0.
     """
 
-    weight: Float[Tensor, " features"]
-    bias: Float[Tensor, ""]
+    weight: Float[Tensor, "scores features"]
+    bias: Float[Tensor, " scores"]
 
-    def __init__(self, layers: Sequence[int], probe: Sequence[int], dim: int) -> None:
+    def __init__(self, layers: Sequence[int], probe: Sequence[int], dim: int, scores: int = 1) -> None:
         super().__init__()
         self.layers = tuple(as_whole("Gate: layer", layer, 0) for layer in layers)
         self.probe = tuple(as_whole("Gate: token of the probe", token, 0) for token in probe)
@@ -49,11 +50,12 @@ class Gate(nn.Module):
                 f"Gate: it reads at least one layer, from the lowest, behind at least one token, not layers="
                 f"{self.layers} behind probe={self.probe}"
             )
-        self.register_buffer("weight", torch.zeros(self.dim * len(self.layers)))
-        self.register_buffer("bias", torch.zeros(()))
+        count = as_whole("Gate: scores", scores)
+        self.register_buffer("weight", torch.zeros(count, self.dim * len(self.layers)))
+        self.register_buffer("bias", torch.zeros(count))
 
     def __repr__(self) -> str:
-        return f"Gate(layers={self.layers}, probe={self.probe}, dim={self.dim})"
+        return f"Gate(layers={self.layers}, probe={self.probe}, dim={self.dim}, scores={len(self.bias)})"
 
     @staticmethod
     def features(states: Sequence[Float[Tensor, "batch dim"]]) -> Float[Tensor, "batch features"]:
@@ -61,13 +63,13 @@ class Gate(nn.Module):
         wide = [state.float() for state in states]
         return torch.cat([s * s.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt() for s in wide], -1)
 
-    def scores(self, states: Sequence[Float[Tensor, "batch dim"]]) -> Float[Tensor, " batch"]:
-        """The score of each request, from its states at each layer."""
-        return self.features(states).to(self.weight.device) @ self.weight + self.bias
+    def scores(self, states: Sequence[Float[Tensor, "batch dim"]]) -> Float[Tensor, "batch scores"]:
+        """The scores of each request, from its states at each layer."""
+        return self.features(states).to(self.weight.device) @ self.weight.mT + self.bias
 
     def opens(self, states: Sequence[Float[Tensor, "batch dim"]]) -> Bool[Tensor, " batch"]:
         """Whether each request is one that the adapter is for."""
-        return self.scores(states) > 0
+        return (self.scores(states) > 0).any(-1)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Gate:
         """Moved with the trails to a device, but never cast: decisions near the threshold would change."""
@@ -79,17 +81,18 @@ class Gate(nn.Module):
 
     def note(self) -> dict[str, Any]:
         """What a file tells of it, beside its numbers."""
-        return {"layers": list(self.layers), "probe": list(self.probe), "dim": self.dim}
+        return {"layers": list(self.layers), "probe": list(self.probe), "dim": self.dim, "scores": len(self.bias)}
 
     @classmethod
     def from_note(cls, note: Any) -> Gate:
         """A gate of this note, with numbers of zero. Raises `TrailFileError`."""
         try:
-            if set(note) != {"layers", "probe", "dim"} or max(len(note["layers"]), len(note["probe"])) > 64:
+            if set(note) != {"layers", "probe", "dim", "scores"} or max(len(note["layers"]), len(note["probe"])) > 64:
                 raise ValueError("it has other entries than a gate's")
-            if max(as_whole("dim", note["dim"]), *note["layers"], *note["probe"]) > _MOST:
+            size = as_whole("dim", note["dim"]) * as_whole("scores", note["scores"])
+            if max(size, *note["layers"], *note["probe"]) > _MOST:
                 raise ValueError("it asks for more than a gate has")
-            return cls(note["layers"], note["probe"], note["dim"])
+            return cls(note["layers"], note["probe"], note["dim"], note["scores"])
         except (TypeError, ValueError, KeyError) as error:
             raise TrailFileError(f"the note of its gate is {quoted(note)}: {error}") from None
 

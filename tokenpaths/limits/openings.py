@@ -1,0 +1,249 @@
+"""Where a gate opens: the discriminants and the threshold, from what was read of prompts; and how it does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tokenpaths.stats.intervals import UNKNOWN, Interval, mean_interval
+from tokenpaths.trailmap.gate import Gate
+
+Role: TypeAlias = Literal["form", "ask", "far"]
+FOLDS = 8
+SHRINK = 0.4
+"""How far correlations are shrunk towards zero."""
+
+
+@dataclass(eq=False)
+class Kind:
+    """Prompts of one kind. Those of one `group` are left out together: a form, and asks in its words."""
+
+    name: str
+    role: Role
+    prompts: Sequence[str]
+    group: int | None = None
+    features: Tensor = torch.empty(0)
+
+
+@dataclass(frozen=True)
+class KindOpened:
+    """How a gate does on one kind of prompts, whose direction and threshold were fitted without this kind.
+
+    `role` is "form" for a wording of the task, "ask" for another ask of the task's texts, and "far" for anything else.
+    `opened` is the share of its prompts that open. For a form, `known` is the share of prompts that open when other
+    prompts of this form were fitted.
+    """
+
+    name: str
+    role: Role
+    prompts: int
+    opened: float
+    known: float = math.nan
+
+
+@dataclass(frozen=True, eq=False)
+class GateFit:
+    """A fitted gate, and how it does.
+
+    Args:
+        gate: for `attach(model, trails, when=gate)`.
+        kinds: each kind that was read.
+        near: the share of other asks that may open, as promised.
+        far: the same of anything else.
+    """
+
+    gate: Gate
+    kinds: tuple[KindOpened, ...]
+    near: float
+    far: float
+
+    def opened(self, role: Role) -> list[float]:
+        """The share of prompts that open, of each kind of this role, which was not fitted."""
+        return [kind.opened for kind in self.kinds if kind.role == role]
+
+    @property
+    def reliability(self) -> tuple[float, Interval]:
+        """The share of unseen prompts of known forms that open."""
+        return _mean([kind.known for kind in self.kinds if kind.role == "form"])
+
+    @property
+    def generality(self) -> tuple[float, Interval]:
+        """The share of prompts of an unseen form that open; NaN where only one form was given."""
+        forms = self.opened("form")
+        return _mean(forms) if len(forms) > 1 else (math.nan, UNKNOWN)
+
+    def locality(self, role: Literal["ask", "far"]) -> tuple[float, Interval]:
+        """The share of prompts of an unseen ask, or far kind, that open."""
+        return _mean(self.opened(role))
+
+    def __str__(self) -> str:
+        forms = self.opened("form")
+        lines = [f"opens on {_told(self.reliability)} of unseen prompts of the {len(forms)} forms given (reliability)"]
+        if len(forms) > 1:
+            lines.append(
+                f"     on {_told(self.generality)} of a form not given, on {min(forms):.2f} of the worst (generality)"
+            )
+        else:
+            lines.append("     on forms not given: cannot tell, as one form was given (generality)")
+        parts: tuple[tuple[Literal["ask", "far"], str, float], ...] = (
+            ("ask", "other asks of the texts", self.near),
+            ("far", "far prompts", self.far),
+        )
+        for role, name, most in parts:
+            kinds = self.opened(role)
+            told = _told(self.locality(role))
+            lines.append(
+                f"     on {told} of {name}, of a kind not given, {len(kinds)} kinds; set for {most:.0%} (locality)"
+            )
+        return "\n".join(lines)
+
+
+def fitted(gate: Gate, kinds: Sequence[Kind], near: float, far: float) -> GateFit:
+    """The gate of features that were read, and how each kind does in the folds that leave it out."""
+    fold = _folds(kinds)
+    unseen = [torch.empty(0, 0)] * len(kinds)
+    for number in range(FOLDS):
+        left = {i for i in range(len(kinds)) if fold[i] == number}
+        if left:
+            rest = [None if i in left else kind.features for i, kind in enumerate(kinds)]
+            if all(z is None for z, kind in zip(rest, kinds, strict=True) if kind.role == "form"):  # one form
+                rest = [kind.features if kind.role == "form" else z for z, kind in zip(rest, kinds, strict=True)]
+            scores = _Scores.of(kinds, rest)
+            for i in left:
+                unseen[i] = scores(kinds[i].features)
+    others = [i for i, kind in enumerate(kinds) if kind.role != "form"]
+    count = unseen[0].shape[1]
+    usual = torch.stack([_level(kinds, [score[:, s] for score in unseen], near, far) for s in range(count)])
+    joint = [_joint(score, usual) for score in unseen]
+    threshold = _level(kinds, joint, near, far)
+    whole = _Scores.of(kinds, [kind.features for kind in kinds])
+    made = Gate(gate.layers, gate.probe, whole.w.shape[1] // len(gate.layers), count)
+    span = (1 - usual).clamp_min(_LEAST_SPAN)
+    made.weight.copy_(whole.w / span[:, None])
+    made.bias.copy_((-whole.zero - usual) / span - threshold)
+    held = [torch.arange(len(kind.prompts)) % 4 == 0 for kind in kinds]
+    seen = _Scores.of(kinds, [kind.features[~part] for kind, part in zip(kinds, held, strict=True)])
+    known = [_joint(seen(kind.features[part]), usual) for kind, part in zip(kinds, held, strict=True)]
+    told = [
+        KindOpened(
+            kind.name,
+            kind.role,
+            len(kind.prompts),
+            _share(joint[i] > threshold),
+            math.nan if i in others else _share(known[i] > threshold),
+        )
+        for i, kind in enumerate(kinds)
+    ]
+    return GateFit(made, tuple(told), near, far)
+
+
+_LEAST_SPAN = 0.05
+
+
+def _joint(scores: Float[Tensor, "prompts scores"], usual: Float[Tensor, " scores"]) -> Float[Tensor, " prompts"]:
+    """The largest score, in units in which 0 is the level of others in each score, and 1 the mean of its forms."""
+    units = (scores - usual) / (1 - usual).clamp_min(_LEAST_SPAN)
+    return units.nan_to_num(-math.inf).amax(1)
+
+
+def _level(kinds: Sequence[Kind], scores: Sequence[Tensor], near: float, far: float) -> Tensor:
+    """The score that at most these shares of other asks, and of far prompts, are above."""
+    return torch.tensor(max(_rank(kinds, scores, "ask", near), _rank(kinds, scores, "far", far)), dtype=torch.float64)
+
+
+def _folds(kinds: Sequence[Kind]) -> list[int]:
+    """The fold of each kind: kinds of each role in turn, and those of a group together."""
+    count = {"form": 0, "ask": 0, "far": 0}
+    found: list[int] = []
+    for kind in kinds:
+        found.append((count[kind.role] if kind.group is None else kind.group) % FOLDS)
+        count[kind.role] += 1
+    return found
+
+
+def _rank(kinds: Sequence[Kind], scores: Sequence[Tensor], role: Role, share: float) -> float:
+    """The floor(share (n + 1))-th largest score of prompts of a role; -inf where there is none."""
+    found = torch.cat(
+        [score for kind, score in zip(kinds, scores, strict=True) if kind.role == role] or [torch.empty(0)]
+    )
+    found = found[~found.isnan()]  # of a form that was left out
+    if not len(found):
+        return -math.inf
+    rank = math.floor(share * (len(found) + 1) + 1e-9)
+    if rank < 1:
+        raise ValueError(
+            f"fit_gate: that {share:g} of {role} prompts open cannot be promised from {len(found)}: it takes "
+            f"{math.ceil(1 / share - 1)}. Give more, raise own=, or the share"
+        )
+    return float(found.sort(descending=True).values[rank - 1])
+
+
+@dataclass(frozen=True, eq=False)
+class _Scores:
+    """w . z - zero: 0 for the mean of other kinds, 1 for that of forms. First of all forms, then of each one.
+
+    NaN where a form is not fitted.
+    """
+
+    w: Float[Tensor, "scores features"]
+    zero: Float[Tensor, " scores"]
+
+    def __call__(self, features: Float[Tensor, "prompts features"]) -> Float[Tensor, "prompts scores"]:
+        return features @ self.w.mT - self.zero
+
+    @staticmethod
+    def of(kinds: Sequence[Kind], features: Sequence[Tensor | None]) -> _Scores:
+        """Fisher's discriminants, in which each kind counts alike, from the features that are given."""
+        forms = [z for kind, z in zip(kinds, features, strict=True) if kind.role == "form"]
+        others = [z for kind, z in zip(kinds, features, strict=True) if kind.role != "form" and z is not None]
+        mu0, s0 = _moments([z for z in others if len(z)])
+        w: list[Tensor] = []
+        ones = [] if len(forms) == 1 else [[z] for z in forms]
+        for some in [[z for z in forms if z is not None], *ones]:
+            fitted = [z for z in some if z is not None]
+            if not fitted:
+                w.append(torch.full_like(mu0, math.nan))
+                continue
+            mu1, s1 = _moments(fitted)
+            s = (s1 + s0) / 2
+            d = s.diagonal().clamp_min(1e-12).sqrt()
+            r = (1 - SHRINK) * s / d / d[:, None]
+            r.diagonal().add_(SHRINK)
+            way = torch.linalg.solve(r, (mu1 - mu0) / d) / d
+            w.append(way / (way @ (mu1 - mu0)).clamp_min(1e-12))
+        ways = torch.stack(w)
+        return _Scores(ways, ways @ mu0)
+
+
+def _moments(kinds: Sequence[Tensor]) -> tuple[Float[Tensor, " features"], Float[Tensor, "features features"]]:
+    """The mean of kinds' means, and the scatter within kinds and between their means."""
+    means = torch.stack([z.mean(0) for z in kinds])
+    mu = means.mean(0)
+    within = torch.stack([z.mean(0) for z in kinds])
+    rows = torch.cat([(z - m) / math.sqrt(len(z)) for z, m in zip(kinds, within, strict=True)])
+    apart = means - mu
+    return mu, (rows.mT @ rows + apart.mT @ apart) / len(kinds)
+
+
+def _share(opened: Tensor) -> float:
+    return float(opened.double().mean()) if len(opened) else math.nan
+
+
+def _mean(shares: Sequence[float]) -> tuple[float, Interval]:
+    """The mean over kinds, and its interval, kinds being the items."""
+    values = np.array(shares, dtype=float)
+    if not len(values):
+        return math.nan, UNKNOWN
+    return float(values.mean()), mean_interval(values, within=(0, 1))
+
+
+def _told(value: tuple[float, Interval]) -> str:
+    mean, (low, high) = value
+    return f"{mean:.3f} ({low:.3f} to {high:.3f})"

@@ -239,6 +239,38 @@ def mean(runs: Sequence[Any], key: str) -> list[float]:
     return [statistics.fmean(run[key].values()) for run in runs]
 
 
+def of_adapter(name: str, told: str, runs: Sequence[dict[str, Any]]) -> list[Claim]:
+    """What an adapter knows and loses, without and behind a gate."""
+    found: list[Claim] = []
+    for arm in ("ungated", "gated"):
+        where = f"{told}, {'behind a gate' if arm == 'gated' else 'without a gate'}"
+        unseen = [statistics.fmean(v for k, v in run[arm].items() if k not in _NO_FORM) for run in runs]
+        far = [max(run[arm]["nats far"].values()) for run in runs]
+        near = [statistics.fmean(run[arm]["nats neighbours"].values()) for run in runs]
+        found += [
+            over_seeds(
+                f"{arm}_{name}_accuracy",
+                f"accuracy in the trained form, {where}",
+                [run[arm]["trained"] for run in runs],
+                "share",
+            ),
+            over_seeds(f"{arm}_{name}_unseen_accuracy", f"accuracy in 17 unseen forms, {where}", unseen, "share"),
+            over_seeds(
+                f"{arm}_{name}_worst_far_nats", f"KL from the frozen model on the worst far kind, {where}", far, "nats"
+            ),
+            over_seeds(
+                f"{arm}_{name}_neighbour_nats",
+                f"KL from the frozen model on unseen other asks, mean, {where}",
+                near,
+                "nats",
+            ),
+        ]
+    return found
+
+
+_NO_FORM = ("trained", "nats far", "nats neighbours")
+
+
 def claims(done: dict[str, Any]) -> list[Claim]:
     found: list[Claim] = []
     if "splits" in done:
@@ -282,11 +314,37 @@ def claims(done: dict[str, Any]) -> list[Claim]:
                 "share",
             ),
             over_seeds(
+                "gate_trained_form_open",
+                f"share of prompts of the trained form that open, {told}",
+                [run["trained"] for run in last],
+                "share",
+                "0.945",
+            ),
+            over_seeds(
+                "gate_one_form_trained_open",
+                "share of prompts of the trained form that open, gates from it alone",
+                [run["trained"] for run in one],
+                "share",
+            ),
+            over_seeds(
                 "gate_given_asks_open",
                 f"share of unseen prompts of given asks that open, {told}",
                 mean(last, "given asks"),
                 "share",
                 "0.05",
+            ),
+            Claim(
+                "gate_published_forms_open",
+                "share of prompts of TREC's forms in promptsource and FLAN that open, gate from 16 forms of another hand; "
+                "probe, layer and shrinking were chosen on these",
+                mean(whole["trec"]["hand theirs"], "forms")[0],
+                "share",
+            ),
+            Claim(
+                "gate_published_worst_form_open",
+                "the same of the worst of these nine forms",
+                min(whole["trec"]["hand theirs"][0]["forms"].values()),
+                "share",
             ),
             Claim(
                 "conformal_false_alarm",
@@ -296,29 +354,12 @@ def claims(done: dict[str, Any]) -> list[Claim]:
                 "0.05",
             ),
         ]
-    runs = [run for name, run in done.items() if name.startswith("adapter")]
-    lora = [run for run in runs if run["kind"] == "LoRA" and run["forms"] == 16]
-    if lora:
-        n = f"LoRA taught TREC-6 in 16 forms, behind a gate, {len(lora)} seeds"
-        far = [max(run["gated"]["nats far"].values()) for run in lora]
-        near = [statistics.fmean(run["gated"]["nats neighbours"].values()) for run in lora]
-        found += [
-            over_seeds(
-                "gated_lora_accuracy",
-                f"accuracy in the trained form, {n}",
-                [run["gated"]["trained"] for run in lora],
-                "share",
-                "0.945",
-            ),
-            over_seeds("gated_worst_far_nats", f"KL(frozen || gated) of the worst far kind, {n}", far, "nats", "0.002"),
-            over_seeds("gated_neighbour_nats", f"KL(frozen || gated) of other asks, mean, {n}", near, "nats", "0.05"),
-            over_seeds(
-                "ungated_neighbour_nats",
-                f"the same without the gate, {n}",
-                [statistics.fmean(run["ungated"]["nats neighbours"].values()) for run in lora],
-                "nats",
-            ),
+    for kind, name in (("LoRA", "lora"), ("trail", "trail")):
+        runs = [
+            run for key, run in done.items() if key.startswith("adapter") and run["kind"] == kind and run["forms"] == 16
         ]
+        if runs:
+            found += of_adapter(name, f"{kind} taught TREC-6 in 16 forms without protections", runs)
     if "cost" in done:
         found += [
             of_ratio(

@@ -335,7 +335,7 @@ def claims(done: dict[str, Any]) -> list[Claim]:
             ),
             Claim(
                 "gate_published_forms_open",
-                "share of prompts of TREC's forms in promptsource and FLAN that open, gate from 16 forms of another hand; "
+                "share of prompts of TREC's forms in promptsource and FLAN that open, gate from 16 forms of one hand; "
                 "probe, layer and shrinking were chosen on these",
                 mean(whole["trec"]["hand theirs"], "forms")[0],
                 "share",
@@ -354,12 +354,11 @@ def claims(done: dict[str, Any]) -> list[Claim]:
                 "0.05",
             ),
         ]
-    for kind, name in (("LoRA", "lora"), ("trail", "trail")):
-        runs = [
-            run for key, run in done.items() if key.startswith("adapter") and run["kind"] == kind and run["forms"] == 16
-        ]
+    for kind, forms, name in (("LoRA", 1, "lora_of_one_form"), ("LoRA", 16, "lora"), ("trail", 16, "trail")):
+        adapters = [run for key, run in done.items() if key.startswith("adapter")]
+        runs = [run for run in adapters if (run["kind"], run["forms"]) == (kind, forms)]
         if runs:
-            found += of_adapter(name, f"{kind} taught TREC-6 in 16 forms without protections", runs)
+            found += of_adapter(name, f"{kind} taught TREC-6 in {forms} forms without protections", runs)
     if "cost" in done:
         found += [
             of_ratio(

@@ -52,6 +52,8 @@ class RowsOfAdapter(Attachment):
 
     def _at_work(self) -> Tensor | bool:
         """The rows of the running forward in which the adapter is at work; True and False for all and none."""
+        if not self.acts():  # it was attached for another thread or task
+            return True
         plan = self._plan_here()
         return False if plan is None else True if plan.opens is None else plan.opens
 

@@ -12,7 +12,7 @@ from tiny import llama, make_tokenizer
 import tokenpaths as tp
 from tokenpaths.limits import GateFit, fit_gate
 from tokenpaths.limits.asks import ASKS, CUES, content_of, other_asks
-from tokenpaths.limits.requests import _features
+from tokenpaths.limits.requests import features
 from tokenpaths.site import Host
 
 WORDS = ["cab", "dig", "fog", "hat", "jam", "kit", "log", "map", "nut", "owl", "pin", "rug"]
@@ -91,7 +91,7 @@ def test_a_gate_that_was_fitted_decides_as_it_was_read(model: Any) -> None:
     with torch.no_grad():
         for parameter in trails.parameters():
             parameter.fill_(3.0)
-        z = _features(Host.of(model), tokenizer, prompts, gate, 200)
+        z = features(Host.of(model), tokenizer, prompts, gate, 200)
         score = (z @ gate.weight.double().mT + gate.bias).amax(1)
         for prompt, due in zip(prompts, score.tolist(), strict=True):
             ids = tokenizer(prompt, return_tensors="pt")["input_ids"]

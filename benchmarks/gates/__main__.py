@@ -34,14 +34,14 @@ from benchmarks.common.models import twin
 from benchmarks.common.options import parser
 from benchmarks.common.reading import correct
 from benchmarks.common.record import Claim, environment, of_ratio, over_seeds, write
-from benchmarks.gates.features import gather
+from benchmarks.gates.features import bare, gather
 from benchmarks.gates.prompts import TASKS, Wording, by_others, far_test, own
 from tokenpaths.data import Choice
 from tokenpaths.demo import demo_model
 from tokenpaths.lab.peers import PeftAdapter
-from tokenpaths.limits.openings import Kind
+from tokenpaths.limits.kinds import conformal_rank
+from tokenpaths.limits.openings import KindRead
 from tokenpaths.limits.openings import fitted as fitted_gate
-from tokenpaths.limits.requests import PROBE, _probe_of
 from tokenpaths.trailmap.gate import Gate
 
 WORK = KEPT / "gates"
@@ -53,7 +53,7 @@ STEPS, RATE, RANK = 60, 1e-3, 8
 # Splits
 
 
-def split(found: dict[Any, Tensor], seed: int, count: int, bare: Gate, hand: str = "") -> dict[str, Any]:
+def split(found: dict[Any, Tensor], seed: int, count: int, like: Gate, hand: str = "") -> dict[str, Any]:
     """A gate from `count` forms, the trained one among them, and what it does on the rest.
 
     Without `hand`, forms and asks of all hands are split at random. With it, those of the first hand are given, and
@@ -67,18 +67,18 @@ def split(found: dict[Any, Tensor], seed: int, count: int, bare: Gate, hand: str
     if hand:
         fitted, given = ([n for n in some if n.startswith("mine")] for some in (forms, asks))
         unseen, other = ([n for n in some if n.startswith(hand)] for some in (forms, asks))
-    kinds: list[Kind] = []
+    kinds: list[KindRead] = []
     for (name, role, part, form), z in found.items():
         if part != "fit":
             continue
         if role == "form" and name in fitted:
-            kinds.append(Kind(name, "form", ["" for _ in z], fitted.index(name), z.double()))
+            kinds.append(KindRead(name, "form", ["" for _ in z], fitted.index(name), z.double()))
         elif role == "made" and form in fitted:
             group = fitted.index(form) if "another last line" in name else None
-            kinds.append(Kind(name, "ask", ["" for _ in z], group, z.double()))
+            kinds.append(KindRead(name, "ask", ["" for _ in z], group, z.double()))
         elif role == "far" or (role == "ask" and name in given):
-            kinds.append(Kind(name, role, ["" for _ in z], None, z.double()))
-    made = fitted_gate(bare, kinds, 0.05, 0.01)
+            kinds.append(KindRead(name, role, ["" for _ in z], None, z.double()))
+    made = fitted_gate(like, kinds, 0.05, 0.01)
     weight, bias = made.gate.weight.double(), made.gate.bias.double()
     scores = {(n, r): (z.double() @ weight.mT + bias).amax(1) for (n, r, part, _), z in found.items() if part == "test"}
     opened = {key: float((score > 0).double().mean()) for key, score in scores.items()}
@@ -106,13 +106,13 @@ def _at(yes: Tensor, no: Tensor, share: float) -> float:
 
 
 def splits(model: Any, tokenizer: Any) -> dict[str, Any]:
-    bare = Gate((model.config.num_hidden_layers - 1,), _probe_of(tokenizer, PROBE), 1)
+    like = bare(model, tokenizer)
     found: dict[str, Any] = {}
     for task in TASKS:
         features = gather(model, tokenizer, task, WORK)
-        found[task] = {str(n): [split(features, seed, n, bare) for seed in SEEDS] for n in (1, 4, 8, 16)}
+        found[task] = {str(n): [split(features, seed, n, like) for seed in SEEDS] for n in (1, 4, 8, 16)}
         for hand in ("theirs", "a") if task == "trec" else ("a",):
-            found[task][f"hand {hand}"] = [split(features, 0, MANY, bare, hand)]
+            found[task][f"hand {hand}"] = [split(features, 0, MANY, like, hand)]
     return found
 
 
@@ -122,7 +122,7 @@ def simulated() -> dict[str, float]:
     rates: list[float] = []
     for shape in rng.uniform(0.5, 5, 400):
         scores, fresh = rng.gamma(shape, size=400), rng.gamma(shape, size=4000)
-        threshold = np.sort(scores)[::-1][int(0.05 * 401) - 1]
+        threshold = np.sort(scores)[conformal_rank(0.95, len(scores)) - 1]
         rates.append(float((fresh > threshold).mean()))
     return {"promised": 0.05, "measured": statistics.fmean(rates)}
 
@@ -215,7 +215,7 @@ def cost() -> dict[str, Any]:
     told: dict[str, Any] = {}
     gates = {}
     for name, bias in (("shut", -1.0), ("open", 1.0)):
-        gates[name] = Gate((model.config.num_hidden_layers - 1,), _probe_of(tokenizer, PROBE), tp.width(model))
+        gates[name] = bare(model, tokenizer)
         gates[name].bias.fill_(bias)
 
     def prefill(ids: Tensor, gate: Gate | None) -> None:

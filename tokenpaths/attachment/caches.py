@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tokenpaths.attachment.moment import Decision, Moment
+from tokenpaths.attachment.moment import Moment
 
 _NAMES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states", "layer_past", "past_key_value")
 _GROWING = ("DynamicLayer", "DynamicSlidingWindowLayer")
@@ -30,16 +30,10 @@ def _bearer(cache: Any) -> Any:
     return cache if hasattr(cache, "__dict__") else None
 
 
-def movers(cache: Any, past: int) -> frozenset[int] | None:
-    """The numbers of the attachments that moved the tokens of a cache; none where someone else filled it up."""
+def filled_up(cache: Any, past: int) -> Moment | None:
+    """The forward that was the last to fill a cache; None where it is not known, or someone else filled it up."""
     known = filled(cache)
-    return known.movers if known is not None and known.past + known.length >= past else frozenset()
-
-
-def decisions(cache: Any, past: int) -> Mapping[int, Decision]:
-    """What gates have decided on the rows of a cache, by the numbers of their attachments."""
-    known = filled(cache)
-    return known.decisions if known is not None and known.past + known.length >= past else {}
+    return known if known is not None and known.past + known.length >= past else None
 
 
 def grows(cache: Any) -> bool:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from tokenpaths.attachment.hooks import Hook, unobserved
 from tokenpaths.attachment.moment import Decision, Moment
 from tokenpaths.attachment.moving import states_of
 from tokenpaths.checking import kind, quoted
+from tokenpaths.data.examples import Example, collate
 from tokenpaths.site import Host
 from tokenpaths.site.host import text_config
 from tokenpaths.trailmap.gate import Gate
@@ -81,15 +83,27 @@ class Deciding:
             return None
         return output
 
+    @cached_property
+    def width(self) -> int:
+        """How many columns the prompts fill."""
+        return asked(self.moment)
+
+    @cached_property
+    def read(self) -> Bool[Tensor, "batch seq"]:
+        """What is read of each row: its prompt, or all of a row without one."""
+        real = self.moment.context.real
+        prompt = self.moment.context.prompt & real
+        return torch.where(prompt.any(1, keepdim=True), prompt, real)
+
     def _ends_here(self) -> bool:
         """Whether all prompts begin and end in this forward, so that the probe can stand right behind them.
 
         Behind padding, a sliding window would not reach as far.
         """
         moment = self.moment
-        if moment.past or not {"position_ids", "past_key_values"} <= self.takes or asked(moment) != moment.length:
+        if moment.past or not {"position_ids", "past_key_values"} <= self.takes or self.width != moment.length:
             return False
-        return bool(_read_tokens(moment)[:, -1].all())
+        return bool(self.read[:, -1].all())
 
     def decided(self) -> Moment:
         """The moment, with the decisions."""
@@ -107,7 +121,7 @@ class Deciding:
                 opens = gate.opens([seen[layer] for layer in gate.layers]).cpu()
                 repeats = self.moment.repeats
                 opens = opens.view(-1, repeats)[:, :1].expand(-1, repeats).flatten()  # beams of a prompt go together
-                self.made[number] = Decision(opens, asked(self.moment))
+                self.made[number] = Decision(opens, self.width)
 
     def _looking(self, layers: list[int], seen: dict[int, Tensor]) -> Undo:
         """Inside, the state of the last token is looked at, and the forward ends at the deepest of the layers."""
@@ -124,7 +138,7 @@ class Deciding:
 
     def _behind(self, module: Callable[..., Any], probe: Int[Tensor, " probe"], cache: Any) -> None:
         """Run the probe behind the prompts, over what is cached of them; afterwards the cache is as it was."""
-        read = _read_tokens(self.moment)
+        read = self.read
         back = caches.going_back(cache)
         steps = torch.arange(len(probe), device=read.device)
         try:
@@ -140,21 +154,19 @@ class Deciding:
 
     def _apart(self, module: Callable[..., Any], probe: Int[Tensor, " probe"]) -> None:
         """Run prompts and probe together, without a cache. Raises `ValueError` where tokens are not known."""
-        ids, read = self.moment.context.ids, _read_tokens(self.moment)
+        ids, read = self.moment.context.ids, self.read
         if ids is None or bool((ids.lt(0) & read).any()):
             raise ValueError(
                 f"a gate reads the whole prompt, but the ids of its first {self.moment.past} tokens are not known, "
                 "which come from a cache that was filled without the gate, or were given as embeddings: run the whole "
                 "prompt, as ids"
             )
-        rows = [torch.cat([row[mask], probe]) for row, mask in zip(ids, read, strict=True)]
-        width = max(map(len, rows))
-        padded = torch.stack([torch.cat([row.new_zeros(width - len(row)), row]) for row in rows])
-        real = torch.stack([torch.arange(width, device=ids.device) >= width - len(row) for row in rows])
+        rows = [(*row[mask].tolist(), *probe.tolist()) for row, mask in zip(ids, read, strict=True)]
+        batch = collate([Example(row, (False,) * len(row)) for row in rows], side="left").to(ids.device)
         given = {
-            "input_ids": padded,
-            "attention_mask": real.long(),
-            "position_ids": (real.cumsum(1) - 1).clamp_min(0),
+            "input_ids": batch.input_ids,
+            "attention_mask": batch.attention_mask,
+            "position_ids": (batch.attention_mask.cumsum(1) - 1).clamp_min(0),
             "use_cache": False,
         }
         module(**{name: value for name, value in given.items() if name in self.takes})
@@ -184,10 +196,3 @@ def undecided(moment: Moment, number: int) -> bool:
         return False
     known = moment.decisions.get(number)
     return known is None or known.width != asked(moment)
-
-
-def _read_tokens(moment: Moment) -> Bool[Tensor, "batch seq"]:
-    """What is read of each row: its prompt, or all of a row without one."""
-    real = moment.context.real
-    prompt = moment.context.prompt & real
-    return torch.where(prompt.any(1, keepdim=True), prompt, real)

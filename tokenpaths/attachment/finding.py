@@ -88,6 +88,7 @@ def moment_of(
         whole = _prompt(given, real, past, length, before, decodes=decodes, writes=writes)
     spans = {name: fit(mask.bool(), real.shape[1], False) for name, mask in given.get("spans", {}).items()}
     given_rows = len(real) if generation is None else len(generation.prompt.real)
+    last = caches.filled_up(cache, past) if past and not torch.compiler.is_compiling() else None
     kept = given.get("logits_to_keep", 0)
     return Moment(
         merged(real, known_ids, whole, spans),
@@ -97,9 +98,9 @@ def moment_of(
         written=whole.prompt.shape[1] <= past,
         restarts=_restarts(named, given, real[:, past:]) if step is None or not past else None,
         prompt_given="prompt_mask" in given,
-        movers=caches.movers(cache, past) if past and not torch.compiler.is_compiling() else frozenset(),
+        movers=frozenset() if last is None else last.movers,
         kept=kept if isinstance(kept, int) and 0 < kept < length else 0,
-        decisions=caches.decisions(cache, past) if past and not torch.compiler.is_compiling() else {},
+        decisions={} if last is None else last.decisions,
     )
 
 

@@ -116,7 +116,7 @@ def working(
     Raises `ValueError` as `attach` and `Adapter.check` do, and for trails that are attached behind a gate which is to
     be held open.
     """
-    laid = [one for one in attachments(model) if one.trails is trails and one.acts()]
+    laid = _laid(model, trails)
     if not gated and any(one.gate is not None for one in laid):
         raise ValueError(
             "the trails are attached behind a gate, which would leave out the rows that it shuts: take them away first "
@@ -132,7 +132,11 @@ def working(
 
 def is_attached(model: nn.Module, trails: Adapter) -> bool:
     """Whether this very map is attached to the model, and moves the forwards of this thread."""
-    return any(attachment.trails is trails and attachment.acts() for attachment in attachments(model))
+    return bool(_laid(model, trails))
+
+
+def _laid(model: nn.Module, trails: Adapter) -> list[Attachment]:
+    return [attachment for attachment in attachments(model) if attachment.trails is trails and attachment.acts()]
 
 
 def _made(

@@ -178,7 +178,7 @@ class Attachment:
             return
         plan = Plan(None, None, self.strength) if moment is None else self._plan(moment)
         self._go(plan)
-        if chooses(plan):  # else R may not be needed
+        if plan is not None and chooses(plan):  # else R may not be needed
             prepare(self._rotations, plan.answers)
 
     def end(self, before: Plan | None) -> None:
@@ -206,7 +206,7 @@ class Attachment:
             )
         return self._again[backward]
 
-    def _plan(self, moment: Moment) -> Plan:
+    def _plan(self, moment: Moment) -> Plan | None:
         cached = moment.movers is not None and self.number not in moment.movers
         asked = [] if torch.compiler.is_compiling() else [changed(group) for group in groups(self._rotations)]
         opens = self._opens(moment)
@@ -261,12 +261,11 @@ class Attachment:
 
         def move(h: Tensor) -> Tensor:
             plan = self._plan_here()
-            if plan is None:
-                return h
-            if plan.masks is None:  # no tokens, but the patches of an image: all are real and given
+            if plan is not None and plan.masks is None:
+                # no tokens, but the patches of an image: all are real and given
                 real = torch.ones(h.shape[:2], dtype=torch.bool)
                 plan = self._plan(Moment(Context(real=real, prompt=real), 0, h.shape[1]))
-            return move_chosen(parts, rules, plan, h)
+            return h if plan is None else move_chosen(parts, rules, plan, h)
 
         return move
 

@@ -114,15 +114,18 @@ class Planner:
         context, repeats = moment.context, moment.repeats
         context = replace(context, pieces=self.pieces, spans={**context.spans, **self._span_masks(context, repeats)})
         masks = [rule.mask(context) for rule in self.rules]
-        if opens is not None:
-            masks = [mask & opens.to(mask.device)[:, None] for mask in masks]
+        rows = self.rows_at_work(moment, opens)
+        return masks if rows is None else [mask & rows.to(mask.device)[:, None] for mask in masks]
+
+    def rows_at_work(self, moment: Moment, opens: Tensor | None) -> Tensor | None:
+        """Which rows are moved: those that the gate opens and that `rows` names; None for all."""
         if self.rows is None:
-            return masks
-        count = len(context.real) // repeats
+            return opens
+        count, repeats = len(moment.context.real) // moment.repeats, moment.repeats
         if any(not 0 <= row < count for row in self.rows):
             raise ValueError(f"rows={self.rows} names a row that the batch of {count} does not have")
-        chosen = torch.tensor([row // repeats in self.rows for row in range(len(context.real))])
-        return [mask & chosen.to(mask.device)[:, None] for mask in masks]
+        named = torch.tensor([row // repeats in self.rows for row in range(len(moment.context.real))])
+        return named if opens is None else named & opens
 
     def _checks(self, moment: Moment, whole: Sequence[Tensor]) -> list[tuple[Tensor, str]]:
         """What must be nowhere true, and the message where it is. `whole` are masks that must choose nothing cached."""

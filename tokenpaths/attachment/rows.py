@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from tokenpaths.attachment.backward import running_backward
 from tokenpaths.attachment.laid import Attachment
-from tokenpaths.attachment.mode import follow
 from tokenpaths.attachment.moment import Moment
 from tokenpaths.attachment.moving import Plan
 from tokenpaths.site import Host
@@ -57,23 +54,9 @@ class RowsOfAdapter(Attachment):
         plan = self._plan_here()
         return False if plan is None else True if plan.opens is None else plan.opens
 
-    def begin(self, moment: Moment | None, resting: bool = False) -> None:
-        if not torch.compiler.is_compiling():
-            self._now.backward = running_backward()
-        follow(self.trails, self.host.blocks)
-        self._go(None if resting or not self.trails.enabled else self._rows_of(moment))
-
-    def _rows_of(self, moment: Moment | None) -> Plan | None:
-        """The plan of a forward; None where no row is open. What reads no tokens, but images, is not gated."""
-        if moment is None:
+    def _plan(self, moment: Moment) -> Plan | None:
+        """None where no row is open."""
+        rows = self._planner.rows_at_work(moment, self._opens(moment))
+        if rows is None or bool(rows.all()):
             return Plan(None, None, 1.0)
-        opens = self._opens(moment)
-        if self.rows is not None:
-            count = len(moment.context.real) // moment.repeats
-            if any(not 0 <= row < count for row in self.rows):
-                raise ValueError(f"rows={self.rows} names a row that the batch of {count} does not have")
-            named = torch.tensor([row // moment.repeats in self.rows for row in range(len(moment.context.real))])
-            opens = named if opens is None else opens & named
-        if opens is None or bool(opens.all()):
-            return Plan(None, None, 1.0)
-        return Plan(None, None, 1.0, opens=opens) if bool(opens.any()) else None
+        return Plan(None, None, 1.0, opens=rows) if bool(rows.any()) else None

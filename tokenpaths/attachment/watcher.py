@@ -247,15 +247,14 @@ class Watcher:
         if not asking or here.now is None:
             return forward(*args, **kwargs)
         acting, names = self.acting(), self.arguments[self.reader]
-        others = [one for one in acting if one.number and not any(one is each for each in asking)]
         gates = {one.number: one.gate for one in asking}
-        deciding = Deciding(here.now, gates, self.blocks, frozenset(names), bool(others))
+        others = any(one.number and one.number not in gates for one in acting)
+        deciding = Deciding(here.now, gates, self.blocks, frozenset(names), others)
         named = {**dict(zip(names, args, strict=False)), **kwargs}
         output = deciding.run(functools.partial(forward, *args, **kwargs), named, forward)
         here.now = deciding.decided()
         for listener in acting:
-            if listener.number:
-                listener.begin(here.now)
+            listener.begin(here.now)
         return forward(*args, **kwargs) if output is None else output
 
     def _after(

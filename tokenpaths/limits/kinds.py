@@ -101,6 +101,19 @@ class Level:
         return self.rank / (self.held + 1)
 
 
+def conformal_rank(kept: float, items: int) -> int:
+    """The rank, from the smallest of n scores, that an unseen one is beyond with probability 1 - `kept` at most.
+
+    It is ceil(kept (n + 1)). Where that is more than n, it takes `conformal_least(kept)` scores (Vovk et al. 2005).
+    """
+    return math.ceil(kept * (items + 1) - 1e-9)
+
+
+def conformal_least(kept: float) -> int:
+    """How many scores there must be for a rank among them."""
+    return math.ceil(1 / (1 - kept) - 1 - 1e-9)
+
+
 def levels(texts: Sequence[Text], excess: Float[Tensor, " texts"], shut: float | None) -> list[Level]:
     """The level of each kind: the ceil(shut (n + 1))-th smallest excess of its n held-out texts.
 
@@ -118,9 +131,9 @@ def levels(texts: Sequence[Text], excess: Float[Tensor, " texts"], shut: float |
         )
         if not values:
             continue
-        rank = len(values) if shut is None else math.ceil(shut * (len(values) + 1) - 1e-9)
+        rank = len(values) if shut is None else conformal_rank(shut, len(values))
         if shut is not None and rank > len(values):
-            need = math.ceil(1 / (1 - shut) - 1 - 1e-9)
+            need = conformal_least(shut)
             raise ValueError(
                 f"shut={shut} cannot be promised of {kind!r}: it takes {need} held-out texts of each kind, and "
                 f"{len(values)} were held out, one in {HELD} of those read. Give {HELD * need} texts of each kind or a "

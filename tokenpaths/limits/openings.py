@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tokenpaths.limits.kinds import conformal_least, conformal_rank
 from tokenpaths.stats.intervals import UNKNOWN, Interval, mean_interval
 from tokenpaths.trailmap.gate import Gate
 
@@ -22,7 +23,7 @@ SHRINK = 0.4
 
 
 @dataclass(eq=False)
-class Kind:
+class KindRead:
     """Prompts of one kind. Those of one `group` are left out together: a form, and asks in its words."""
 
     name: str
@@ -105,8 +106,8 @@ class GateFit:
         return "\n".join(lines)
 
 
-def fitted(gate: Gate, kinds: Sequence[Kind], near: float, far: float) -> GateFit:
-    """The gate of features that were read, and how each kind does in the folds that leave it out."""
+def fitted(gate: Gate, kinds: Sequence[KindRead], near: float, far: float) -> GateFit:
+    """A gate like this one with numbers from features, and how each kind does in the fold that leaves it out."""
     fold = _folds(kinds)
     unseen = [torch.empty(0, 0)] * len(kinds)
     for number in range(FOLDS):
@@ -118,47 +119,43 @@ def fitted(gate: Gate, kinds: Sequence[Kind], near: float, far: float) -> GateFi
             scores = _Scores.of(kinds, rest)
             for i in left:
                 unseen[i] = scores(kinds[i].features)
-    others = [i for i, kind in enumerate(kinds) if kind.role != "form"]
     count = unseen[0].shape[1]
     usual = torch.stack([_level(kinds, [score[:, s] for score in unseen], near, far) for s in range(count)])
     joint = [_joint(score, usual) for score in unseen]
     threshold = _level(kinds, joint, near, far)
     whole = _Scores.of(kinds, [kind.features for kind in kinds])
-    made = Gate(gate.layers, gate.probe, whole.w.shape[1] // len(gate.layers), count)
-    span = (1 - usual).clamp_min(_LEAST_SPAN)
+    made = Gate(gate.layers, gate.probe, gate.dim, count)
+    span = _span(usual)
     made.weight.copy_(whole.w / span[:, None])
     made.bias.copy_((-whole.zero - usual) / span - threshold)
     held = [torch.arange(len(kind.prompts)) % 4 == 0 for kind in kinds]
     seen = _Scores.of(kinds, [kind.features[~part] for kind, part in zip(kinds, held, strict=True)])
-    known = [_joint(seen(kind.features[part]), usual) for kind, part in zip(kinds, held, strict=True)]
-    told = [
-        KindOpened(
-            kind.name,
-            kind.role,
-            len(kind.prompts),
-            _share(joint[i] > threshold),
-            math.nan if i in others else _share(known[i] > threshold),
-        )
-        for i, kind in enumerate(kinds)
-    ]
+    told: list[KindOpened] = []
+    for kind, part, score in zip(kinds, held, joint, strict=True):
+        known = math.nan
+        if kind.role == "form":
+            known = _share(_joint(seen(kind.features[part]), usual) > threshold)
+        told.append(KindOpened(kind.name, kind.role, len(kind.prompts), _share(score > threshold), known))
     return GateFit(made, tuple(told), near, far)
 
 
-_LEAST_SPAN = 0.05
+def _span(usual: Float[Tensor, " scores"]) -> Float[Tensor, " scores"]:
+    """How far the mean of its forms is above the level of others in each score."""
+    return (1 - usual).clamp_min(0.05)
 
 
 def _joint(scores: Float[Tensor, "prompts scores"], usual: Float[Tensor, " scores"]) -> Float[Tensor, " prompts"]:
     """The largest score, in units in which 0 is the level of others in each score, and 1 the mean of its forms."""
-    units = (scores - usual) / (1 - usual).clamp_min(_LEAST_SPAN)
+    units = (scores - usual) / _span(usual)
     return units.nan_to_num(-math.inf).amax(1)
 
 
-def _level(kinds: Sequence[Kind], scores: Sequence[Tensor], near: float, far: float) -> Tensor:
+def _level(kinds: Sequence[KindRead], scores: Sequence[Tensor], near: float, far: float) -> Tensor:
     """The score that at most these shares of other asks, and of far prompts, are above."""
     return torch.tensor(max(_rank(kinds, scores, "ask", near), _rank(kinds, scores, "far", far)), dtype=torch.float64)
 
 
-def _folds(kinds: Sequence[Kind]) -> list[int]:
+def _folds(kinds: Sequence[KindRead]) -> list[int]:
     """The fold of each kind: kinds of each role in turn, and those of a group together."""
     count = {"form": 0, "ask": 0, "far": 0}
     found: list[int] = []
@@ -168,21 +165,21 @@ def _folds(kinds: Sequence[Kind]) -> list[int]:
     return found
 
 
-def _rank(kinds: Sequence[Kind], scores: Sequence[Tensor], role: Role, share: float) -> float:
-    """The floor(share (n + 1))-th largest score of prompts of a role; -inf where there is none."""
+def _rank(kinds: Sequence[KindRead], scores: Sequence[Tensor], role: Role, share: float) -> float:
+    """The score that at most this share of unseen prompts of a role is beyond; -inf where none was read."""
     found = torch.cat(
         [score for kind, score in zip(kinds, scores, strict=True) if kind.role == role] or [torch.empty(0)]
     )
     found = found[~found.isnan()]  # of a form that was left out
     if not len(found):
         return -math.inf
-    rank = math.floor(share * (len(found) + 1) + 1e-9)
-    if rank < 1:
+    rank = conformal_rank(1 - share, len(found))
+    if rank > len(found):
         raise ValueError(
             f"fit_gate: that {share:g} of {role} prompts open cannot be promised from {len(found)}: it takes "
-            f"{math.ceil(1 / share - 1)}. Give more, raise own=, or the share"
+            f"{conformal_least(1 - share)}. Give more, raise own=, or the share"
         )
-    return float(found.sort(descending=True).values[rank - 1])
+    return float(found.sort().values[rank - 1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,19 +196,19 @@ class _Scores:
         return features @ self.w.mT - self.zero
 
     @staticmethod
-    def of(kinds: Sequence[Kind], features: Sequence[Tensor | None]) -> _Scores:
+    def of(kinds: Sequence[KindRead], features: Sequence[Tensor | None]) -> _Scores:
         """Fisher's discriminants, in which each kind counts alike, from the features that are given."""
         forms = [z for kind, z in zip(kinds, features, strict=True) if kind.role == "form"]
         others = [z for kind, z in zip(kinds, features, strict=True) if kind.role != "form" and z is not None]
         mu0, s0 = _moments([z for z in others if len(z)])
         w: list[Tensor] = []
         ones = [] if len(forms) == 1 else [[z] for z in forms]
-        for some in [[z for z in forms if z is not None], *ones]:
-            fitted = [z for z in some if z is not None]
-            if not fitted:
+        for some in [forms, *ones]:
+            given = [z for z in some if z is not None]
+            if not given:
                 w.append(torch.full_like(mu0, math.nan))
                 continue
-            mu1, s1 = _moments(fitted)
+            mu1, s1 = _moments(given)
             s = (s1 + s0) / 2
             d = s.diagonal().clamp_min(1e-12).sqrt()
             r = (1 - SHRINK) * s / d / d[:, None]
@@ -226,8 +223,7 @@ def _moments(kinds: Sequence[Tensor]) -> tuple[Float[Tensor, " features"], Float
     """The mean of kinds' means, and the scatter within kinds and between their means."""
     means = torch.stack([z.mean(0) for z in kinds])
     mu = means.mean(0)
-    within = torch.stack([z.mean(0) for z in kinds])
-    rows = torch.cat([(z - m) / math.sqrt(len(z)) for z, m in zip(kinds, within, strict=True)])
+    rows = torch.cat([(z - m) / math.sqrt(len(z)) for z, m in zip(kinds, means, strict=True)])
     apart = means - mu
     return mu, (rows.mT @ rows + apart.mT @ apart) / len(kinds)
 

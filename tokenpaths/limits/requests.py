@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from tokenpaths.attachment.runs import evaluating
 from tokenpaths.checking import as_whole, check_list
 from tokenpaths.data.examples import Example, collate
-from tokenpaths.data.tokenizing import check_tokenizer, tokenized
+from tokenpaths.data.tokenizing import check_tokenizer, inner, tokenized
 from tokenpaths.engine.batches import batches
 from tokenpaths.engine.forwards import forward_states
 from tokenpaths.engine.readings import frozen
 from tokenpaths.engine.states import recording
 from tokenpaths.limits.asks import OPENINGS, content_of, other_asks
-from tokenpaths.limits.openings import GateFit, Kind, fitted
-from tokenpaths.site import Host, Place
+from tokenpaths.limits.openings import GateFit, KindRead, fitted
+from tokenpaths.site import Host, Place, width
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.trailmap.gate import Gate
 from tokenpaths.training.samples import chat_opening, self_samples
@@ -112,18 +112,20 @@ def fit_gate(
     for name, prompts in forms.items():
         if len(prompts) < LEAST:
             raise ValueError(f"fit_gate: the form {name!r} has {len(prompts)} prompts; a gate needs at least {LEAST}")
-    kinds = [Kind(name, "form", prompts, group) for group, (name, prompts) in enumerate(forms.items())]
-    kinds += [Kind(name, "ask", prompts) for name, prompts in _kinds("asks", asks).items()]
-    kinds += _made_asks(list(forms.values()), seed)
-    kinds += [Kind(name, "far", prompts) for name, prompts in _kinds("other", other).items()]
+    kinds = [KindRead(name, "form", prompts, group) for group, (name, prompts) in enumerate(forms.items())]
+    kinds += [KindRead(name, "ask", prompts) for name, prompts in _kinds("asks", asks).items()]
+    shown = next((i for i, prompts in enumerate(forms.values()) if any(content_of(prompts)[::2])), 0)
+    for group, prompts in enumerate(forms.values()):  # all asks are put once, to contents that a form shows
+        kinds += made_asks(prompts, group, group == shown, 48 if len(forms) == 1 else 16, seed)
+    kinds += [KindRead(name, "far", prompts) for name, prompts in _kinds("other", other).items()]
     with frozen(model, trails):
         if as_whole("fit_gate: own", own, 0):
-            kinds += _written(model, tokenizer, own, seed)
+            kinds += written(model, tokenizer, own, seed)
         host = Host.of(model)
         at = [len(host.blocks) - 1] if layers is None else sorted(set(layers))
-        gate = Gate(at, _probe_of(tokenizer, probe), 1)
+        gate = Gate(at, inner(tokenizer, probe), width(model))
         for kind in kinds:
-            kind.features = _features(host, tokenizer, kind.prompts, gate, max_batch_tokens)
+            kind.features = features(host, tokenizer, kind.prompts, gate, max_batch_tokens)
     return fitted(gate, kinds, near, far)
 
 
@@ -134,22 +136,18 @@ def _kinds(what: str, given: Prompts) -> dict[str, Sequence[str]]:
     return {name: prompts for name, prompts in kinds.items() if len(prompts)}
 
 
-def _made_asks(forms: Sequence[Sequence[str]], seed: int) -> list[Kind]:
-    """Other asks of the contents: all of them once, and in the words of each form some that end otherwise."""
-    plain = next((i for i, prompts in enumerate(forms) if any(content_of(prompts)[::2])), 0)
-    made: list[Kind] = []
-    for group, prompts in enumerate(forms):
-        asks = other_asks(prompts, 6 if group == plain else 1, seed)
-        cues = [prompt for name, some in asks.items() if name.startswith("cue") for prompt in some]
-        if group == plain:
-            made += [Kind(name, "ask", some) for name, some in asks.items() if not name.startswith("cue")]
-        if cues:
-            some = random.Random(f"cues {seed} {group}").sample(cues, min(len(cues), 48 if len(forms) == 1 else 16))
-            made.append(Kind(f"form {group} with another last line", "ask", some, group))
+def made_asks(prompts: Sequence[str], group: int, plain: bool, cues: int, seed: int) -> list[KindRead]:
+    """Other asks of one form's contents: at most `cues` in its words, which end otherwise; if `plain`, all others."""
+    asks = other_asks(prompts, 6 if plain else 1, seed)
+    made = [KindRead(name, "ask", some) for name, some in asks.items() if plain and not name.startswith("cue")]
+    ends = [prompt for name, some in asks.items() if name.startswith("cue") for prompt in some]
+    if ends:
+        some = random.Random(f"cues {seed} {group}").sample(ends, min(len(ends), cues))
+        made.append(KindRead(f"form {group} with another last line", "ask", some, group))
     return made
 
 
-def _written(model: nn.Module, tokenizer: Any, count: int, seed: int) -> list[Kind]:
+def written(model: nn.Module, tokenizer: Any, count: int, seed: int) -> list[KindRead]:
     """Texts of the frozen model, cut off anywhere, by what they begin with; and chats, if it has a template."""
     rng = random.Random(f"own {seed}")
     options: dict[str, Any] = {"max_new_tokens": 40, "batch_size": 40, "seed": seed}
@@ -159,7 +157,7 @@ def _written(model: nn.Module, tokenizer: Any, count: int, seed: int) -> list[Ki
         until = rng.randint(min(8, len(example)), len(example))
         text = tokenizer.decode(example.ids[:until], skip_special_tokens=True)
         by.setdefault(example.ids[: example.prompt_length], []).append(text)
-    kinds = [Kind(f"own: {tokenizer.decode(begin)!r}", "far", texts) for begin, texts in by.items()]
+    kinds = [KindRead(f"own: {tokenizer.decode(begin)!r}", "far", texts) for begin, texts in by.items()]
     if getattr(tokenizer, "chat_template", None):
         said = self_samples(model, tokenizer, max(1, count // 6), openings=[chat_opening(tokenizer)], **options)
         words = [tokenizer.decode(one.ids[one.prompt_length :], skip_special_tokens=True) for one in said]
@@ -169,18 +167,12 @@ def _written(model: nn.Module, tokenizer: Any, count: int, seed: int) -> list[Ki
             )
             for text in words
         ]
-        kinds += [Kind("own: chats", "far", chats), Kind("own: what users say", "far", words)]
+        kinds += [KindRead("own: chats", "far", chats), KindRead("own: what users say", "far", words)]
     return kinds
 
 
-def _probe_of(tokenizer: Any, probe: str) -> list[int]:
-    """The ids of a probe as it stands behind a text."""
-    before, whole = tokenized(tokenizer, "."), tokenized(tokenizer, "." + probe)
-    return whole[len(before) :] if whole[: len(before)] == before else tokenized(tokenizer, probe)
-
-
 @torch.no_grad()
-def _features(
+def features(
     host: Host, tokenizer: Any, prompts: Sequence[str], gate: Gate, max_batch_tokens: int
 ) -> Float[Tensor, "prompts features"]:
     """What a gate scores of prompts, in float64."""

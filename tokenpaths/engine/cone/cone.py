@@ -109,8 +109,9 @@ class Cone:
         if active_cone(model) is not None or always_in_full(model) is not None:
             yield None
             return
+        active = ActiveCone(self, Host.of(model, blocks))
         try:
-            with (active := ActiveCone(self, Host.of(model, blocks)))._installed():  # pyright: ignore[reportPrivateUsage]
+            with active._installed():  # pyright: ignore[reportPrivateUsage]
                 yield active
         finally:
             self.kept.flush()

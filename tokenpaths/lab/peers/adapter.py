@@ -128,7 +128,7 @@ class PeftAdapter(Adapter):
                 `fresh`.
         """
         self.check(self.peft_model)
-        starts = [_start(self.peft_model.peft_config[name]) for name in self.adapters]
+        starts = self._starts()
         if lost := [start for start in starts if start.startswith(_REPLACING)]:
             raise ValueError(
                 f"{lost[0]} has replaced base weights by others, so there is no frozen base to go back to: measure "
@@ -148,6 +148,10 @@ class PeftAdapter(Adapter):
             with self._at_first(self._first):
                 yield
 
+    def _starts(self) -> list[str]:
+        """The name of the way that each adapter begins."""
+        return [_start(self.peft_model.peft_config[name]) for name in self.adapters]
+
     @property
     def enabled(self) -> bool:
         return self._switch.is_on()
@@ -157,7 +161,7 @@ class PeftAdapter(Adapter):
 
         Raises `ValueError` for an adapter that changed base weights, so that no layer can be disabled.
         """
-        starts = [_start(self.peft_model.peft_config[name]) for name in self.adapters]
+        starts = self._starts()
         if changed := [start for start in starts if start.startswith((*_TAKING, *_REPLACING))]:
             raise ValueError(
                 f"{changed[0]} changed the base weights, which all rows share: an adapter of this kind cannot be at "

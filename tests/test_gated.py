@@ -298,8 +298,13 @@ def test_an_adapter_alone_is_refused() -> None:
     model, lora = lora_model()
     with pytest.raises(ValueError, match=r"lies in the model and is at work already: attach it behind a gate \(when="):
         tp.attach(model, lora)
-    with pytest.raises(ValueError, match="strength and spans are for trails"):
+    with pytest.raises(ValueError, match=r"strength=0\.5 is for trails, and means nothing to a PeftAdapter"):
         tp.attach(model, lora, rows=[0], strength=0.5)
+    with pytest.raises(ValueError, match="spans are for trails"):
+        tp.attach(model, lora, rows=[0], spans={"a": [(0, 1)]})
+    with tp.attach(model, lora, rows=[0]) as handle, pytest.raises(ValueError, match=r"strength=2\.0 is for trails"):
+        handle.strength = 2.0
+    assert not tp.attached(model)
 
 
 # Training, measuring, saving
@@ -357,6 +362,39 @@ def test_an_adapters_gate_is_saved_in_its_folder(tmp_path: Path) -> None:
     assert again.gate is not None and torch.equal(again.gate.weight, lora.gate.weight)
 
 
+def kept_trails(folder: Path) -> tuple[Any, Path]:
+    return trails(), folder / "trails.safetensors"
+
+
+def kept_lora(folder: Path) -> tuple[Any, Path]:
+    return lora_model()[1], folder / "lora"
+
+
+@pytest.mark.parametrize("make", [kept_trails, kept_lora])
+def test_restoring_takes_the_gate_of_the_file_or_refuses_it(tmp_path: Path, make: Any) -> None:
+    laid, path = make(tmp_path)
+    laid.gate = Gate((1,), PROBE, 32)
+    laid.gate.weight.normal_()
+    laid.save(path)
+    bare, like, other = (make(tmp_path)[0] for _ in range(3))
+    bare.restore(path)
+    assert bare.gate is not None and torch.equal(bare.gate.weight, laid.gate.weight)
+    like.gate = asked = Gate((1,), PROBE, 32)
+    like.restore(path)
+    assert like.gate is asked and torch.equal(asked.weight, laid.gate.weight)
+    other.gate = Gate((2,), PROBE, 32)
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(
+        TrailFileError, match=r"has Gate\(layers=\(1,\).*this adapter Gate\(layers=\(2,\).*take the gate away"
+    ):
+        other.restore(path)
+    laid.gate = None
+    laid.save(path)
+    with pytest.raises(TrailFileError, match="has no gate, and this adapter"):
+        other.restore(path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+
 def test_a_cast_leaves_a_gate_as_it_is() -> None:
     laid = trails()
     laid.gate = Gate((0,), PROBE, 32)
@@ -372,6 +410,7 @@ def test_a_cast_leaves_a_gate_as_it_is() -> None:
         ("gate", TypeError, "when='gate' is str, but must be a Gate"),
         (Gate((7,), PROBE, 32), ValueError, "at layer 7, but the model has 3 layers of width 32"),
         (Gate((0,), PROBE, 64), ValueError, "reads states of width 64"),
+        (Gate((0,), (7, 1000), 32), ValueError, "reads behind token 1000, but the model has 96 tokens"),
     ],
 )
 def test_gates_of_another_kind_are_refused(

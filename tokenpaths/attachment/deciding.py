@@ -13,6 +13,7 @@ others filled), prompt and probe are read together in a forward of their own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -176,7 +177,13 @@ def check_gate(gate: object, host: Host) -> None:
     """Raise `TypeError` for what is no gate, and `ValueError` for one that cannot read this model."""
     if not isinstance(gate, Gate):
         raise TypeError(f"attach: when={quoted(gate)} is {kind(gate)}, but must be a Gate, as tp.fit_gate makes one")
-    dim = getattr(text_config(host.inner), "hidden_size", gate.dim)
+    config = text_config(host.inner)
+    dim, words = getattr(config, "hidden_size", gate.dim), getattr(config, "vocab_size", math.inf)
+    if max(gate.probe) >= words:
+        raise ValueError(
+            f"attach: the gate reads behind token {max(gate.probe)}, but the model has {words} tokens: fit a gate for "
+            "this model, tp.fit_gate(model, ...)"
+        )
     if gate.layers[-1] >= len(host.blocks) or gate.dim != dim:
         raise ValueError(
             f"attach: the gate reads states of width {gate.dim} at layer {gate.layers[-1]}, but the model has "

@@ -65,11 +65,13 @@ def attach(
             third thread, of which it cannot be told whether it is meant, raises `RuntimeError`.
 
     Raises:
-        TypeError: `trails` is no `TrailMap`, or another argument is not of its kind.
+        TypeError: `trails` is no adapter, `when` is no gate, or another argument is not of its kind.
         ValueError: a strength that is not finite, a site that the model does not have or that is named twice, a trail
-            of another width, or parameters that are not finite. Nothing is changed then.
+            of another width, or parameters that are not finite; a gate of another model; an adapter that is no
+            `TrailMap` with a strength, with spans, or with neither gate nor rows. Nothing is changed then. In a
+            forward: the prompt that a gate must read is not known.
         RuntimeError: this very map is attached already, or another task has attached one. In a forward: a hooked
-            module was replaced.
+            module was replaced, or torch.compile meets a gate.
     """
     attachment = _made(model, trails, when, strength, rows, spans, tokenizer, everywhere)
     try:

@@ -10,6 +10,7 @@ from torch import Tensor
 from tokenpaths.attachment.laid import Attachment
 from tokenpaths.attachment.moment import Moment
 from tokenpaths.attachment.moving import Plan
+from tokenpaths.checking import quoted
 from tokenpaths.site import Host
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.trailmap.gate import Gate
@@ -38,10 +39,21 @@ class RowsOfAdapter(Attachment):
                 f"attach: a {name} lies in the model and is at work already: attach it behind a gate (when=gate), or "
                 "in some rows (rows=[0, 2])"
             )
-        if strength != 1 or spans is not None:
-            raise ValueError(f"attach: strength and spans are for trails, and mean nothing to a {name}")
+        if spans is not None:
+            raise ValueError(f"attach: spans are for trails, and mean nothing to a {name}")
         trails.check(host.model)
-        super().__init__(host, trails, gate, 1.0, rows, None, tokenizer, everywhere)
+        super().__init__(host, trails, gate, strength, rows, None, tokenizer, everywhere)
+
+    @property
+    def strength(self) -> float:
+        """1, since what changes weights is not multiplied."""
+        return 1.0
+
+    @strength.setter
+    def strength(self, strength: float) -> None:
+        if strength != 1:
+            name = type(self.trails).__name__
+            raise ValueError(f"attach: strength={quoted(strength)} is for trails, and means nothing to a {name}")
 
     def lay(self) -> None:
         super().lay()

@@ -15,6 +15,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from tokenpaths.checking import kind, quoted
+from tokenpaths.files import TrailFileError
 from tokenpaths.site import Site
 from tokenpaths.trailmap.gate import Gate
 from tokenpaths.trails.base import Trail
@@ -80,6 +81,21 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Copy the numbers that `save` wrote into its own parameters, to the bit."""
+
+    def check_gate(self, gate: Gate | None, path: str | os.PathLike[str]) -> None:
+        """Raise `TrailFileError` for a file whose gate, if there is one, has other arguments than this adapter's."""
+        if self.gate is not None and (gate is None or gate.note() != self.gate.note()):
+            raise TrailFileError(
+                f"{os.fspath(path)} has {'no gate' if gate is None else gate}, and this adapter {self.gate}: take the "
+                "gate away first (trails.gate = None), and then that of the file, if any, is taken over"
+            )
+
+    def take_gate(self, gate: Gate | None) -> None:
+        """Take over a gate that `check_gate` has passed: in place where there is one, for handles that ask it."""
+        if self.gate is None or gate is None:
+            self.gate = gate
+        else:
+            self.gate.fill(gate.state_dict())
 
     def size(self) -> int:
         """The number of trained parameters."""

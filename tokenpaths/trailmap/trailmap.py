@@ -158,18 +158,24 @@ class TrailMap(Adapter):
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Copy the numbers of a file of these trails into this map's parameters.
 
-        Raises as `load` does, and `TrailFileError` for a file of other trails, or of trails at other sites. Then
-        nothing has changed.
+        A map without a gate takes over that of the file.
+
+        Raises as `load` does, and `TrailFileError` for a file of other trails, of trails at other sites, or of another
+        gate or none where the map has one. Then nothing has changed.
         """
         loaded = TrailMap.load(path, *notes.foreign(self))
         if (loaded.sites, loaded.index) != (self.sites, self.index):
             there, here = (", ".join(map(str, each.sites)) for each in (loaded, self))
             raise TrailFileError(f"{os.fspath(path)} has trails at {there:.300}, and this map at {here:.300}")
+        self.check_gate(loaded.gate, path)
+        gate, loaded.gate = loaded.gate, None if self.gate is None else loaded.gate
         try:
             notes.check_shapes(self.state_dict(), loaded.state_dict())
         except TrailFileError as error:
             raise TrailFileError(f"{os.fspath(path)}: {error}") from None
         self.load_state_dict(loaded.state_dict())
+        if self.gate is None:
+            self.gate = gate
 
     @classmethod
     @tidy

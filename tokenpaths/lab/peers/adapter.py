@@ -257,21 +257,22 @@ class PeftAdapter(Adapter):
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Take over the numbers of a folder that `save` wrote, or PEFT itself, in place.
 
-        A folder without our `checksums.json`, as PEFT writes it, is read unchecked.
+        What PEFT wrote, without `checksums.json`, is read unchecked. Without a gate, the folder's is taken.
 
         Raises:
             FileNotFoundError: there is no such folder.
-            TrailFileError: a file is damaged, its tensors are not those of this adapter, or a number is not finite. It
-                is a `ValueError`. Then nothing has changed.
+            TrailFileError: a file is damaged, its tensors are not those of this adapter, a number is not finite, or
+                its gate is another one or missing. It is a `ValueError`. Then nothing has changed.
         """
         _check_sums(Path(path))
         found = {
             name: self._read(name, Path(path) if name == "default" else Path(path, name)) for name in self.adapters
         }
         gate = Gate.load(Path(path, _GATE)) if Path(path, _GATE).exists() else None
-        self.gate = gate
+        self.check_gate(gate, path)
         for name, tensors in found.items():
             set_peft_model_state_dict(self.peft_model, tensors, adapter_name=name)
+        self.take_gate(gate)
 
     def _read(self, name: str, folder: Path) -> dict[str, Tensor]:
         """The tensors of one adapter in its folder. Raises as `restore`."""

@@ -136,7 +136,7 @@ def _handle(p: Place) -> Any:
 
 def _gate() -> Gate:
     """One that opens on every row."""
-    gate = Gate((0, 2), (7, 9), 32)
+    gate = Gate((0, 2), ((7, 9), (4,)), 32)
     gate.bias.fill_(1.0)
     return gate
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,15 @@ from tokenpaths.trailmap.gate import Gate
 
 ROWS = [[5, 47, 31, 66, 8], [17, 4, 73, 29, 61, 12, 36, 90, 7], [33, 50], list(range(20, 34))]
 LAYERS = [(1,), (0,), (0, 2)]
-PROBE = (7, 11)
+PROBES = ((7, 11), (20, 5, 9))
 WRITERS = {name: family for name, family in FAMILIES.items() if family.kind == "decoder"}
 NEW = 6
 
 
-def gate_for(model: nn.Module, layers: Sequence[int], rows: Sequence[Sequence[int]] = ROWS) -> Gate:
+def gate_for(model: nn.Module, layers: Sequence[int], rows: Sequence[Sequence[int]] = ROWS, seed: int = 5) -> Gate:
     """A gate that reads random directions, and opens on half of the rows, with a wide margin to the others."""
-    gate = Gate(layers, PROBE, 32)
-    with own_randomness(5):
+    gate = Gate(layers, PROBES, 32)
+    with own_randomness(seed):
         gate.weight.normal_()
     found = torch.stack([score_of(model, gate, row) for row in rows]).sort().values
     middle = len(found) // 2
@@ -43,19 +44,21 @@ def gate_for(model: nn.Module, layers: Sequence[int], rows: Sequence[Sequence[in
 
 
 def score_of(model: nn.Module, gate: Gate, row: Sequence[int]) -> torch.Tensor:
-    """The score of one prompt, from the states behind it and the probe."""
+    """The score of one prompt, from the states behind it and each probe."""
     seen: dict[int, torch.Tensor] = {}
     hooks = [
         block.register_forward_hook(lambda m, a, out, i=i: seen.__setitem__(i, out if torch.is_tensor(out) else out[0]))
         for i, block in enumerate(tp.site.find_blocks(model))
     ]
-    with torch.no_grad():
-        model(input_ids=torch.tensor([[*row, *PROBE]]))
+    read: list[torch.Tensor] = []
+    for probe in gate.probes:
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[*row, *probe]]))
+        read += [seen[layer][0, -1].double() for layer in gate.layers]
     for hook in hooks:
         hook.remove()
-    states = [seen[layer][0, -1].double() for layer in gate.layers]
-    unit = torch.cat([state / state.square().mean().sqrt() for state in states])
-    return (gate.weight.double() @ unit + gate.bias.double()).max().float()
+    unit = torch.cat([state / state.square().mean().sqrt() for state in read])
+    return (gate.weight.double() @ unit + gate.bias.double()).float()
 
 
 def opened(model: nn.Module, gate: Gate, rows: Sequence[Sequence[int]] = ROWS) -> list[bool]:
@@ -103,14 +106,29 @@ def test_a_row_is_frozen_or_steered_as_a_whole(watch: Any, family: Any) -> None:
     assert_decided(opened(model, gate), *cut)
 
 
-def test_one_score_of_several_is_enough() -> None:
-    gate = Gate((0,), PROBE, 32, 2)
+def test_a_gate_scores_probe_after_probe_and_layer_after_layer() -> None:
+    gate = Gate((0, 3), PROBES, 2)
     with torch.no_grad():
-        gate.weight[0, 0] = gate.weight[1, 1] = 1
-        gate.bias.fill_(-1)
-    states = torch.zeros(3, 32)
-    states[0, 0] = states[1, 1] = states[2, 2] = 5.0
-    assert gate.opens([states]).tolist() == [True, True, False]
+        gate.weight.copy_(torch.tensor([1.0, 0, 0, 10, 100, 0, 0, 1000]))
+        gate.bias.fill_(0.5)
+    states = [torch.tensor([pair]) for pair in ([3.0, 4.0], [0.0, 2.0], [1.0, 1.0], [-1.0, 1.0])]
+    assert gate.scores(states).item() == pytest.approx(3 / 12.5**0.5 + 10 * 2**0.5 + 100 + 1000 + 0.5)
+    assert gate.opens([-state for state in states]).tolist() == [False]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": (3, 1)}, "it reads at least one layer, from the lowest"),
+        ({"layers": ()}, "it reads at least one layer"),
+        ({"probes": ()}, "behind at least one probe, each of some tokens"),
+        ({"probes": ((7,), ())}, "each of some tokens"),
+        ({"probes": ((7,), (7,))}, "at least one probe"),
+    ],
+)
+def test_arguments_of_a_gate_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Gate(**{"layers": (1,), "probes": PROBES, "dim": 32, **options})
 
 
 @pytest.mark.parametrize("layers", LAYERS, ids=str)
@@ -153,7 +171,7 @@ def test_company_changes_no_decision(watch: Any) -> None:
 
 def test_gates_of_several_maps_decide_each_for_its_own(watch: Any) -> None:
     model = watch(llama())
-    one, two = gate_for(model, (1,)), gate_for(model, (2,))
+    one, two = gate_for(model, (1,)), gate_for(model, (2,), seed=6)
     first, second = trails(), trails(1, "DiReFT")
     choices = list(zip(opened(model, one), opened(model, two), strict=True))
     assert len(set(choices)) > 2
@@ -188,23 +206,29 @@ def test_trails_that_are_off_ask_no_gate(watch: Any) -> None:
         assert torch.equal(written(model)[1], frozen)
 
 
+@pytest.mark.filterwarnings("ignore:.*come from a cache")  # of the reference, which has no gate
 def test_a_second_turn_is_decided_anew(watch: Any) -> None:
     """On its whole text, whatever its first turn was."""
     model = watch(llama())
     first, second = ROWS[1], [*ROWS[1], *ROWS[3]]
-    gate = gate_for(model, LAYERS[2], [first, second, *ROWS])
-    with torch.no_grad(), tp.attach(model, trails(), when=gate):
-        cache = model(torch.tensor([first]), use_cache=True).past_key_values
-        later = model(
-            torch.tensor([second[len(first) :]]), past_key_values=cache, prompt_mask=torch.ones(1, len(second))
-        )
-    with torch.no_grad():
-        steered = [model(torch.tensor([second])).logits]
-        with tp.attach(model, trails()):
-            steered.append(model(torch.tensor([second])).logits)
-    one, two = opened(model, gate, [first, second])
-    if one == two:
-        assert_close(later.logits[0], steered[two][0, len(first) :])
+
+    def turns(opens: Sequence[bool], gate: Gate | None = None) -> torch.Tensor:
+        cache, logits = None, []
+        for is_open, ids, whole in zip(opens, (first, second[len(first) :]), (first, second), strict=True):
+            with torch.no_grad(), tp.attach(model, trails(), when=gate) if is_open else nullcontext():
+                inside = {"prompt_mask": torch.ones(1, len(whole))} if is_open else {}
+                found = model(torch.tensor([ids]), past_key_values=cache, use_cache=True, **inside)
+                cache = found.past_key_values
+                logits.append(found.logits[0])
+        return torch.cat(logits)
+
+    met: set[tuple[bool, ...]] = set()
+    for seed in range(6):
+        gate = gate_for(model, LAYERS[2], [second, *ROWS], seed=seed)
+        choice = tuple(opened(model, gate, [first, second]))
+        assert_close(turns((True, True), gate), turns(choice))
+        met.add(choice)
+    assert {(True, False), (False, True)} & met
 
 
 def test_a_beginning_that_was_cached_without_the_gate_is_read_too(watch: Any) -> None:
@@ -313,7 +337,7 @@ def test_an_adapter_alone_is_refused() -> None:
 def test_training_holds_the_gate_open(watch: Any) -> None:
     model = watch(llama())
     shut, free = trails(), trails()
-    shut.gate = Gate((1,), PROBE, 32)
+    shut.gate = Gate((1,), PROBES, 32)
     shut.gate.bias -= 1
     for laid in (shut, free):
         for _ in tp.steps(model, laid, [tp.Imitate(make_examples(4))], steps=2, lr=0.01, progress=False):
@@ -354,7 +378,7 @@ def test_a_gate_is_saved_with_its_trails(tmp_path: Path) -> None:
 
 def test_an_adapters_gate_is_saved_in_its_folder(tmp_path: Path) -> None:
     model, lora = lora_model()
-    lora.gate = Gate((1,), PROBE, 32)
+    lora.gate = Gate((1,), PROBES, 32)
     lora.gate.weight.normal_()
     lora.save(tmp_path / "lora")
     again = lora_model()[1]
@@ -373,16 +397,16 @@ def kept_lora(folder: Path) -> tuple[Any, Path]:
 @pytest.mark.parametrize("make", [kept_trails, kept_lora])
 def test_restoring_takes_the_gate_of_the_file_or_refuses_it(tmp_path: Path, make: Any) -> None:
     laid, path = make(tmp_path)
-    laid.gate = Gate((1,), PROBE, 32)
+    laid.gate = Gate((1,), PROBES, 32)
     laid.gate.weight.normal_()
     laid.save(path)
     bare, like, other = (make(tmp_path)[0] for _ in range(3))
     bare.restore(path)
     assert bare.gate is not None and torch.equal(bare.gate.weight, laid.gate.weight)
-    like.gate = asked = Gate((1,), PROBE, 32)
+    like.gate = asked = Gate((1,), PROBES, 32)
     like.restore(path)
     assert like.gate is asked and torch.equal(asked.weight, laid.gate.weight)
-    other.gate = Gate((2,), PROBE, 32)
+    other.gate = Gate((2,), PROBES, 32)
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     with pytest.raises(
         TrailFileError, match=r"has Gate\(layers=\(1,\).*this adapter Gate\(layers=\(2,\).*take the gate away"
@@ -397,7 +421,7 @@ def test_restoring_takes_the_gate_of_the_file_or_refuses_it(tmp_path: Path, make
 
 def test_a_cast_leaves_a_gate_as_it_is() -> None:
     laid = trails()
-    laid.gate = Gate((0,), PROBE, 32)
+    laid.gate = Gate((0,), PROBES, 32)
     laid.gate.weight.normal_()
     before = laid.gate.weight.clone()
     laid.to(torch.bfloat16)
@@ -408,9 +432,9 @@ def test_a_cast_leaves_a_gate_as_it_is() -> None:
     ("gate", "error", "message"),
     [
         ("gate", TypeError, "when='gate' is str, but must be a Gate"),
-        (Gate((7,), PROBE, 32), ValueError, "at layer 7, but the model has 3 layers of width 32"),
-        (Gate((0,), PROBE, 64), ValueError, "reads states of width 64"),
-        (Gate((0,), (7, 1000), 32), ValueError, "reads behind token 1000, but the model has 96 tokens"),
+        (Gate((7,), PROBES, 32), ValueError, "at layer 7, but the model has 3 layers of width 32"),
+        (Gate((0,), PROBES, 64), ValueError, "reads states of width 64"),
+        (Gate((0,), ((7,), (7, 1000)), 32), ValueError, "reads behind token 1000, but the model has 96 tokens"),
     ],
 )
 def test_gates_of_another_kind_are_refused(

@@ -28,7 +28,7 @@ def model() -> Any:
 
 
 def fitted(model: Any, task: Any = FORMS, **options: Any) -> GateFit:
-    return fit_gate(model, make_tokenizer(), task, ASKED, FAR, own=0, probe=":", **options)
+    return fit_gate(model, make_tokenizer(), task, ASKED, FAR, own=0, **{"probes": [":"], **options})
 
 
 def test_contents_are_what_prompts_of_a_form_do_not_share() -> None:
@@ -92,7 +92,7 @@ def test_a_gate_that_was_fitted_decides_as_it_was_read(model: Any) -> None:
         for parameter in trails.parameters():
             parameter.fill_(3.0)
         z = features(Host.of(model), tokenizer, prompts, gate, 200)
-        score = (z @ gate.weight.double().mT + gate.bias).amax(1)
+        score = z @ gate.weight.double() + gate.bias
         for prompt, due in zip(prompts, score.tolist(), strict=True):
             ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
             frozen = model(ids).logits
@@ -108,6 +108,7 @@ def test_a_gate_that_was_fitted_decides_as_it_was_read(model: Any) -> None:
         ({"far": 0.001}, ValueError, "0.001 of far prompts open cannot be promised from 110: it takes 999"),
         ({"task": {"a": ONE[:3]}}, ValueError, "the form 'a' has 3 prompts; a gate needs at least 8"),
         ({"task": "a text"}, TypeError, "put it in brackets"),
+        ({"probes": "a text"}, TypeError, "fit_gate: probes are given as a list, not as one str: put it in brackets"),
         ({"task": {"a": [1] * 8}}, TypeError, "give texts, by kind"),
     ],
 )

@@ -80,7 +80,7 @@ def split(found: dict[Any, Tensor], seed: int, count: int, like: Gate, hand: str
             kinds.append(KindRead(name, role, ["" for _ in z], None, z.double()))
     made = fitted_gate(like, kinds, 0.05, 0.01)
     weight, bias = made.gate.weight.double(), made.gate.bias.double()
-    scores = {(n, r): (z.double() @ weight.mT + bias).amax(1) for (n, r, part, _), z in found.items() if part == "test"}
+    scores = {(n, r): z.double() @ weight + bias for (n, r, part, _), z in found.items() if part == "test"}
     opened = {key: float((score > 0).double().mean()) for key, score in scores.items()}
     far = [name for name, role in scores if role == "far"]
     yes = torch.cat([scores[name, "form"] for name in unseen])

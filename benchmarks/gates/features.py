@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.gates.prompts import TASKS, Wordings, by_others, far_known, far_test, own
 from tokenpaths.data.tokenizing import inner
-from tokenpaths.limits.requests import PROBE, features, made_asks, written
+from tokenpaths.limits.requests import PROBES, features, made_asks, written
 from tokenpaths.site import Host, find_blocks, width
 from tokenpaths.trailmap.gate import Gate
 
@@ -23,7 +23,7 @@ FITTED, TESTED = 24, 40  # prompts of a form, or half as many of an ask
 
 def bare(model: Any, tokenizer: Any) -> Gate:
     """A gate as `fit_gate` makes one, without numbers."""
-    return Gate((len(find_blocks(model)) - 1,), inner(tokenizer, PROBE), width(model))
+    return Gate((len(find_blocks(model)) - 1,), [inner(tokenizer, probe) for probe in PROBES], width(model))
 
 
 def gather(model: Any, tokenizer: Any, task: str, folder: Path) -> dict[Any, Tensor]:

@@ -85,7 +85,7 @@ def trails() -> tp.TrailMap:
 
 
 def gate() -> Gate:
-    made = Gate((0, 1), (5, 6), DIM, 2)
+    made = Gate((0, 1), ((5, 6), (7,)), DIM)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         for number in made.buffers():

@@ -111,18 +111,18 @@ class Deciding:
         return replace(self.moment, decisions={**self.moment.decisions, **self.made})
 
     def _decide(self, read: Callable[[Int[Tensor, " probe"]], None]) -> None:
-        """Decide every row by every gate; gates of one probe read together. `read` runs prompt and probe."""
-        for probe in dict.fromkeys(gate.probe for gate in self.gates.values()):
-            gates = {number: gate for number, gate in self.gates.items() if gate.probe == probe}
-            layers = sorted({layer for gate in gates.values() for layer in gate.layers})
-            seen: dict[int, Tensor] = {}
-            with self._looking(layers, seen), unobserved(), torch.no_grad(), suppress(_Read):
+        """Decide every row by every gate; what several of them read is read once. `read` runs prompt and probe."""
+        seen: dict[tuple[int, ...], dict[int, Tensor]] = {}
+        for probe in dict.fromkeys(probe for gate in self.gates.values() for probe in gate.probes):
+            layers = sorted({layer for gate in self.gates.values() if probe in gate.probes for layer in gate.layers})
+            seen[probe] = {}
+            with self._looking(layers, seen[probe]), unobserved(), torch.no_grad(), suppress(_Read):
                 read(torch.tensor(probe, device=self.moment.context.real.device))
-            for number, gate in gates.items():
-                opens = gate.opens([seen[layer] for layer in gate.layers]).cpu()
-                repeats = self.moment.repeats
-                opens = opens.view(-1, repeats)[:, :1].expand(-1, repeats).flatten()  # beams of a prompt go together
-                self.made[number] = Decision(opens, self.width)
+        for number, gate in self.gates.items():
+            opens = gate.opens([seen[probe][layer] for probe in gate.probes for layer in gate.layers]).cpu()
+            repeats = self.moment.repeats
+            opens = opens.view(-1, repeats)[:, :1].expand(-1, repeats).flatten()  # beams of a prompt go together
+            self.made[number] = Decision(opens, self.width)
 
     def _looking(self, layers: list[int], seen: dict[int, Tensor]) -> Undo:
         """Inside, the state of the last token is looked at, and the forward ends at the deepest of the layers."""
@@ -179,9 +179,9 @@ def check_gate(gate: object, host: Host) -> None:
         raise TypeError(f"attach: when={quoted(gate)} is {kind(gate)}, but must be a Gate, as tp.fit_gate makes one")
     config = text_config(host.inner)
     dim, words = getattr(config, "hidden_size", gate.dim), getattr(config, "vocab_size", math.inf)
-    if max(gate.probe) >= words:
+    if (most := max(map(max, gate.probes))) >= words:
         raise ValueError(
-            f"attach: the gate reads behind token {max(gate.probe)}, but the model has {words} tokens: fit a gate for "
+            f"attach: the gate reads behind token {most}, but the model has {words} tokens: fit a gate for "
             "this model, tp.fit_gate(model, ...)"
         )
     if gate.layers[-1] >= len(host.blocks) or gate.dim != dim:

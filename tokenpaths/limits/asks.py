@@ -1,7 +1,7 @@
 """What a gate must stay shut on, made of nothing but the task's own prompts and the frozen model.
 
     content_of(prompts)                # ("Question: ", ["Who ...", ...], " Answer type:"): what prompts of a form share
-    other_asks(prompts)                # other asks of the same contents, by name
+    other_asks(prompts)                # other asks of the same contents, by name, every other one in a dress
     OPENINGS                           # what the frozen model is given to write kinds of text from
 
 A gate that has never seen another ask of the same text takes the text for the task. A gate that has never seen another
@@ -69,6 +69,13 @@ ASKS = {
 }  # fmt: skip
 """Other asks of any text, in the styles that people ask in."""
 
+DRESSES = (
+    "User: {}\nAssistant:", "### Instruction:\n{}\n\n### Response:\n", "<prompt>{}</prompt>\n<output>", "Q: {}\nA:",
+    "{{\"prompt\": \"{}\", \"output\": \"", "Below is a task. Write only the answer.\n\n{}\n\nAnswer:", "{} =>",
+    "Please help me with this.\n\n{}", "{}\nLet us think.",
+)  # fmt: skip
+"""What whole prompts are put into, so that a dress does not tell what is asked."""
+
 OPENINGS = (
     "The ", "Question:", "User:", "def ", "import ", "Once upon a time", "Dear ", "1.", "# ", "Q: ", "Translate",
     "Write a ", "What is ", "How do I ", "Summary:", "Title:", "Answer:", "<p>", "{\"", "In this paper", "News:",
@@ -97,16 +104,17 @@ def content_of(prompts: Sequence[str]) -> tuple[str, list[str], str]:
 
 
 def other_asks(prompts: Sequence[str], each: int, seed: int = 0) -> dict[str, list[str]]:
-    """Other asks of the contents of prompts of one form, `each` prompts of every ask.
+    """Other asks of the contents of prompts of one form, `each` prompts of every ask, every other one in a dress.
 
     Those that are named "cue ..." are in the form's own words but for its last line, which asks for something else.
     """
     rng = random.Random(f"asks {seed}")
     before, contents, behind = content_of(prompts)
     contents = [" ".join(content.split()) if "\n" not in content.strip() else content.strip() for content in contents]
-    asks = {
-        name: [template.format(text=text) for text in _some(rng, contents, each)] for name, template in ASKS.items()
-    }
+    asks: dict[str, list[str]] = {}
+    for name, template in ASKS.items():
+        plain = [template.format(text=text) for text in _some(rng, contents, each)]
+        asks[name] = [(rng.choice(DRESSES) if i % 2 else "{}").format(text) for i, text in enumerate(plain)]
     body, line, cue = behind.rpartition("\n")
     if cue.strip() and line:
         end = ":" if cue.rstrip().endswith(":") else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -109,50 +109,28 @@ class GateFit:
 def fitted(gate: Gate, kinds: Sequence[KindRead], near: float, far: float) -> GateFit:
     """A gate like this one with numbers from features, and how each kind does in the fold that leaves it out."""
     fold = _folds(kinds)
-    unseen = [torch.empty(0, 0)] * len(kinds)
+    unseen = [torch.empty(0)] * len(kinds)
     for number in range(FOLDS):
         left = {i for i in range(len(kinds)) if fold[i] == number}
+        rest = [kind for i, kind in enumerate(kinds) if i not in left]
+        if all(kind.role != "form" for kind in rest):  # there is one form
+            rest += [kind for kind in kinds if kind.role == "form"]
         if left:
-            rest = [None if i in left else kind.features for i, kind in enumerate(kinds)]
-            if all(z is None for z, kind in zip(rest, kinds, strict=True) if kind.role == "form"):  # one form
-                rest = [kind.features if kind.role == "form" else z for z, kind in zip(rest, kinds, strict=True)]
-            scores = _Scores.of(kinds, rest)
+            score = _Score.of(rest)
             for i in left:
-                unseen[i] = scores(kinds[i].features)
-    count = unseen[0].shape[1]
-    usual = torch.stack([_level(kinds, [score[:, s] for score in unseen], near, far) for s in range(count)])
-    joint = [_joint(score, usual) for score in unseen]
-    threshold = _level(kinds, joint, near, far)
-    whole = _Scores.of(kinds, [kind.features for kind in kinds])
-    made = Gate(gate.layers, gate.probe, gate.dim, count)
-    span = _span(usual)
-    made.weight.copy_(whole.w / span[:, None])
-    made.bias.copy_((-whole.zero - usual) / span - threshold)
+                unseen[i] = score(kinds[i].features)
+    threshold = max(_rank(kinds, unseen, "ask", near), _rank(kinds, unseen, "far", far))
+    whole = _Score.of(kinds)
+    made = Gate(gate.layers, gate.probes, gate.dim)
+    made.weight.copy_(whole.w)
+    made.bias.fill_(-whole.zero - threshold)
     held = [torch.arange(len(kind.prompts)) % 4 == 0 for kind in kinds]
-    seen = _Scores.of(kinds, [kind.features[~part] for kind, part in zip(kinds, held, strict=True)])
+    seen = _Score.of([replace(kind, features=kind.features[~part]) for kind, part in zip(kinds, held, strict=True)])
     told: list[KindOpened] = []
-    for kind, part, score in zip(kinds, held, joint, strict=True):
-        known = math.nan
-        if kind.role == "form":
-            known = _share(_joint(seen(kind.features[part]), usual) > threshold)
+    for kind, part, score in zip(kinds, held, unseen, strict=True):
+        known = _share(seen(kind.features[part]) > threshold) if kind.role == "form" else math.nan
         told.append(KindOpened(kind.name, kind.role, len(kind.prompts), _share(score > threshold), known))
     return GateFit(made, tuple(told), near, far)
-
-
-def _span(usual: Float[Tensor, " scores"]) -> Float[Tensor, " scores"]:
-    """How far the mean of its forms is above the level of others in each score."""
-    return (1 - usual).clamp_min(0.05)
-
-
-def _joint(scores: Float[Tensor, "prompts scores"], usual: Float[Tensor, " scores"]) -> Float[Tensor, " prompts"]:
-    """The largest score, in units in which 0 is the level of others in each score, and 1 the mean of its forms."""
-    units = (scores - usual) / _span(usual)
-    return units.nan_to_num(-math.inf).amax(1)
-
-
-def _level(kinds: Sequence[KindRead], scores: Sequence[Tensor], near: float, far: float) -> Tensor:
-    """The score that at most these shares of other asks, and of far prompts, are above."""
-    return torch.tensor(max(_rank(kinds, scores, "ask", near), _rank(kinds, scores, "far", far)), dtype=torch.float64)
 
 
 def _folds(kinds: Sequence[KindRead]) -> list[int]:
@@ -170,7 +148,6 @@ def _rank(kinds: Sequence[KindRead], scores: Sequence[Tensor], role: Role, share
     found = torch.cat(
         [score for kind, score in zip(kinds, scores, strict=True) if kind.role == role] or [torch.empty(0)]
     )
-    found = found[~found.isnan()]  # of a form that was left out
     if not len(found):
         return -math.inf
     rank = conformal_rank(1 - share, len(found))
@@ -183,40 +160,28 @@ def _rank(kinds: Sequence[KindRead], scores: Sequence[Tensor], role: Role, share
 
 
 @dataclass(frozen=True, eq=False)
-class _Scores:
-    """w . z - zero: 0 for the mean of other kinds, 1 for that of forms. First of all forms, then of each one.
+class _Score:
+    """w . z - zero: 0 for the mean of other kinds, 1 for that of forms."""
 
-    NaN where a form is not fitted.
-    """
+    w: Float[Tensor, " features"]
+    zero: float
 
-    w: Float[Tensor, "scores features"]
-    zero: Float[Tensor, " scores"]
-
-    def __call__(self, features: Float[Tensor, "prompts features"]) -> Float[Tensor, "prompts scores"]:
-        return features @ self.w.mT - self.zero
+    def __call__(self, features: Float[Tensor, "prompts features"]) -> Float[Tensor, " prompts"]:
+        return features @ self.w - self.zero
 
     @staticmethod
-    def of(kinds: Sequence[KindRead], features: Sequence[Tensor | None]) -> _Scores:
-        """Fisher's discriminants, in which each kind counts alike, from the features that are given."""
-        forms = [z for kind, z in zip(kinds, features, strict=True) if kind.role == "form"]
-        others = [z for kind, z in zip(kinds, features, strict=True) if kind.role != "form" and z is not None]
-        mu0, s0 = _moments([z for z in others if len(z)])
-        w: list[Tensor] = []
-        ones = [] if len(forms) == 1 else [[z] for z in forms]
-        for some in [forms, *ones]:
-            given = [z for z in some if z is not None]
-            if not given:
-                w.append(torch.full_like(mu0, math.nan))
-                continue
-            mu1, s1 = _moments(given)
-            s = (s1 + s0) / 2
-            d = s.diagonal().clamp_min(1e-12).sqrt()
-            r = (1 - SHRINK) * s / d / d[:, None]
-            r.diagonal().add_(SHRINK)
-            way = torch.linalg.solve(r, (mu1 - mu0) / d) / d
-            w.append(way / (way @ (mu1 - mu0)).clamp_min(1e-12))
-        ways = torch.stack(w)
-        return _Scores(ways, ways @ mu0)
+    def of(kinds: Sequence[KindRead]) -> _Score:
+        """Fisher's discriminant, in which each kind counts alike."""
+        read = [kind for kind in kinds if len(kind.features)]
+        mu1, s1 = _moments([kind.features for kind in read if kind.role == "form"])
+        mu0, s0 = _moments([kind.features for kind in read if kind.role != "form"])
+        s = (s1 + s0) / 2
+        d = s.diagonal().clamp_min(1e-12).sqrt()
+        r = (1 - SHRINK) * s / d / d[:, None]
+        r.diagonal().add_(SHRINK)
+        way = torch.linalg.solve(r, (mu1 - mu0) / d) / d
+        w = way / (way @ (mu1 - mu0)).clamp_min(1e-12)
+        return _Score(w, float(w @ mu0))
 
 
 def _moments(kinds: Sequence[Tensor]) -> tuple[Float[Tensor, " features"], Float[Tensor, "features features"]]:

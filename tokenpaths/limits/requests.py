@@ -34,8 +34,8 @@ from tokenpaths.undo import tidy
 
 Prompts: TypeAlias = Sequence[str] | Mapping[str, Sequence[str]]
 """Prompts of one kind, or of several by name."""
-PROBE = "\n\nTask:"
-"""What is put behind every prompt, for the gate's reading alone."""
+PROBES = ("\n\nTask:", "\n\nIn one word, what is asked for above is")
+"""What is put behind every prompt, each by itself, for the gate's reading alone."""
 LEAST = 8  # prompts of a form
 
 
@@ -51,7 +51,7 @@ def fit_gate(
     far: float = 0.01,
     own: int = 160,
     layers: Sequence[int] | None = None,
-    probe: str = PROBE,
+    probes: Sequence[str] = PROBES,
     trails: Adapter | None = None,
     max_batch_tokens: int = 1500,
     seed: int = 0,
@@ -60,24 +60,21 @@ def fit_gate(
 
     What is scored of a prompt is z (`Gate`). Each form and each kind of other prompts counts alike, however many
     prompts it has. Let mu1 be the mean over forms of their means, mu0 that over the other kinds, and S1, S0 the scatter
-    of each class, which is the mean scatter within its kinds and the scatter of their means. With D the standard
-    deviations and R the correlations of (S1 + S0) / 2, R shrunk by 0.4 towards the unit matrix,
+    of each class, which is the mean scatter within its kinds and the scatter of their means: so what forms differ in is
+    spread within the task, and is not what the gate goes by. With D the standard deviations and R the correlations of
+    (S1 + S0) / 2, R shrunk by 0.4 towards the unit matrix,
 
         w = D^-1 R^-1 D^-1 (mu1 - mu0)                       score(z) = (w . z - w . mu0) / (w . mu1 - w . mu0)
 
-    There is one such score of all forms together, in which what forms differ in is spread within the task and is not
-    what the gate goes by: it opens forms that were not given. And there is one of each form alone, which opens that
-    form. Each is measured from the level q that others have in it, (score - q) / (1 - q), and the largest counts.
-
-    Levels and threshold are of kinds that were not fitted: in 8 folds, an eighth of the forms, asks and kinds is left
-    out, directions are fitted to the rest, and they are scored by them. Each is the larger of two conformal ranks (Vovk
-    et al. 2005): the floor(near (n + 1))-th largest score of the n asks, and the floor(far (n + 1))-th of the far
-    prompts. Prompts of kinds like those given thus open with about these probabilities at most; nothing is promised of
-    others.
+    The threshold is of kinds that were not fitted: in 8 folds, an eighth of the forms, asks and kinds is left out, w is
+    fitted to the rest, and they are scored by it. It is the larger of two conformal ranks (Vovk et al. 2005): the
+    floor(near (n + 1))-th largest score of the n asks, and the floor(far (n + 1))-th of the far prompts. Prompts of
+    kinds like those given thus open with about these probabilities at most; nothing is promised of others.
 
     Others are made beside those that are given. 40 asks of any text are put to the contents of the task's prompts,
-    which is what the prompts of one form do not share; and 29 more in the words of each form whose last line says what
-    is asked. The frozen model writes `own` texts from 39 beginnings, and chats.
+    which is what the prompts of one form do not share: plainly, and in the dress of a chat, an instruction or code. 29
+    more are put in the words of each form whose last line says what is asked. The frozen model writes `own` texts from
+    39 beginnings, and chats.
 
     Args:
         model: the frozen model. Trails that are attached are off meanwhile.
@@ -90,7 +87,7 @@ def fit_gate(
         far: the share of far prompts that may open.
         own: how many texts the model writes. With 0 it writes none.
         layers: where states are read; by default after the last block.
-        probe: what stands behind each prompt when it is read.
+        probes: what stands behind each prompt when it is read, each by itself.
         trails: an adapter that lies in the model without being attached, as PEFT's do. It is off meanwhile.
         max_batch_tokens: the most tokens in one forward.
         seed: draws prompts, and what the model writes.
@@ -108,6 +105,7 @@ def fit_gate(
     for name, share in (("near", near), ("far", far)):
         if not 0 < share < 1:
             raise ValueError(f"fit_gate: {name}={share} must be above 0 and below 1: it is a share of prompts")
+    check_list("fit_gate: probe", probes, str, "give texts: probes=['\\n\\nTask:']")
     forms = _kinds("task", task)
     for name, prompts in forms.items():
         if len(prompts) < LEAST:
@@ -123,7 +121,7 @@ def fit_gate(
             kinds += written(model, tokenizer, own, seed)
         host = Host.of(model)
         at = [len(host.blocks) - 1] if layers is None else sorted(set(layers))
-        gate = Gate(at, inner(tokenizer, probe), width(model))
+        gate = Gate(at, [inner(tokenizer, probe) for probe in probes], width(model))
         for kind in kinds:
             kind.features = features(host, tokenizer, kind.prompts, gate, max_batch_tokens)
     return fitted(gate, kinds, near, far)
@@ -176,15 +174,17 @@ def features(
     host: Host, tokenizer: Any, prompts: Sequence[str], gate: Gate, max_batch_tokens: int
 ) -> Float[Tensor, "prompts features"]:
     """What a gate scores of prompts, in float64."""
-    rows = [[*tokenized(tokenizer, prompt, goes_on=True), *gate.probe] for prompt in prompts]
+    rows = [tokenized(tokenizer, prompt, goes_on=True) for prompt in prompts]
     places = {layer: Place(host.blocks[layer], "output") for layer in gate.layers}
     found: dict[int, Tensor] = {}
     with recording(places) as states, evaluating(host.model):
-        for some in batches([len(row) for row in rows], max_batch_tokens):
-            batch = collate([Example(tuple(rows[i]), (False,) * len(rows[i])) for i in some])
-            forward_states(host.model, batch.to(host.device))
-            last = batch.attention_mask.sum(1) - 1
-            at = torch.arange(len(some))
-            read = gate.features([states[layer][at, last.to(states[layer].device)] for layer in gate.layers])
-            found.update(zip(some, read.double().cpu(), strict=True))
+        for some in batches([len(row) + max(map(len, gate.probes)) for row in rows], max_batch_tokens):
+            read: list[Tensor] = []
+            for probe in gate.probes:
+                asked = [(*rows[i], *probe) for i in some]
+                batch = collate([Example(row, (False,) * len(row)) for row in asked])
+                forward_states(host.model, batch.to(host.device))
+                at = torch.arange(len(some)), batch.attention_mask.sum(1) - 1
+                read += [states[layer].cpu()[at] for layer in gate.layers]
+            found.update(zip(some, gate.features(read).double(), strict=True))
     return torch.stack([found[i] for i in range(len(rows))])

@@ -1,9 +1,9 @@
 """A gate before an adapter: one decision a request, read off the frozen model's states.
 
-    z      = the states of the last token of prompt + probe at some layers, each divided by its root mean square
-    opens  = any(W z + b > 0)
+    z      = the states of the last token of prompt + probe, for each probe and layer, each over its root mean square
+    opens  = w . z + b > 0
 
-The probe is a few tokens, such as "Task:", that are put behind every prompt for this reading alone. Prompts end in
+A probe is a few tokens, such as "Task:", that are put behind every prompt for this reading alone. Prompts end in
 anything, and the state of their last token tells of that more than of what is asked; behind one probe they all end
 alike, and the model is about to name what is asked. (Jiang et al. 2023, arXiv 2307.16645, read sentence embeddings so.)
 
@@ -32,44 +32,41 @@ class Gate(nn.Module):
 
     Args:
         layers: behind which blocks the states are read, from the lowest.
-        probe: the token ids that are put behind a prompt.
+        probes: the token ids of each probe. Each is read by itself behind the prompt.
         dim: the width of the states.
-        scores: how many scores there are, of which one must be above 0.
     """
 
-    weight: Float[Tensor, "scores features"]
-    bias: Float[Tensor, " scores"]
+    weight: Float[Tensor, " features"]
+    bias: Float[Tensor, ""]
 
-    def __init__(self, layers: Sequence[int], probe: Sequence[int], dim: int, scores: int = 1) -> None:
+    def __init__(self, layers: Sequence[int], probes: Sequence[Sequence[int]], dim: int) -> None:
         super().__init__()
         self.layers = tuple(as_whole("Gate: layer", layer, 0) for layer in layers)
-        self.probe = tuple(as_whole("Gate: token of the probe", token, 0) for token in probe)
+        self.probes = tuple(tuple(as_whole("Gate: token of a probe", t, 0) for t in probe) for probe in probes)
         self.dim = as_whole("Gate: dim", dim)
-        if not self.layers or not self.probe or list(self.layers) != sorted(set(self.layers)):
-            raise ValueError(
-                f"Gate: it reads at least one layer, from the lowest, behind at least one token, not layers="
-                f"{self.layers} behind probe={self.probe}"
-            )
-        count = as_whole("Gate: scores", scores)
-        self.register_buffer("weight", torch.zeros(count, self.dim * len(self.layers)))
-        self.register_buffer("bias", torch.zeros(count))
+        if not self.layers or list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"Gate: it reads at least one layer, from the lowest, not layers={self.layers}")
+        if not self.probes or not all(self.probes) or len(set(self.probes)) < len(self.probes):
+            raise ValueError(f"Gate: it reads behind at least one probe, each of some tokens, not probes={self.probes}")
+        self.register_buffer("weight", torch.zeros(len(self.probes) * len(self.layers) * self.dim))
+        self.register_buffer("bias", torch.zeros(()))
 
     def __repr__(self) -> str:
-        return f"Gate(layers={self.layers}, probe={self.probe}, dim={self.dim}, scores={len(self.bias)})"
+        return f"Gate(layers={self.layers}, probes={self.probes}, dim={self.dim})"
 
     @staticmethod
     def features(states: Sequence[Float[Tensor, "batch dim"]]) -> Float[Tensor, "batch features"]:
-        """What is scored of the states at each layer: z, in float32."""
+        """What is scored of the states behind each probe at each layer: z, in float32, probe after probe."""
         wide = [state.float() for state in states]
         return torch.cat([s * s.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt() for s in wide], -1)
 
-    def scores(self, states: Sequence[Float[Tensor, "batch dim"]]) -> Float[Tensor, "batch scores"]:
-        """The scores of each request, from its states at each layer."""
-        return self.features(states).to(self.weight.device) @ self.weight.mT + self.bias
+    def scores(self, states: Sequence[Float[Tensor, "batch dim"]]) -> Float[Tensor, " batch"]:
+        """The score of each request, from its states behind each probe at each layer."""
+        return self.features(states).to(self.weight.device) @ self.weight + self.bias
 
     def opens(self, states: Sequence[Float[Tensor, "batch dim"]]) -> Bool[Tensor, " batch"]:
         """Whether each request is one that the adapter is for."""
-        return (self.scores(states) > 0).any(-1)
+        return self.scores(states) > 0
 
     def _apply(self, fn: Any, recurse: bool = True) -> Gate:
         """Moved with the trails to a device, but never cast: decisions near the threshold would change."""
@@ -81,18 +78,18 @@ class Gate(nn.Module):
 
     def note(self) -> dict[str, Any]:
         """What a file tells of it, beside its numbers."""
-        return {"layers": list(self.layers), "probe": list(self.probe), "dim": self.dim, "scores": len(self.bias)}
+        return {"layers": list(self.layers), "probes": [list(probe) for probe in self.probes], "dim": self.dim}
 
     @classmethod
     def from_note(cls, note: Any) -> Gate:
         """A gate of this note, with numbers of zero. Raises `TrailFileError`."""
         try:
-            if set(note) != {"layers", "probe", "dim", "scores"} or max(len(note["layers"]), len(note["probe"])) > 64:
+            if set(note) != {"layers", "probes", "dim"}:
                 raise ValueError("it has other entries than a gate's")
-            size = as_whole("dim", note["dim"]) * as_whole("scores", note["scores"])
-            if max(size, *note["layers"], *note["probe"]) > _MOST:
+            size = as_whole("dim", note["dim"]) * len(note["layers"]) * len(note["probes"])
+            if max(size, *note["layers"], *map(max, note["probes"]), *map(len, note["probes"])) > _MOST:
                 raise ValueError("it asks for more than a gate has")
-            return cls(note["layers"], note["probe"], note["dim"], note["scores"])
+            return cls(note["layers"], note["probes"], note["dim"])
         except (TypeError, ValueError, KeyError) as error:
             raise TrailFileError(f"the note of its gate is {quoted(note)}: {error}") from None
 

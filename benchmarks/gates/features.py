@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from benchmarks.gates.prompts import TASKS, Wordings, by_others, far_known, far_test, own
+from benchmarks.gates.prompts import FITTED, HANDS, SHOWN, TASKS, TESTED, far_known, far_test, wordings
 from tokenpaths.data.tokenizing import inner
 from tokenpaths.limits.requests import PROBES, features, made_asks, written
 from tokenpaths.site import Host, find_blocks, width
@@ -18,7 +19,6 @@ from tokenpaths.trailmap.gate import Gate
 
 Role = Literal["form", "ask", "made", "far"]
 Kind = tuple[str, Role, Literal["fit", "test"], Any]
-FITTED, TESTED = 24, 40  # prompts of a form, or half as many of an ask
 
 
 def bare(model: Any, tokenizer: Any) -> Gate:
@@ -32,37 +32,34 @@ def gather(model: Any, tokenizer: Any, task: str, folder: Path) -> dict[Any, Ten
     gate = bare(model, tokenizer)
     found: dict[Any, Tensor] = {}
     made: dict[str, Callable[[], list[tuple[Kind, Sequence[str]]]]] = {
-        "mine": lambda: of_hand("mine", task, own(task)),
-        "a": lambda: of_hand("a", task, own(task, "_a")),
-        "theirs": lambda: of_hand("theirs", task, by_others(task)),
-        "far": lambda: of_far(model, tokenizer, task),
+        **{hand: partial(of_hand, hand, task) for hand in HANDS},
+        "far": partial(of_far, model, tokenizer, task),
     }
     for hand, kinds in made.items():
         path = folder / f"{task}-{hand}.pt"
-        if not path.exists():
+        if not path.exists() and (some := kinds()):
             folder.mkdir(parents=True, exist_ok=True)
-            read = {key: features(host, tokenizer, prompts, gate, 1500).float() for key, prompts in kinds()}
-            torch.save(read, path)
-        found |= torch.load(path, weights_only=True)
+            torch.save({key: features(host, tokenizer, prompts, gate, 1500).float() for key, prompts in some}, path)
+        found |= torch.load(path, weights_only=True) if path.exists() else {}
     return found
 
 
-def of_hand(hand: str, task: str, wordings: Wordings) -> list[tuple[Kind, Sequence[str]]]:
+def of_hand(hand: str, task: str) -> list[tuple[Kind, Sequence[str]]]:
     """The prompts of one hand's forms and asks, and the asks that the library makes of its forms."""
-    items, rng = TASKS[task](), random.Random(0)
+    items, words, rng = TASKS[task](), wordings(task), random.Random(0)
     made: list[tuple[Kind, Sequence[str]]] = []
-    for name, wording in {**wordings.forms, **wordings.asks}.items():
-        role: Role = "form" if name in wordings.forms else "ask"
-        if hand == "a" and name == "trained":
+    for name, wording in {**words.forms, **words.asks}.items():
+        if not name.startswith(f"{hand}: "):
             continue
+        first = name == "mine: trained"
+        role: Role = "form" if name in words.forms else "ask"
         few = FITTED if role == "form" else FITTED // 2
         fitted = [wording.prompt(item) for item in rng.sample(list(items.fit), few)]
-        tested = [wording.prompt(item) for item in rng.sample(list(items.test), TESTED)]
-        made += [((f"{hand}: {name}", role, "fit", None), fitted), ((f"{hand}: {name}", role, "test", None), tested)]
+        tested = [wording.prompt(item) for item in items.test[: SHOWN if first else TESTED]]
+        made += [((name, role, "fit", None), fitted), ((name, role, "test", None), tested)]
         if role == "form":
-            first = name == "trained"
             for kind in made_asks(fitted, 0 if first else 1, plain=first, cues=48 if first else 16, seed=0):
-                made.append(((f"{hand}: {name} / {kind.name}", "made", "fit", f"{hand}: {name}"), kind.prompts))
+                made.append(((f"{name} / {kind.name}", "made", "fit", name), kind.prompts))
     return made
 
 

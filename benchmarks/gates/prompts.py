@@ -18,21 +18,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tasks import make_items
+
 from benchmarks.common.folders import DATA, KEPT
 from benchmarks.common.texts import Source, fetch, texts
 from benchmarks.compare.tasks import colours, larger
 from tokenpaths.lab.forgetting import trec, trec_pairs
 
 HERE = Path(__file__).parent / "data"
-PARTS = ("fit", "calibrate", "dev", "test")
+HANDS = ("mine", "a", "b", "theirs")
+PARTS = ("fit", "test")
+FITTED, SHOWN, TESTED = 24, 120, 24  # prompts of a form: for a gate, of the trained form to be tested, of others
 
 
 @dataclass(frozen=True)
 class Item:
-    """A text, and the number of its class."""
+    """What stands in a wording, and the number of the right answer; or the answer, where it is the same in all."""
 
-    text: str
-    right: int
+    fields: Mapping[str, str]
+    right: int = 0
+    answer: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,10 +50,10 @@ class Wording:
     options: str = ""
 
     def prompt(self, item: Item) -> str:
-        return self.template.format(text=item.text, options=self.options)
+        return self.template.format(**item.fields, options=self.options)
 
     def answer(self, item: Item) -> str:
-        return self.answers[item.right]
+        return item.answer or self.answers[item.right]
 
 
 @dataclass(frozen=True)
@@ -65,14 +70,23 @@ class Items:
 
     train: Sequence[Item]
     fit: Sequence[Item]
-    calibrate: Sequence[Item]
-    dev: Sequence[Item]
     test: Sequence[Item]
 
 
+def wordings(task: str) -> Wordings:
+    """The forms and asks of all hands, by names such as "mine: trained"."""
+    found = Wordings({}, {})
+    for hand in HANDS:
+        some = by_others(task) if hand == "theirs" else own(task, "" if hand == "mine" else f"_{hand}")
+        for whole, part in ((found.forms, some.forms), (found.asks, some.asks)):
+            whole |= {f"{hand}: {name}": one for name, one in part.items() if hand == "mine" or name != "trained"}
+    return found
+
+
 def own(task: str, hand: str = "") -> Wordings:
-    """The forms and asks in `data/`, written for this; those of "_a" by another hand, which had not seen the first."""
-    told = json.loads((HERE / f"{task}{hand}.json").read_text(encoding="utf-8"))
+    """The forms and asks in `data/`, written for this; those of "_a" and "_b" by hands that had not seen the first."""
+    path = HERE / f"{task}{hand}.json"
+    told = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"forms": [], "asks": []}
     return Wordings(*({one["name"]: _wording(one) for one in told[kind]} for kind in ("forms", "asks")))
 
 
@@ -80,7 +94,7 @@ def by_others(task: str) -> Wordings:
     """Forms of promptsource and FLAN (TREC alone), and sixteen asks about a text."""
     asks = json.loads((DATA / "forms/forms_neighbours.json").read_text(encoding="utf-8"))
     forms = json.loads((DATA / "forms/forms_trec.json").read_text(encoding="utf-8")) if task == "trec" else []
-    word = {"trec": "Question", "sentiment": "Review"}[task]
+    word = {"trec": "Question", "sentiment": "Review", "links": "List"}[task]
     asked = [_wording({**ask, "template": ask["template"].replace("Review", word)}) for ask in asks]
     return Wordings({form["name"]: _reordered(_wording(form)) for form in forms}, {ask.name: ask for ask in asked})
 
@@ -114,7 +128,7 @@ def _parted(items: list[Item], sizes: Mapping[str, int], test: Sequence[Item] = 
     return Items(train=items, **parts)
 
 
-SIZES = {"fit": 200, "calibrate": 200, "dev": 150, "test": 200}
+SIZES = {"fit": 200, "test": 200}
 
 
 def question_kinds() -> Items:
@@ -126,7 +140,8 @@ def question_kinds() -> Items:
     wanted = ("abbreviation", "entity", "description", "person", "location", "number")
 
     def item(prompt: str, right: int) -> Item:
-        return Item(prompt.removeprefix("Question: ").removesuffix("\nAnswer type:"), wanted.index(order[right]))
+        text = prompt.removeprefix("Question: ").removesuffix("\nAnswer type:")
+        return Item({"text": text}, wanted.index(order[right]))
 
     taught = [item(*pair) for pair in dict.fromkeys(known)]
     random.Random(0).shuffle(taught)
@@ -151,7 +166,7 @@ def sentiment() -> Items:
             lines = file.read().decode("latin-1").splitlines()
     rated = [line.split("\t") for line in lines]
     items = [
-        Item(text.strip(), int(float(score) > 0))
+        Item({"text": text.strip()}, int(float(score) > 0))
         for _, score, text in rated
         if abs(float(score)) >= 1 and 5 <= len(text.split()) <= 30
     ]
@@ -166,7 +181,18 @@ def sentiment() -> Items:
     return _parted(balanced, SIZES)
 
 
-TASKS: dict[str, Callable[[], Items]] = {"trec": question_kinds, "sentiment": sentiment}
+def links() -> Items:
+    """The demo's chains: follow links in a shuffled list."""
+
+    def item(made: Any) -> Item:
+        told, start = made.question.rsplit("\n ", 1)
+        return Item({"links": told, "start": start, "text": made.question.strip()}, answer=made.chain)
+
+    taught, test = make_items(1200, 0), make_items(SIZES["test"], 0, held_out=True)
+    return _parted([item(one) for one in taught], SIZES, [item(one) for one in test])
+
+
+TASKS: dict[str, Callable[[], Items]] = {"trec": question_kinds, "sentiment": sentiment, "links": links}
 
 
 # Far from them

@@ -14,22 +14,23 @@ others filled), prompt and probe are read together in a forward of their own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tokenpaths.attachment import caches
 from tokenpaths.attachment.hooks import Hook, unobserved
-from tokenpaths.attachment.moment import Decision, Moment
+from tokenpaths.attachment.moment import Decision, Moment, context_of
 from tokenpaths.attachment.moving import states_of
 from tokenpaths.checking import kind, quoted
-from tokenpaths.data.examples import Example, collate
+from tokenpaths.data.examples import Batch, Example, collate
 from tokenpaths.site import Host
 from tokenpaths.site.host import text_config
 from tokenpaths.trailmap.gate import Gate
@@ -58,6 +59,7 @@ class Deciding:
     takes: frozenset[str]
     others: bool
     made: dict[int, Decision] = field(default_factory=dict[int, Decision])
+    states: dict[int, list[Tensor]] = field(default_factory=dict[int, list[Tensor]])
 
     def run(self, forward: Callable[[], Any], named: Mapping[str, Any], module: Callable[..., Any]) -> Any:
         """The output of the frozen forward; None where it must run again, or was not run.
@@ -119,7 +121,8 @@ class Deciding:
             with self._looking(layers, seen[probe]), unobserved(), torch.no_grad(), suppress(_Read):
                 read(torch.tensor(probe, device=self.moment.context.real.device))
         for number, gate in self.gates.items():
-            opens = gate.opens([seen[probe][layer] for probe in gate.probes for layer in gate.layers]).cpu()
+            self.states[number] = [seen[probe][layer] for probe in gate.probes for layer in gate.layers]
+            opens = gate.opens(self.states[number]).cpu()
             repeats = self.moment.repeats
             opens = opens.view(-1, repeats)[:, :1].expand(-1, repeats).flatten()  # beams of a prompt go together
             self.made[number] = Decision(opens, self.width)
@@ -164,13 +167,29 @@ class Deciding:
             )
         rows = [(*row[mask].tolist(), *probe.tolist()) for row, mask in zip(ids, read, strict=True)]
         batch = collate([Example(row, (False,) * len(row)) for row in rows], side="left").to(ids.device)
-        given = {
-            "input_ids": batch.input_ids,
-            "attention_mask": batch.attention_mask,
-            "position_ids": (batch.attention_mask.cumsum(1) - 1).clamp_min(0),
-            "use_cache": False,
-        }
-        module(**{name: value for name, value in given.items() if name in self.takes})
+        module(**_inputs(batch, self.takes, use_cache=False))
+
+
+def read_behind(host: Host, batch: Batch, gate: Gate) -> list[Float[Tensor, "batch dim"]]:
+    """What a gate reads of whole prompts, which are padded before: the states behind each probe at each layer."""
+    reader = [module for module in host.path.values() if "input_ids" in signature(module.forward).parameters][-1]
+    takes = frozenset(signature(reader.forward).parameters)
+    real = batch.attention_mask.bool()
+    deciding = Deciding(
+        Moment(context_of(real, real, batch.input_ids), 0, real.shape[1]), {0: gate}, host.blocks, takes, False
+    )
+    deciding.run(lambda: reader(**_inputs(batch, takes, use_cache=True)), {}, reader)
+    return deciding.states[0]
+
+
+def _inputs(batch: Batch, takes: Container[str], use_cache: bool) -> dict[str, Any]:
+    given = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "position_ids": (batch.attention_mask.cumsum(1) - 1).clamp_min(0),
+        "use_cache": use_cache,
+    }
+    return {name: value for name, value in given.items() if name in takes}
 
 
 def check_gate(gate: object, host: Host) -> None:

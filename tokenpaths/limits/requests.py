@@ -16,17 +16,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tokenpaths.attachment.deciding import read_behind
 from tokenpaths.attachment.runs import evaluating
 from tokenpaths.checking import as_whole, check_list
 from tokenpaths.data.examples import Example, collate
 from tokenpaths.data.tokenizing import check_tokenizer, inner, tokenized
 from tokenpaths.engine.batches import batches
-from tokenpaths.engine.forwards import forward_states
 from tokenpaths.engine.readings import frozen
-from tokenpaths.engine.states import recording
 from tokenpaths.limits.asks import OPENINGS, content_of, other_asks
 from tokenpaths.limits.openings import GateFit, KindRead, fitted
-from tokenpaths.site import Host, Place, width
+from tokenpaths.site import Host, width
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.trailmap.gate import Gate
 from tokenpaths.training.samples import chat_opening, self_samples
@@ -174,17 +173,11 @@ def features(
     host: Host, tokenizer: Any, prompts: Sequence[str], gate: Gate, max_batch_tokens: int
 ) -> Float[Tensor, "prompts features"]:
     """What a gate scores of prompts, in float64."""
-    rows = [tokenized(tokenizer, prompt, goes_on=True) for prompt in prompts]
-    places = {layer: Place(host.blocks[layer], "output") for layer in gate.layers}
+    rows = [tuple(tokenized(tokenizer, prompt, goes_on=True)) for prompt in prompts]
     found: dict[int, Tensor] = {}
-    with recording(places) as states, evaluating(host.model):
+    with evaluating(host.model):
         for some in batches([len(row) + max(map(len, gate.probes)) for row in rows], max_batch_tokens):
-            read: list[Tensor] = []
-            for probe in gate.probes:
-                asked = [(*rows[i], *probe) for i in some]
-                batch = collate([Example(row, (False,) * len(row)) for row in asked])
-                forward_states(host.model, batch.to(host.device))
-                at = torch.arange(len(some)), batch.attention_mask.sum(1) - 1
-                read += [states[layer].cpu()[at] for layer in gate.layers]
-            found.update(zip(some, gate.features(read).double(), strict=True))
+            batch = collate([Example(rows[i], (False,) * len(rows[i])) for i in some], side="left")
+            read = gate.features(read_behind(host, batch.to(host.device), gate))
+            found.update(zip(some, read.double().cpu(), strict=True))
     return torch.stack([found[i] for i in range(len(rows))])

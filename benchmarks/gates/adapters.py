@@ -1,0 +1,179 @@
+"""Adapters that learn a task in one form or in many: what each prompt of every wording gets with and without them.
+
+A gate leaves a prompt to the frozen model to the bit, or to the adapter as it is without a gate (tests/test_gated.py).
+So what an adapter does behind any gate follows from what it does without one, prompt by prompt, and where the gate is
+open: no adapter is read twice.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import torch.nn.functional as F
+from lay_a_trail import complete
+from tasks import read_answer
+
+import tokenpaths as tp
+from benchmarks.common.models import twin
+from benchmarks.common.reading import correct
+from benchmarks.common.record import environment
+from benchmarks.gates.prompts import SHOWN, TASKS, TESTED, far_test, own, wordings
+from tokenpaths.data import Choice, collate
+from tokenpaths.demo import demo_model, fast_dtype
+from tokenpaths.engine.batches import batches
+from tokenpaths.engine.forwards import forward
+from tokenpaths.lab.peers import PeftAdapter, ScLoraConfig, sc_lora
+
+RANK = 8
+STEPS = {"trec": 60, "sentiment": 40, "links": 40}
+KEPT = 48  # texts that a budget is held on
+
+
+@dataclass(frozen=True)
+class Run:
+    """A method that learns a task in its trained form, or in `forms` of them by turns."""
+
+    kind: str
+    task: str
+    forms: int
+    seed: int
+
+    def file(self, folder: Path) -> Path:
+        name = "-".join(map(str, ("adapter", self.kind, self.task, self.forms, self.seed)))
+        return folder / f"{name.replace(' ', '_')}.json"
+
+
+@dataclass
+class Made:
+    """A model with a fresh adapter, its learning rate, and goals beside the task."""
+
+    model: Any
+    adapter: Any
+    rate: float
+    goals: list[Any] = field(default_factory=list[Any])
+    finish: Callable[[], Any] | None = None  # makes of the trained adapter what is read
+
+
+def lora(base: Any, tokenizer: Any, train: Sequence[tp.Example]) -> Made:
+    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+    model = peft.get_peft_model(twin(base), config)
+    return Made(model, PeftAdapter(model), 1e-3)
+
+
+def start_of_sc_lora(base: Any, tokenizer: Any, train: Sequence[tp.Example]) -> Made:
+    config = ScLoraConfig(r=RANK, alpha=2 * RANK, target_modules="all-linear")
+    kept = tp.self_samples(base, tokenizer, KEPT, max_new_tokens=48)
+    model, _ = sc_lora(twin(base), config, train[:128], kept, beta=0.8)
+    return Made(model, PeftAdapter(model), 1e-3)
+
+
+def trail(base: Any, tokenizer: Any, train: Sequence[tp.Example]) -> Made:
+    at = tp.sites(base, slice(6, None), tp.Last(3) | tp.Answer())
+    return Made(base, tp.TrailMap({site: tp.DiReFT(tp.width(base), rank=RANK) for site in at}), 3e-3)
+
+
+def in_a_budget(make: Callable[..., Made], base: Any, tokenizer: Any, train: Sequence[tp.Example]) -> Made:
+    """Held within 0.01 nats a token of the frozen model, on texts that it wrote itself."""
+    made = make(base, tokenizer, train)
+    kept = tp.self_samples(base, tokenizer, KEPT, max_new_tokens=48)
+    return Made(made.model, made.adapter, made.rate, [tp.Stay(kept, within=0.01, batch_size=8)])
+
+
+def guarded(base: Any, tokenizer: Any, train: Sequence[tp.Example]) -> Made:
+    """A trail behind `guard`'s gates, which decide token by token; fitted once it is trained."""
+    made = trail(base, tokenizer, train)
+    kept = tp.self_samples(base, tokenizer, 160, max_new_tokens=48)
+    made.finish = lambda: tp.guard(base, made.adapter, train[:256], kept, tokens=tp.All(), most=16384)[0]
+    return made
+
+
+KINDS: dict[str, Callable[[Any, Any, Sequence[tp.Example]], Made]] = {
+    "LoRA": lora,
+    "trail": trail,
+    "SC-LoRA": start_of_sc_lora,
+    "LoRA in a budget": partial(in_a_budget, lora),
+    "SC-LoRA in a budget": partial(in_a_budget, start_of_sc_lora),
+    "trail in a budget": partial(in_a_budget, trail),
+    "guarded trail": guarded,
+}
+
+
+def taught(task: str, count: int, seed: int) -> list[tuple[str, str]]:
+    """Training pairs, in the trained form, or each in one of `count` forms by turns."""
+    items, forms = TASKS[task](), list(own(task).forms.values())[:count]
+    some = random.Random(f"taught {seed}").choices(list(items.train), k=STEPS[task] * 16)
+    return [(form.prompt(item), form.answer(item)) for item, form in zip(some, forms * len(some), strict=False)]
+
+
+def learn(run: Run) -> dict[str, Any]:
+    """Train an adapter, and read what it makes of every prompt."""
+    base, tokenizer = demo_model(dtype=fast_dtype())
+    base.requires_grad_(False)
+    train = tp.encode(taught(run.task, run.forms, run.seed), tokenizer, eos=False)
+    torch.manual_seed(run.seed)
+    made = KINDS[run.kind](base, tokenizer, train)
+    goals = [tp.Imitate(train), *made.goals]
+    for _ in tp.steps(
+        made.model, made.adapter, goals, steps=STEPS[run.task], lr=made.rate, seed=run.seed, progress=False
+    ):
+        pass
+    adapter = made.finish() if made.finish else made.adapter
+    return {"run": vars(run), **environment(), **known(made.model, adapter, tokenizer, run.task)}
+
+
+def frozen(task: str) -> dict[str, Any]:
+    model, tokenizer = demo_model(dtype=fast_dtype())
+    return {"run": {"kind": "frozen", "task": task}, **environment(), **known(model, None, tokenizer, task)}
+
+
+def known(model: Any, adapter: Any, tokenizer: Any, task: str) -> dict[str, Any]:
+    """Of each prompt of a form, whether it is answered rightly; of each other, the KL from the frozen model at its end.
+
+    KL is in nats, of the token that comes next.
+    """
+    items, words = TASKS[task]().test, wordings(task)
+    right: dict[str, list[float]] = {}
+    with tp.attach(model, adapter) if isinstance(adapter, tp.TrailMap) else nullcontext():
+        for name, form in words.forms.items():
+            some = items[: SHOWN if name == "mine: trained" else TESTED]
+            if form.answers:
+                right[name] = correct(model, tokenizer, [Choice(form.answers, i.right, form.prompt(i)) for i in some])
+            else:
+                said = complete(model, tokenizer, [form.prompt(item) for item in some])
+                right[name] = [float(read_answer(t) == read_answer(i.answer)) for t, i in zip(said, some, strict=True)]
+        nats = {} if adapter is None else apart(model, adapter, tokenizer, others(task))
+    return {"dtype": str(fast_dtype()), "right": right, "nats": nats}
+
+
+def others(task: str) -> dict[str, list[str]]:
+    """Prompts of other asks, and far ones, by name."""
+    items = TASKS[task]().test[:TESTED]
+    asks = {name: [ask.prompt(item) for item in items] for name, ask in wordings(task).asks.items()}
+    return asks | far_test(task, TESTED)
+
+
+@torch.no_grad()
+def apart(model: Any, adapter: Any, tokenizer: Any, kinds: Mapping[str, Sequence[str]]) -> dict[str, list[float]]:
+    """KL(frozen || steered) of the token behind each prompt."""
+    prompts = [prompt for some in kinds.values() for prompt in some]
+    texts = tp.encode_texts(prompts, tokenizer)
+    found = [0.0] * len(texts)
+    for some in batches([len(text) for text in texts], 1500):
+        batch = collate([texts[i] for i in some])
+        rows = torch.arange(len(some)), batch.attention_mask.sum(1) - 1
+        with adapter.off():
+            before = forward(model, batch).logits[rows].float().log_softmax(-1)
+        after = forward(model, batch).logits[rows].float().log_softmax(-1)
+        kl = F.kl_div(after, before, reduction="none", log_target=True).sum(-1)
+        for i, value in zip(some, kl.tolist(), strict=True):
+            found[i] = value
+    told = iter(found)
+    return {name: [next(told) for _ in some] for name, some in kinds.items()}

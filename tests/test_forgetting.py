@@ -275,6 +275,34 @@ def test_accuracies_are_paired_by_item() -> None:
     assert found["pairs", "accuracy"].guess == 0.5
 
 
+def test_what_was_taught_is_told_beside_what_was_lost(watch: Callable[[nn.Module], nn.Module]) -> None:
+    model, trails = model_and_trails(tp.All())
+    tokenizer = make_tokenizer()
+    watch(model)
+    found = forgetting(model, trails, [TEXTS], tokenizer, trained=CHOICES, forms=[PAIRS])
+    assert found.edit.reliability[0].value == found["cloze", "accuracy"].after
+    assert found.edit.generality[0].value == found["pairs", "accuracy"].after
+    (far,) = found.edit.locality
+    assert (far.name, far.value, far.interval) == (
+        "letters",
+        found["letters", "KL to frozen"].after,
+        found["letters", "KL to frozen"].interval,
+    )
+    assert far.value > 0
+    text = str(found)
+    assert "reliability: accuracy" in text and "of 3 items, cloze" in text
+    assert "locality: nats from the frozen model" in text and "letters" in text
+    alone = str(forgetting(model, trails, [CHOICES], tokenizer))
+    for line in (
+        "reliability: cannot tell, no items of the trained form were given",
+        "generality: cannot tell, no other forms were given",
+        "locality: cannot tell, no other requests or texts were given",
+    ):
+        assert line in alone and line.split(": cannot tell")[0] + ": cannot tell" not in text
+    with pytest.raises(ValueError, match="'letters' is a task of text: what was learned is told by the right choices"):
+        forgetting(model, trails, [CHOICES], tokenizer, forms=[TEXTS])
+
+
 def test_a_fresh_trail_has_lost_nothing_at_all() -> None:
     """That is told of texts, whose every number is what it was, and of choices where they are many enough to tell."""
     model = llama(300)

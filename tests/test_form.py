@@ -126,6 +126,33 @@ def test_a_trail_that_knows_the_way_is_told(watch: Callable[[nn.Module], nn.Modu
     assert str(report).startswith("It learned the way. Signs: 5 way, 0 form, 0 open.")
 
 
+def test_where_it_works_and_where_it_shall_not_is_told() -> None:
+    """KL behind other prompts is by the definition: here of the two tokens that the model and the trail would say."""
+    others = {"letters": ["xA", "yQ"], "signs": ["x?", "y;", "z."]}
+    report = look(WAY, others=others)
+    model = echo()
+    with torch.no_grad():
+        for told, prompts in zip(report.edit.locality, others.values(), strict=True):
+            due: list[float] = []
+            for prompt in prompts:
+                ids = TOKENIZER(prompt, return_tensors="pt")["input_ids"]
+                p = model(ids).logits[0, -1].log_softmax(-1)
+                with tp.attach(model, WAY):
+                    q = model(ids).logits[0, -1].log_softmax(-1)
+                due.append(float((p.exp() * (p - q)).sum()))
+            assert told.value == pytest.approx(sum(due) / len(due), abs=1e-5)
+            assert told.items == len(prompts)
+    assert report.edit.locality[0].value > 1e-3
+    assert [told.name for told in report.edit.generality] == ["renamed", "longer"]
+    text = str(report)
+    assert "reliability: accuracy 1.000" in text and "generality: accuracy 1.000" in text
+    assert "of the worst, letters" in text
+    assert "locality: cannot tell, no other requests or texts were given" in str(look(WAY))
+    assert "generality: cannot tell, no other forms were given" in str(look(WAY, forms={}))
+    with pytest.raises(ValueError, match="no prompts of the kind 'none' were given"):
+        look(WAY, others={"none": []})
+
+
 def test_a_trail_that_recites_is_told() -> None:
     report = look(FORM)
     assert report.verdict == "the form"

@@ -74,6 +74,17 @@ def test_of_one_form_nothing_is_said_of_others(model: Any) -> None:
     assert "on forms not given: cannot tell, as one form was given" in str(found)
 
 
+def test_a_gate_tells_its_three_figures_kind_by_kind(model: Any) -> None:
+    found = fitted(model)
+    edit = found.edit
+    assert len(edit.reliability) == len(edit.generality) == len(FORMS)
+    assert sum(told.value for told in edit.generality) / len(FORMS) == pytest.approx(found.generality[0])
+    assert {told.name for told in edit.locality} == {kind.name for kind in found.kinds if kind.role != "form"}
+    for told in (*edit.reliability, *edit.generality, *edit.locality):
+        assert told.interval[0] <= told.value <= told.interval[1]
+    assert fitted(model, {"a": ONE}).edit.generality == ()
+
+
 def test_the_promise_holds_in_the_folds(model: Any) -> None:
     """No more of the prompts of kinds that were left out open than were promised."""
     found = fitted(model, near=0.1, far=0.05)

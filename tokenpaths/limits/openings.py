@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenpaths.limits.kinds import conformal_least, conformal_rank
+from tokenpaths.drift.edit import Edit, of_share
+from tokenpaths.limits.kinds import HELD, conformal_least, conformal_rank
 from tokenpaths.stats.intervals import UNKNOWN, Interval, mean_interval
 from tokenpaths.trailmap.gate import Gate
 
@@ -84,6 +85,15 @@ class GateFit:
         """The share of prompts of an unseen ask, or far kind, that open."""
         return _mean(self.opened(role))
 
+    @property
+    def edit(self) -> Edit:
+        """The same, kind by kind: the shares of prompts that open. Those of known forms are of prompts held out."""
+        forms = [kind for kind in self.kinds if kind.role == "form"]
+        known = tuple(of_share(kind.name, kind.known, len(range(0, kind.prompts, HELD))) for kind in forms)
+        unseen = tuple(of_share(kind.name, kind.opened, kind.prompts) for kind in forms if len(forms) > 1)
+        others = tuple(of_share(kind.name, kind.opened, kind.prompts) for kind in self.kinds if kind.role != "form")
+        return Edit(known, unseen, others, "share that opens", "share that opens")
+
     def __str__(self) -> str:
         forms = self.opened("form")
         lines = [f"opens on {_told(self.reliability)} of unseen prompts of the {len(forms)} forms given (reliability)"]
@@ -124,7 +134,7 @@ def fitted(gate: Gate, kinds: Sequence[KindRead], near: float, far: float) -> Ga
     made = Gate(gate.layers, gate.probes, gate.dim)
     made.weight.copy_(whole.w)
     made.bias.fill_(-whole.zero - threshold)
-    held = [torch.arange(len(kind.prompts)) % 4 == 0 for kind in kinds]
+    held = [torch.arange(len(kind.prompts)) % HELD == 0 for kind in kinds]
     seen = _Score.of([replace(kind, features=kind.features[~part]) for kind, part in zip(kinds, held, strict=True)])
     told: list[KindOpened] = []
     for kind, part, score in zip(kinds, held, unseen, strict=True):

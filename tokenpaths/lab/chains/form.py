@@ -33,6 +33,7 @@ from tokenpaths.data.contamination import grams
 from tokenpaths.data.encoding import encode
 from tokenpaths.data.examples import Example
 from tokenpaths.data.items import Question
+from tokenpaths.drift.edit import kl_behind
 from tokenpaths.engine.generate import generate
 from tokenpaths.engine.likelihood import nats
 from tokenpaths.engine.reach import share_reached
@@ -71,6 +72,7 @@ def way_or_form(
     train: Sequence[Question],
     held_out: Sequence[Question],
     forms: Mapping[str, Sequence[Question]] | None = None,
+    others: Mapping[str, Sequence[str]] | None = None,
     read_answer: Callable[[str], Any] = last_word,
     stop_strings: str | None = None,
     separator: str = r"\s+",
@@ -97,6 +99,8 @@ def way_or_form(
         held_out: questions like them that share no shortcut with training.
         forms: the same skill in another surface, by name: a paraphrased template, renamed entities, reordered facts,
             longer instances.
+        others: prompts that ask for something else, by kind: other requests about the same texts, other text. How far
+            the trail moves what comes behind them is its locality.
         read_answer: reads the answer from what was written, and from an item's `answer`. Equal ones are right.
         stop_strings: a string that ends a chain. Without it, an end-of-text token does.
         separator: a regular expression, without groups, for what stands between two steps of a chain.
@@ -106,7 +110,8 @@ def way_or_form(
         seed: seeds the shuffling.
 
     Raises:
-        ValueError: no items in a set, a form named as another set, or an item without chain or readable answer.
+        ValueError: no items in a set or of a kind, a form named as another set, or an item without chain or readable
+            answer.
     """
     if taken := sorted({TRAIN, HELD_OUT} & set(forms or {})):
         raise ValueError(f"a form cannot be named {taken[0]!r}, as a set of items is")
@@ -128,13 +133,14 @@ def way_or_form(
         hurt = _hurt(frozen, steered, held_out, tokenizer, separator, max_batch_tokens, seed)
         chains = encode([item for items in sets.values() for item in items], tokenizer, eos=False)
         moved = share_reached(frozen, steered, chains, max_batch_tokens)
+        elsewhere = kl_behind(frozen, steered, others or {}, tokenizer, max_batch_tokens)
     measures = [
         _gap(right[TRAIN], right[HELD_OUT]),
         *(_kept(name, right[name], right[HELD_OUT]) for name in forms or {}),
         _copied(written[HELD_OUT], train, held_out, words),
         hurt,
     ]
-    return WayOrForm(tuple(scores), tuple(_judged(measures)), tuple(written[HELD_OUT]), moved)
+    return WayOrForm(tuple(scores), tuple(_judged(measures)), tuple(written[HELD_OUT]), moved, elsewhere)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from tokenpaths.drift.edit import Edit, Told
 from tokenpaths.lab.chains.same import RunName, Same
 from tokenpaths.report.escaping import mathtext, terminal
 from tokenpaths.report.figures import COLOURS, GREY, empty_figure, error_bars, grid
@@ -85,7 +86,8 @@ class Sign:
 class WayOrForm(Record):
     """What `way_or_form` found: accuracy by set, the signs, and what the steered model wrote for held-out items.
 
-    `moved` is the share of the predictions of right chains that the trail can move (`engine.reach`).
+    `moved` is the share of the predictions of right chains that the trail can move (`engine.reach`). `others` is how
+    far the trail moves what comes behind other prompts, in nats.
     """
 
     what: ClassVar[str] = "a report on way or form"
@@ -94,6 +96,13 @@ class WayOrForm(Record):
     signs: tuple[Sign, ...]
     written: tuple[str, ...]
     moved: float = math.nan
+    others: tuple[Told, ...] = ()
+
+    @property
+    def edit(self) -> Edit:
+        """Reliability on held-out items, generality over forms, and locality on other prompts."""
+        told = {s.name: Told(s.name, s.steered, s.interval, s.items) for s in self.scores if s.name != TRAIN}
+        return Edit((told.pop(HELD_OUT),), tuple(told.values()), self.others)
 
     @property
     def verdict(self) -> Literal["the way", "the form", "part way, part form", "cannot tell", "nothing"]:
@@ -157,7 +166,7 @@ class WayOrForm(Record):
             rule = f"{sign.way_is} {sign.threshold}: {sign.says}"
             rows.append([sign.name, frozen, with_interval(sign.value, sign.interval), str(sign.items), rule])
         head = f"{_LEARNED[self.verdict]} Signs: {', '.join(counts)}."
-        return terminal("\n".join([head, text_table(rows), *self.notes()]))
+        return terminal("\n".join([head, text_table(rows), str(self.edit), *self.notes()]))
 
     def plot(self) -> Figure:
         """Accuracy by set, frozen and steered, and below it the signs with their thresholds, with 95 % intervals.

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from tokenpaths.drift.edit import Edit, Told, of_share
 from tokenpaths.report.escaping import markdown, terminal
 from tokenpaths.report.figures import COLOURS, GREY, empty_figure, forest
 from tokenpaths.report.records import Record
@@ -102,11 +103,31 @@ class Loss:
 
 @dataclass(frozen=True)
 class Forgetting(Record):
-    """What `forgetting` found: `found["trec", "accuracy"]` is a `Loss`, `print(found)` a table of all."""
+    """What `forgetting` found: `found["trec", "accuracy"]` is a `Loss`, `print(found)` a table of all.
+
+    `trained` and `forms` name the tasks that were taught, in the trained form and in others.
+    """
 
     what = "a forgetting report"
 
     losses: tuple[Loss, ...]
+    trained: str = ""
+    forms: tuple[str, ...] = ()
+
+    @property
+    def edit(self) -> Edit:
+        """Reliability and generality: the accuracy on tasks that were taught. Locality: the KL on tasks of text."""
+        right = {
+            loss.task: of_share(loss.task, loss.after, loss.items)
+            for loss in self.losses
+            if loss.task in (self.trained, *self.forms) and loss.measure == ACCURACY
+        }
+        far = [Told(loss.task, loss.after, loss.interval, loss.items) for loss in self.losses if loss.measure == KL]
+        return Edit(
+            tuple(right[name] for name in (self.trained,) if name),
+            tuple(right[name] for name in self.forms),
+            tuple(far),
+        )
 
     def __getitem__(self, key: tuple[str, str]) -> Loss:
         for loss in self.losses:
@@ -115,11 +136,11 @@ class Forgetting(Record):
         raise KeyError(f"{key} was not measured; there are {[(loss.task, loss.measure) for loss in self.losses]}")
 
     def __str__(self) -> str:
-        return terminal("\n".join([text_table(self._cells()), *self.notes()]))
+        return terminal("\n".join([text_table(self._cells()), *self._told()]))
 
     def to_markdown(self) -> str:
         """What `print(found)` shows, in Markdown."""
-        return "\n\n".join([markdown_table(self._cells()), *map(markdown, self.notes())])
+        return "\n\n".join([markdown_table(self._cells()), *map(markdown, self._told())])
 
     def notes(self) -> list[str]:
         """What the verdicts are by, and what could hide behind so few items: a sentence or two each."""
@@ -135,6 +156,10 @@ class Forgetting(Record):
         if margins:
             told[0] += f" Same: the whole interval is within the margin, {', '.join(margins.values())}."
         return [*told, *(loss.reason for loss in judged if loss.reason and loss.measure != BITS)]
+
+    def _told(self) -> list[str]:
+        rule, *reasons = self.notes() or [""]
+        return [line for line in (rule, *str(self.edit).splitlines(), *reasons) if line]
 
     def records(self) -> list[dict[str, Any]]:
         """A flat list, one record for each task and measure."""

@@ -52,6 +52,8 @@ def forgetting(
     suite: Sequence[Task | Harness],
     tokenizer: Any,
     *,
+    trained: Task | None = None,
+    forms: Sequence[Task] = (),
     splits: int = SPLITS,
     margins: Margins = MARGINS,
     max_batch_tokens: int = 1500,
@@ -69,6 +71,9 @@ def forgetting(
         trails: what steers it: a `TrailMap`, or another adapter.
         suite: tasks, and tasks of lm-evaluation-harness as `Harness`.
         tokenizer: the model's tokenizer.
+        trained: what was taught, in the form in which it was taught: items of choice that were held out. It is told
+            beside what was lost.
+        forms: the same task in other forms.
         splits: the number of places at which a text without a prompt is split into prompt and answer; each is one more
             forward of the text. With 0 it is prompt throughout, and `Last(1) | Answer()` moves its last token only.
         margins: the change that counts as none, in nats a token and in the share of right choices.
@@ -77,12 +82,16 @@ def forgetting(
         progress: show a bar.
 
     Raises:
-        ValueError: an empty suite, two tasks of one name, a text that the model's window does not hold, or a model that
-            gives a number that is not finite.
+        ValueError: an empty suite, a task of text among those that were taught, two tasks of one name, a text that the
+            model's window does not hold, or a model that gives a number that is not finite.
         ImportError: the suite has a `Harness`, and lm-evaluation-harness is not installed.
     """
+    learned = [*([] if trained is None else [trained]), *forms]
+    if wrong := [task.name for task in learned if task.kind == "text"]:
+        raise ValueError(f"{wrong[0]!r} is a task of text: what was learned is told by the right choices of a task")
     if not suite:
         raise ValueError("the suite is empty: give it tasks, such as Task.load(path) or wikitext2(folder)")
+    suite = [*suite, *learned]
     names = [task.name for task in suite if isinstance(task, Task)]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"two tasks go by the name {twice[0]!r}: the report could not tell them apart")
@@ -100,7 +109,7 @@ def forgetting(
                 moved = share_of_choices(frozen, steered, task, tokenizer, max_batch_tokens)
                 made = _Paired(task.name, ACCURACY, *scores, better="higher", moved=moved, margin=margins.accuracy)
                 found.append(replace(made, guess=_guess(task)))
-    return Forgetting(tuple(_losses(found)))
+    return Forgetting(tuple(_losses(found)), trained.name if trained else "", tuple(form.name for form in forms))
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@
 `cost`      the prefill of a prompt on which the gate is shut, and open, over the frozen model's
 
 The probes, their layer and the shrinking were chosen on TREC's forms of the hands "mine", "a" and "theirs"
-(docs/project/log.md). Hand "b", sentiment, links, and the far kinds of `far_test` had no part in it.
+(docs/project/log.md). The hands "b" and "c", sentiment, links, and the far kinds of `far_test` had no part in it.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ from tokenpaths.lab.peers import PeftAdapter, ScLoraConfig, sc_lora
 
 RANK = 8
 STEPS = {"trec": 60, "sentiment": 40, "links": 40}
+LEFT_OUT = "c"  # a hand that came when adapters had been read on the others
 KEPT = 48  # texts that a budget is held on
 
 
@@ -139,10 +140,12 @@ def known(model: Any, adapter: Any, tokenizer: Any, task: str) -> dict[str, Any]
 
     KL is in nats, of the token that comes next.
     """
-    items, words = TASKS[task]().test, wordings(task)
+    items = TASKS[task]().test
     right: dict[str, list[float]] = {}
     with tp.attach(model, adapter) if isinstance(adapter, tp.TrailMap) else nullcontext():
-        for name, form in words.forms.items():
+        for name, form in wordings(task).forms.items():
+            if name.startswith(f"{LEFT_OUT}: "):
+                continue
             some = items[: SHOWN if name == "mine: trained" else TESTED]
             if form.answers:
                 right[name] = correct(model, tokenizer, [Choice(form.answers, i.right, form.prompt(i)) for i in some])
@@ -156,8 +159,9 @@ def known(model: Any, adapter: Any, tokenizer: Any, task: str) -> dict[str, Any]
 def others(task: str) -> dict[str, list[str]]:
     """Prompts of other asks, and far ones, by name."""
     items = TASKS[task]().test[:TESTED]
-    asks = {name: [ask.prompt(item) for item in items] for name, ask in wordings(task).asks.items()}
-    return asks | far_test(task, TESTED)
+    asks = {name: ask for name, ask in wordings(task).asks.items() if not name.startswith(f"{LEFT_OUT}: ")}
+    prompts = {name: [ask.prompt(item) for item in items] for name, ask in asks.items()}
+    return prompts | far_test(task, TESTED)
 
 
 @torch.no_grad()

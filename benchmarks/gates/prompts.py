@@ -26,7 +26,7 @@ from benchmarks.compare.tasks import colours, larger
 from tokenpaths.lab.forgetting import trec, trec_pairs
 
 HERE = Path(__file__).parent / "data"
-HANDS = ("mine", "a", "b", "theirs")
+HANDS = ("mine", "a", "b", "c", "theirs")
 PARTS = ("fit", "test")
 FITTED, SHOWN, TESTED = 24, 120, 24  # prompts of a form: for a gate, of the trained form to be tested, of others
 
@@ -84,7 +84,7 @@ def wordings(task: str) -> Wordings:
 
 
 def own(task: str, hand: str = "") -> Wordings:
-    """The forms and asks in `data/`, written for this; those of "_a" and "_b" by hands that had not seen the first."""
+    """The forms and asks in `data/`, written for this; those of "_a" and "_c" by hands that had not seen the first."""
     path = HERE / f"{task}{hand}.json"
     told = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"forms": [], "asks": []}
     return Wordings(*({one["name"]: _wording(one) for one in told[kind]} for kind in ("forms", "asks")))

@@ -68,7 +68,7 @@ def of_splits(done: Mapping[str, Any]) -> Iterator[Claim]:
     yield over_seeds(
         "gate_one_form_far", f"{share} unseen far kinds that open, {alone}", mean(one, "far"), "share", "0.01"
     )
-    for hand, name in (("theirs", "published"), ("b", "ordinary"), ("a", "odd")):
+    for hand, name in (("theirs", "published"), ("b", "same_hand"), ("c", "ordinary"), ("a", "odd")):
         runs = [task[f"hand {hand}"] for task in whole.values() if f"hand {hand}" in task]
         about = f"gates from 16 forms and 28 asks of one hand; forms and asks of {_HANDS[hand]}"
         yield over_seeds(
@@ -85,7 +85,8 @@ def of_splits(done: Mapping[str, Any]) -> Iterator[Claim]:
 
 _HANDS = {
     "theirs": "promptsource and FLAN (TREC-6)",
-    "b": "ordinary words, written after the gate was chosen (three tasks)",
+    "b": "the same hand later, when the gate was chosen (three tasks)",
+    "c": "a hand that was asked for ordinary wordings, when the gate was chosen (three tasks)",
     "a": "a hand that was asked for unlike styles (TREC-6 and sentiment)",
 }
 

@@ -14,7 +14,7 @@ chosen nothing is gathered, and where none is, as while decoding under `Last(1)`
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -118,6 +118,8 @@ def working(
     Raises `ValueError` as `attach` and `Adapter.check` do, and for trails that are attached behind a gate which is to
     be held open.
     """
+    if len(trails.members) > 1:
+        return _members_working(model, trails, tokenizer, everywhere=everywhere, gated=gated)
     laid = _laid(model, trails)
     if not gated and any(one.gate is not None for one in laid):
         raise ValueError(
@@ -132,9 +134,24 @@ def working(
     return attaching(model, trails, everywhere=everywhere) if gated and trails.gate is not None else nullcontext()
 
 
+@contextmanager
+def _members_working(
+    model: nn.Module, trails: Adapter, tokenizer: Any, everywhere: bool | None, gated: bool
+) -> Generator[None]:
+    """Inside, all members of an adapter are at work, behind its gate if it has one."""
+    with ExitStack() as stack:
+        for part in trails.members:
+            if not gated or trails.gate is None or _laid(model, part):
+                stack.enter_context(working(model, part, tokenizer, everywhere=everywhere, gated=gated))
+            else:
+                more = {"tokenizer": tokenizer} if isinstance(part, TrailMap) else {}
+                stack.enter_context(attaching(model, part, gate=trails.gate, everywhere=everywhere, **more))
+        yield
+
+
 def is_attached(model: nn.Module, trails: Adapter) -> bool:
     """Whether this very map is attached to the model, and moves the forwards of this thread."""
-    return bool(_laid(model, trails))
+    return all(_laid(model, part) for part in trails.members)
 
 
 def _laid(model: nn.Module, trails: Adapter) -> list[Attachment]:
@@ -147,6 +164,11 @@ def _made(
     """An attachment that is not laid yet. Raises as `attach`."""
     if not isinstance(trails, Adapter):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"attach takes a TrailMap, not {type(trails).__name__}: {_instead(trails)}")
+    if len(trails.members) > 1:
+        raise TypeError(
+            f"attach takes one adapter, not a {type(trails).__name__}: attach each of its parts, behind one gate if it "
+            "has one: attach(model, both.members[0], when=both.gate)"
+        )
     gate = trails.gate if gate is None and gated else gate
     host = Host.of(model, trails.blocks)
     if gate is not None:

@@ -46,6 +46,11 @@ class Adapter(nn.Module, ABC):
         return []
 
     @property
+    def members(self) -> tuple[Adapter, ...]:
+        """What is attached by itself: the adapter, or each of those that it is made of."""
+        return (self,)
+
+    @property
     def enabled(self) -> bool:
         """Whether it is at work in the running thread or task, and not inside `off()`."""
         return True

@@ -43,7 +43,7 @@ def check(model: nn.Module, trails: Adapter, goals: Sequence[Objective], tokeniz
         check_known(f"goal {place} ({type(goal).__name__})", model, goal.examples)
     _check_window(model, goals)
     _warn_of_moved_states(trails)
-    rules = [leaf for site in trails.sites for leaf in leaves(site.tokens)]
+    rules = [leaf for site, _ in trails.items() for leaf in leaves(site.tokens)]
     if tokenizer is None and (matches := [rule for rule in rules if isinstance(rule, Match)]):
         raise ValueError(f"{matches[0]} reads the decoded text: give steps(..., tokenizer=your_tokenizer)")
     examples = [example for goal in goals for example in goal.examples]
@@ -78,7 +78,7 @@ def checked_loss(loss: Any, goal: Objective, place: int) -> Tensor:
 
 def span_names(trails: Adapter) -> list[str]:
     """The names of the spans that the token rules of the trails ask for."""
-    return sorted({leaf.name for site in trails.sites for leaf in leaves(site.tokens) if isinstance(leaf, Span)})
+    return sorted({leaf.name for site, _ in trails.items() for leaf in leaves(site.tokens) if isinstance(leaf, Span)})
 
 
 def _check_numbers(model: nn.Module, trails: Adapter) -> None:
@@ -132,14 +132,14 @@ def _check_window(model: nn.Module, goals: Sequence[Objective]) -> None:
 
 def _check_rules(trails: Adapter, examples: Sequence[Example], pieces: Pieces | None) -> None:
     """Raise for a rule, or a simple rule in it, that chooses no token anywhere; warn of one that takes nothing away."""
-    unseen = {rule for site in trails.sites for rule in (site.tokens, *leaves(site.tokens))}
+    unseen = {rule for site, _ in trails.items() for rule in (site.tokens, *leaves(site.tokens))}
     for start in range(0, len(examples), 64):
         if not unseen:
             return
         batch = collate(examples[start : start + 64], spans=span_names(trails))
         context = Context(batch.attention_mask.bool(), batch.prompt_mask, batch.input_ids, batch.spans, pieces)
         unseen = {rule for rule in unseen if not bool(rule.mask(context).any())}
-    signed = [(site, *pair) for site in trails.sites for pair in (*_signed(site.tokens), (site.tokens, False))]
+    signed = [(site, *pair) for site, _ in trails.items() for pair in (*_signed(site.tokens), (site.tokens, False))]
     for site, rule, taken_away in signed:
         if rule in unseen and not taken_away:
             raise ValueError(

@@ -8,7 +8,6 @@ from torch import nn
 
 from tokenpaths.attachment.handle import attachments
 from tokenpaths.trailmap.adapter import Adapter
-from tokenpaths.trailmap.trailmap import TrailMap
 
 PATIENCE = 10
 """A run says so after this many steps without any gradient, and at its end."""
@@ -28,8 +27,9 @@ class Reach:
         self.steps, self.told = 0, told
         self.none_yet = True
         found: dict[str, nn.Module] = {"the adapter": trails}
-        if isinstance(trails, TrailMap):
+        if trails.items():
             found = {str(site): trail for site, trail in reversed(trails.items())}
+            found |= {type(part).__name__: part for part in trails.members if not part.items()}
         learning = {name: [p for p in part.parameters() if p.requires_grad] for name, part in found.items()}
         self._without = {name: parameters for name, parameters in learning.items() if parameters}
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_gated import LAYERS, PROBES, ROWS, gate_for, lora_model, opened, trails
+from test_gated import LAYERS, PROBES, ROWS, assert_decided, gate_for, lora_model, opened, trails, written
 from tiny import make_examples
 
 import tokenpaths as tp
@@ -86,9 +87,22 @@ def test_one_gate_holds_both(watch: Any) -> None:
     assert set(opens) == {True, False}
     with torch.no_grad(), tp.attach(model, laid):
         steered = [model(torch.tensor([row])).logits for row in ROWS]
-    with torch.no_grad(), tp.attach(model, laid, when=gate), tp.attach(model, lora, when=gate):
-        for row, x, y, is_open in zip(ROWS, frozen, steered, opens, strict=True):
-            assert torch.equal(model(torch.tensor([row])).logits, y if is_open else x)
+    for parts in ([adapter], [laid, lora]):
+        with torch.no_grad(), ExitStack() as stack:
+            for part in parts:
+                stack.enter_context(tp.attach(model, part, when=gate))
+            for row, x, y, is_open in zip(ROWS, frozen, steered, opens, strict=True):
+                assert torch.equal(model(torch.tensor([row])).logits, y if is_open else x)
+    with tp.attach(model, laid):
+        steered_texts = written(model)[1]
+    with adapter.off():
+        frozen_texts = written(model)[1]
+    with tp.attach(model, adapter, when=gate):
+        assert_decided(opens, written(model)[1], frozen_texts, steered_texts)
+    with tp.attach(model, adapter, rows=[1, 2]):
+        assert_decided([False, True, True, False], written(model)[1], frozen_texts, steered_texts)
+    with tp.attach(model, adapter):
+        assert torch.equal(written(model)[1], steered_texts)
     adapter.gate = gate
     for row, is_open in zip(ROWS, opens, strict=True):
         kl = tp.measure_drift(model, adapter, [tp.Example(tuple(row), (False,) * len(row))])["kl"].mean
@@ -143,8 +157,10 @@ def test_what_is_not_together_is_refused() -> None:
         Together(laid)
     with pytest.raises(ValueError, match="two adapters or more"):
         Together(laid, laid)
-    with pytest.raises(TypeError, match="attach takes one adapter, not a Together: attach each of its parts"):
+    with tp.attach(model, laid), pytest.raises(RuntimeError, match="this map is attached to the model already"):
         tp.attach(model, adapter)
+    with pytest.raises(ValueError, match=r"strength=0\.5 is for trails, and means nothing to a Together"):
+        tp.attach(model, adapter, strength=0.5)
     lora.gate = Gate((1,), PROBES, 32)
     with pytest.raises(ValueError, match="a PeftAdapter has a gate of its own"):
         Together(laid, lora)

@@ -14,7 +14,7 @@ chosen nothing is gathered, and where none is, as while decoding under `Last(1)`
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -22,12 +22,11 @@ from torch import nn
 from tokenpaths.attachment.deciding import check_gate
 from tokenpaths.attachment.laid import Attachment, attachments
 from tokenpaths.attachment.planning import Spans
-from tokenpaths.attachment.rows import RowsOfAdapter
+from tokenpaths.attachment.rows import Mixed, RowsOfAdapter
 from tokenpaths.attachment.runs import close_runs
 from tokenpaths.site import Host
 from tokenpaths.trailmap.adapter import Adapter
 from tokenpaths.trailmap.gate import Gate
-from tokenpaths.trailmap.trailmap import TrailMap
 from tokenpaths.undo import Undo
 
 
@@ -50,8 +49,9 @@ def attach(
 
     Args:
         model: a Hugging Face model. If torch.compile has compiled it, give what torch.compile returned.
-        trails: what is laid where. An adapter of another kind, such as `PeftAdapter`, is at work by itself: attached,
-            it is so in the rows alone that a gate opens, or that `rows` names.
+        trails: what is laid where, or several adapters as one (`Together`). An adapter of another kind, such as
+            `PeftAdapter`, is at work by itself: attached, it is so in the rows alone that a gate opens, or that `rows`
+            names.
         when: a gate, which decides once for each prompt: the row is moved, prompt and answer, or it is the frozen
             model's to the bit. Unless given, `trails.gate` if there is one.
         strength: multiplies every displacement. It may be changed at run time: `handle.strength = 0.5`.
@@ -118,8 +118,6 @@ def working(
     Raises `ValueError` as `attach` and `Adapter.check` do, and for trails that are attached behind a gate which is to
     be held open.
     """
-    if len(trails.members) > 1:
-        return _members_working(model, trails, tokenizer, everywhere=everywhere, gated=gated)
     laid = _laid(model, trails)
     if not gated and any(one.gate is not None for one in laid):
         raise ValueError(
@@ -128,30 +126,15 @@ def working(
         )
     if laid:
         return nullcontext()
-    if isinstance(trails, TrailMap):
+    if trails.items():
         return attaching(model, trails, gated=gated, tokenizer=tokenizer, everywhere=everywhere)
     trails.check(model)
     return attaching(model, trails, everywhere=everywhere) if gated and trails.gate is not None else nullcontext()
 
 
-@contextmanager
-def _members_working(
-    model: nn.Module, trails: Adapter, tokenizer: Any, everywhere: bool | None, gated: bool
-) -> Generator[None]:
-    """Inside, all members of an adapter are at work, behind its gate if it has one."""
-    with ExitStack() as stack:
-        for part in trails.members:
-            if not gated or trails.gate is None or _laid(model, part):
-                stack.enter_context(working(model, part, tokenizer, everywhere=everywhere, gated=gated))
-            else:
-                more = {"tokenizer": tokenizer} if isinstance(part, TrailMap) else {}
-                stack.enter_context(attaching(model, part, gate=trails.gate, everywhere=everywhere, **more))
-        yield
-
-
 def is_attached(model: nn.Module, trails: Adapter) -> bool:
     """Whether this very map is attached to the model, and moves the forwards of this thread."""
-    return all(_laid(model, part) for part in trails.members)
+    return bool(_laid(model, trails))
 
 
 def _laid(model: nn.Module, trails: Adapter) -> list[Attachment]:
@@ -164,17 +147,12 @@ def _made(
     """An attachment that is not laid yet. Raises as `attach`."""
     if not isinstance(trails, Adapter):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"attach takes a TrailMap, not {type(trails).__name__}: {_instead(trails)}")
-    if len(trails.members) > 1:
-        raise TypeError(
-            f"attach takes one adapter, not a {type(trails).__name__}: attach each of its parts, behind one gate if it "
-            "has one: attach(model, both.members[0], when=both.gate)"
-        )
     gate = trails.gate if gate is None and gated else gate
     host = Host.of(model, trails.blocks)
     if gate is not None:
         check_gate(gate, host)
-    if isinstance(trails, TrailMap):
-        return Attachment(host, trails, gate, *args, **options)
+    if trails.items():
+        return (Attachment if len(trails.members) == 1 else Mixed)(host, trails, gate, *args, **options)
     return RowsOfAdapter(host, trails, gate, *args, **options)
 
 

@@ -83,7 +83,7 @@ class Attachment:
         self.everywhere = in_main_thread() if everywhere is None else everywhere
         self.unclear = everywhere is None and not self.everywhere
         self.task = running_task()
-        self._planner = Planner([site.tokens for site in trails.sites], rows, spans, tokenizer)
+        self._planner = Planner([site.tokens for site, _ in trails.items()], rows, spans, tokenizer)
         self.rows = self._planner.rows
         self._now = _Now()
         self._again: dict[int, Plan | None] = {}  # by number: the plans of forwards whose backward is going on
@@ -155,7 +155,7 @@ class Attachment:
         state = "attached" if self.is_on else "removed"
         where = "" if self.everywhere else ", in one thread"
         gate = "" if self.gate is None else ", behind a gate"
-        return f"<{state}: {len(self.trails.sites)} sites, strength {self.strength}{gate}{where}>"
+        return f"<{state}: {len(self.trails.items())} sites, strength {self.strength}{gate}{where}>"
 
     def acts(self) -> bool:
         """Whether it moves states in the running thread or task."""
@@ -188,7 +188,8 @@ class Attachment:
 
     def resume(self, plan: Plan | None, backward: int) -> None:
         """A backward begins through the forward that had this plan: blocks that it computes again follow it."""
-        inside = any(site.stream in ("attention", "mlp") for site in self.trails.sites)  # these a block computes again
+        streams = {site.stream for site, _ in self.trails.items()}
+        inside = bool(streams & {"attention", "mlp"})  # these a block computes again
         if not self.is_on and inside and self._watcher.checkpointing():
             raise RuntimeError("the trails were removed before backward(), which gradient checkpointing needs them for")
         follow(self.trails, self.host.blocks)
@@ -276,7 +277,7 @@ def _check_company(new: Attachment, watchers: Sequence[Watcher]) -> None:
         if not isinstance(other, Attachment) or not (other.acts() or new.everywhere):
             continue
         overlap = new.rows is None or other.rows is None or not set(new.rows).isdisjoint(other.rows)
-        if other.trails is new.trails and overlap:
+        if overlap and not set(other.trails.members).isdisjoint(new.trails.members):
             raise RuntimeError(
                 "this map is attached to the model already, and would move its states twice: go on with the handle "
                 "that is there (tp.attached(model)), or take it away first (tp.detach(model))"

@@ -2,19 +2,18 @@
 
 both = Together(trails, lora)                                   # lora = PeftAdapter(peft_model)
 for step in steps(peft_model, both, goals, steps=60): ...       # both learn
-with attach(peft_model, trails, when=gate), attach(peft_model, lora, when=gate): ...
-both.gate = gate                                                # for what measures, and for save
+with attach(peft_model, both, when=gate): ...                   # or both.gate = gate, which is saved with them
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import ClassVar, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from tokenpaths import files
 from tokenpaths.files import TrailFileError
@@ -22,7 +21,7 @@ from tokenpaths.site import Site
 from tokenpaths.trailmap.adapter import Adapter, check_adapter
 from tokenpaths.trailmap.gate import Gate
 from tokenpaths.trails.base import Trail
-from tokenpaths.undo import tidy
+from tokenpaths.undo import Undo, tidy
 
 _GATE = "gate.safetensors"
 
@@ -93,6 +92,11 @@ class Together(Adapter):
             for part in self.members:
                 stack.enter_context(part.switched(on))
             yield
+
+    def by_rows(self, undo: Undo, at_work: Callable[[], Tensor | bool]) -> None:
+        for part in self.members:
+            if not part.items():
+                part.by_rows(undo, at_work)
 
     def check(self, model: nn.Module) -> None:
         for part in self.members:

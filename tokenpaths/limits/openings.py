@@ -21,6 +21,8 @@ Role: TypeAlias = Literal["form", "ask", "far"]
 FOLDS = 8
 SHRINK = 0.4
 """How far correlations are shrunk towards zero."""
+ROUNDS, RATE = 4, 3.0
+"""How often forms are weighed anew, and how strongly by what they lack."""
 
 
 @dataclass(eq=False)
@@ -119,28 +121,44 @@ class GateFit:
 def fitted(gate: Gate, kinds: Sequence[KindRead], near: float, far: float) -> GateFit:
     """A gate like this one with numbers from features, and how each kind does in the fold that leaves it out."""
     fold = _folds(kinds)
-    unseen = [torch.empty(0)] * len(kinds)
-    for number in range(FOLDS):
-        left = {i for i in range(len(kinds)) if fold[i] == number}
-        rest = [kind for i, kind in enumerate(kinds) if i not in left]
-        if all(kind.role != "form" for kind in rest):  # there is one form
-            rest += [kind for kind in kinds if kind.role == "form"]
-        if left:
-            score = _Score.of(rest)
-            for i in left:
-                unseen[i] = score(kinds[i].features)
-    threshold = max(_rank(kinds, unseen, "ask", near), _rank(kinds, unseen, "far", far))
-    whole = _Score.of(kinds)
+    forms = [i for i, kind in enumerate(kinds) if kind.role == "form"]
+    others = {number: _others(kinds, fold, number) for number in (*sorted(set(fold)), None)}
+    weights = torch.full((len(forms),), 1 / len(forms), dtype=torch.float64)
+
+    def score_without(number: int | None) -> _Score:
+        left = [i for i in forms if fold[i] != number] or forms  # one form is always fitted
+        some = weights[[forms.index(i) for i in left]]
+        return _Score.between(*_moments([kinds[i].features for i in left], some), *others[number])
+
+    def unseen() -> list[Tensor]:
+        scores = {number: score_without(number) for number in set(fold)}
+        return [scores[number](kind.features) for kind, number in zip(kinds, fold, strict=True)]
+
+    def level(scores: list[Tensor]) -> float:
+        return max(_rank(kinds, scores, "ask", near), _rank(kinds, scores, "far", far))
+
+    for _ in range(ROUNDS if len(forms) > 1 else 0):
+        whole, threshold = score_without(None), level(unseen())
+        opened = torch.tensor([_share(whole(kinds[i].features) > threshold) for i in forms], dtype=torch.float64)
+        weights = torch.softmax(weights.log() + RATE * (1 - opened), 0)
+    whole, scores = score_without(None), unseen()
+    threshold = level(scores)
     made = Gate(gate.layers, gate.probes, gate.dim)
     made.weight.copy_(whole.w)
     made.bias.fill_(-whole.zero - threshold)
     held = [torch.arange(len(kind.prompts)) % HELD == 0 for kind in kinds]
-    seen = _Score.of([replace(kind, features=kind.features[~part]) for kind, part in zip(kinds, held, strict=True)])
+    rest = [replace(kind, features=kind.features[~part]) for kind, part in zip(kinds, held, strict=True)]
+    seen = _Score.between(*_moments([rest[i].features for i in forms], weights), *_others(rest, fold, None))
     told: list[KindOpened] = []
-    for kind, part, score in zip(kinds, held, unseen, strict=True):
+    for kind, part, score in zip(kinds, held, scores, strict=True):
         known = _share(seen(kind.features[part]) > threshold) if kind.role == "form" else math.nan
         told.append(KindOpened(kind.name, kind.role, len(kind.prompts), _share(score > threshold), known))
     return GateFit(made, tuple(told), near, far)
+
+
+def _others(kinds: Sequence[KindRead], fold: Sequence[int], number: int | None) -> tuple[Tensor, Tensor]:
+    """The moments of all kinds but forms, without those of a fold."""
+    return _moments([k.features for k, f in zip(kinds, fold, strict=True) if k.role != "form" and f != number])
 
 
 def _folds(kinds: Sequence[KindRead]) -> list[int]:
@@ -180,11 +198,8 @@ class _Score:
         return features @ self.w - self.zero
 
     @staticmethod
-    def of(kinds: Sequence[KindRead]) -> _Score:
-        """Fisher's discriminant, in which each kind counts alike."""
-        read = [kind for kind in kinds if len(kind.features)]
-        mu1, s1 = _moments([kind.features for kind in read if kind.role == "form"])
-        mu0, s0 = _moments([kind.features for kind in read if kind.role != "form"])
+    def between(mu1: Tensor, s1: Tensor, mu0: Tensor, s0: Tensor) -> _Score:
+        """Fisher's discriminant."""
         s = (s1 + s0) / 2
         d = s.diagonal().clamp_min(1e-12).sqrt()
         r = (1 - SHRINK) * s / d / d[:, None]
@@ -194,13 +209,18 @@ class _Score:
         return _Score(w, float(w @ mu0))
 
 
-def _moments(kinds: Sequence[Tensor]) -> tuple[Float[Tensor, " features"], Float[Tensor, "features features"]]:
-    """The mean of kinds' means, and the scatter within kinds and between their means."""
+def _moments(
+    kinds: Sequence[Tensor], weights: Float[Tensor, " kinds"] | None = None
+) -> tuple[Float[Tensor, " features"], Float[Tensor, "features features"]]:
+    """The mean of kinds' means, and the scatter within kinds and between their means; all count alike by default."""
+    kinds = [z for z in kinds if len(z)]
+    shares = torch.ones(len(kinds), dtype=torch.float64) if weights is None else weights
+    shares = shares / shares.sum()
     means = torch.stack([z.mean(0) for z in kinds])
-    mu = means.mean(0)
-    rows = torch.cat([(z - m) / math.sqrt(len(z)) for z, m in zip(kinds, means, strict=True)])
-    apart = means - mu
-    return mu, (rows.mT @ rows + apart.mT @ apart) / len(kinds)
+    mu = shares @ means
+    within = [(z - m) * (share / len(z)).sqrt() for z, m, share in zip(kinds, means, shares, strict=True)]
+    rows = torch.cat([*within, (means - mu) * shares.sqrt()[:, None]])
+    return mu, rows.mT @ rows
 
 
 def _share(opened: Tensor) -> float:

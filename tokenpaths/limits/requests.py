@@ -65,6 +65,9 @@ def fit_gate(
 
         w = D^-1 R^-1 D^-1 (mu1 - mu0)                       score(z) = (w . z - w . mu0) / (w . mu1 - w . mu0)
 
+    Forms of which many prompts stay shut gain weight, so that none of those given is lost for the others: four times,
+    the weight q_f in mu1 and S1 becomes q_f exp(3 (1 - share of f that opens)), normalised, as in group DRO.
+
     The threshold is of kinds that were not fitted: in 8 folds, an eighth of the forms, asks and kinds is left out, w is
     fitted to the rest, and they are scored by it. It is the larger of two conformal ranks (Vovk et al. 2005): the
     floor(near (n + 1))-th largest score of the n asks, and the floor(far (n + 1))-th of the far prompts. Prompts of
@@ -98,7 +101,8 @@ def fit_gate(
         TypeError: prompts that are no texts.
         ValueError: too few prompts of a form, or of others for `near` and `far`; or shares out of range.
 
-    Fisher 1936 (the discriminant); Jiang et al. 2023, arXiv 2307.16645 (the probe).
+    Fisher 1936 (the discriminant); Sagawa et al. 2020, arXiv 1911.08731 (group DRO); Jiang et al. 2023, arXiv
+    2307.16645 (the probe).
     """
     check_tokenizer(tokenizer)
     for name, share in (("near", near), ("far", far)):

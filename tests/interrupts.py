@@ -42,6 +42,7 @@ from tokenpaths.lab.audit import repair, scan, search
 from tokenpaths.lab.reasoning import BudgetForcing, clusters, critical, solved_by_generation
 from tokenpaths.limits import TrustRegion, strength_curve
 from tokenpaths.randomness import own_randomness
+from tokenpaths.trailmap import Together
 from tokenpaths.trailmap.gate import Gate
 from tokenpaths.training.objectives.align import Align, Attempts, sample_chains
 from tokenpaths.training.objectives.waypoints import Waypoints, WaypointsAttention, capture_attention, capture_states
@@ -144,6 +145,17 @@ def _gate() -> Gate:
 def _gated(p: Place) -> Any:
     with tp.attach(p.model, p.trails, when=_gate()):
         return tidy(p.model.generate)(p.ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+
+
+def _together(p: Place) -> Any:
+    """Trails beside what PEFT has laid: attached, measured and saved as one."""
+    with own_randomness(4):
+        both = Together(make_trails(), p.trails)
+    with tp.attach(p.model, both, when=_gate()):
+        logits = _run(p).logits.detach()
+    both.save(p.folder / "both")
+    both.restore(p.folder / "both")
+    return logits, tp.measure_drift(p.model, both, p.plain)["kl"].mean
 
 
 def _fit_gate(p: Place) -> Any:
@@ -416,6 +428,7 @@ VERBS: dict[str, Callable[[Place], Any]] = {
 LORA_VERBS: dict[str, Callable[[Place], Any]] = {
     "LoRA: off": _lora_off,
     "LoRA: behind a gate": _gated,
+    "LoRA: together with trails": _together,
     "LoRA: steps": _steps,
     "LoRA: measure_drift": _drift,
     "LoRA: repair": _repair_lora,

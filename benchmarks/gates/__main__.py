@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import random
 import statistics
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -30,6 +29,7 @@ import tokenpaths as tp
 from benchmarks.common.clock import alternate, ratio, timed
 from benchmarks.common.folders import KEPT
 from benchmarks.common.kept import keep, read
+from benchmarks.common.models import twin
 from benchmarks.common.options import parser
 from benchmarks.common.record import environment, write
 from benchmarks.gates.adapters import KINDS, Run, frozen, learn
@@ -136,7 +136,10 @@ def splits(model: Any, tokenizer: Any) -> dict[str, Any]:
         forms, asks = of(found, "form", "mine"), of(found, "ask", "mine")[:GIVEN_ASKS]
         gates = {str(n): gate_of(found, like, forms[:n], asks) for n in (1, MANY)}
         told[task]["opens"] = {
-            n: {name: (score > 0).tolist() for (name, _), score in scored(found, made.gate).items()}
+            n: {
+                name: "".join("01"[x > 0] for x in score.tolist())
+                for (name, _), score in scored(found, made.gate).items()
+            }
             for n, made in gates.items()
         }
         told[task]["fits"] = {n: str(made) for n, made in gates.items()}
@@ -158,23 +161,26 @@ def simulated() -> dict[str, float]:
 
 
 def cost() -> dict[str, Any]:
-    model, tokenizer = demo_model()
-    trails = tp.TrailMap({site: tp.Additive(tp.width(model)) for site in tp.sites(model, tokens=tp.Last(1))})
-    told: dict[str, Any] = {}
-    gates = {}
+    """Each arm has a model of its own, on which its trails stay attached."""
+    base, tokenizer = demo_model()
+    models: dict[str, Any] = {"frozen": base}
     for name, bias in (("shut", -1.0), ("open", 1.0)):
-        gates[name] = bare(model, tokenizer)
-        gates[name].bias.fill_(bias)
+        models[name] = model = twin(base)
+        trails = tp.TrailMap({site: tp.Additive(tp.width(model)) for site in tp.sites(model, tokens=tp.Last(1))})
+        gate = bare(model, tokenizer)
+        gate.bias.fill_(bias)
+        tp.attach(model, trails, when=gate)
 
-    def prefill(ids: Tensor, gate: Gate | None) -> None:
-        with torch.no_grad(), nullcontext() if gate is None else tp.attach(model, trails, when=gate):
+    def prefill(model: Any, ids: Tensor) -> None:
+        with torch.no_grad():
             model(ids, use_cache=True)
 
+    told: dict[str, Any] = {}
     for words in (60, 400):
         ids = tokenizer(" word" * words, return_tensors="pt")["input_ids"]
-        arms = {name: timed(partial(prefill, ids, gate)) for name, gate in {"frozen": None, **gates}.items()}
-        seconds = alternate(arms, 12, 2)
-        told[str(words)] = {name: ratio(seconds[name], seconds["frozen"]) for name in gates} | {"raw": seconds}
+        seconds = alternate({name: timed(partial(prefill, model, ids)) for name, model in models.items()}, 12, 2)
+        told[str(words)] = {name: ratio(seconds[name], seconds["frozen"]) for name in ("shut", "open")}
+        told[str(words)]["raw"] = seconds
     return told
 
 

@@ -22,8 +22,11 @@ def claims(done: Mapping[str, Any]) -> list[Claim]:
         for told in arms(done):
             found += of_arm(told)
     if "cost" in done:
-        about = "prefill of 400 tokens on which the gate is shut, over the frozen model's"
-        found.append(of_ratio("gate_shut_cost", about, done["cost"]["400"]["shut"], "1.02"))
+        for name, arm, target in (("gate_shut_cost", "shut", "1.02"), ("gate_open_cost", "open", "2")):
+            about = f"prefill of 400 tokens on which the gate is {arm}, over the frozen model's"
+            found.append(of_ratio(name, about, done["cost"]["400"][arm], target))
+        about = "prefill of 60 tokens on which the gate is shut, over the frozen model's"
+        found.append(of_ratio("gate_shut_cost_short", about, done["cost"]["60"]["shut"]))
     return found
 
 
@@ -115,14 +118,12 @@ def accuracies(right: Mapping[str, Values], frozen: Mapping[str, Values]) -> dic
     return {"trained": statistics.fmean(right[TRAINED]), "unseen forms": statistics.fmean(unseen.values())}
 
 
-def told_of(
-    run: Mapping[str, Any], frozen: Mapping[str, Values], opens: Mapping[str, Sequence[bool]] | None
-) -> dict[str, float]:
+def told_of(run: Mapping[str, Any], frozen: Mapping[str, Values], opens: Mapping[str, str] | None) -> dict[str, float]:
     """What a run knows and loses: where a gate is open as without it, elsewhere as the frozen model."""
 
     def mixed(name: str, steered: Values, otherwise: Values) -> list[float]:
         return [
-            x if opens is None or is_open else y
+            x if opens is None or is_open == "1" else y
             for x, y, is_open in zip(steered, otherwise, opens[name] if opens else steered, strict=True)
         ]
 

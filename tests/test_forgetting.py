@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,8 @@ def test_what_was_taught_is_told_beside_what_was_lost(watch: Callable[[nn.Module
         "locality: cannot tell, no other requests or texts were given",
     ):
         assert line in alone and line.split(": cannot tell")[0] + ": cannot tell" not in text
+    unread = replace(found, losses=(replace(found["cloze", "accuracy"], after=math.nan),))  # as a file may say
+    assert "reliability: accuracy nan" in str(unread) and "generality: cannot tell" in str(unread)
     with pytest.raises(ValueError, match="'letters' is a task of text: what was learned is told by the right choices"):
         forgetting(model, trails, [CHOICES], tokenizer, forms=[TEXTS])
 

@@ -37,7 +37,9 @@ class Told:
 
 
 def of_share(name: str, share: float, items: int) -> Told:
-    """A share of items, with Wilson's interval."""
+    """A share of items, with Wilson's interval; that of no share is unknown."""
+    if not 0 <= share <= 1 or not items:
+        return Told(name, share, UNKNOWN, items)
     return Told(name, share, wilson((np.arange(items) < round(share * items)).astype(float)), items)
 
 

@@ -123,11 +123,8 @@ class Forgetting(Record):
             if loss.task in (self.trained, *self.forms) and loss.measure == ACCURACY
         }
         far = [Told(loss.task, loss.after, loss.interval, loss.items) for loss in self.losses if loss.measure == KL]
-        return Edit(
-            tuple(right[name] for name in (self.trained,) if name),
-            tuple(right[name] for name in self.forms),
-            tuple(far),
-        )
+        forms = [right[name] for name in self.forms if name in right]
+        return Edit((right[self.trained],) if self.trained in right else (), tuple(forms), tuple(far))
 
     def __getitem__(self, key: tuple[str, str]) -> Loss:
         for loss in self.losses:

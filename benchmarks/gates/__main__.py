@@ -34,7 +34,7 @@ from benchmarks.common.options import parser
 from benchmarks.common.record import environment, write
 from benchmarks.gates.adapters import KINDS, Run, frozen, learn
 from benchmarks.gates.features import bare, gather
-from benchmarks.gates.prompts import HANDS, TASKS
+from benchmarks.gates.prompts import HANDS, TASKS, TRAINED
 from benchmarks.gates.tables import claims, show
 from tokenpaths.demo import demo_model, fast_dtype
 from tokenpaths.limits.kinds import conformal_rank
@@ -45,7 +45,6 @@ WORK = KEPT / "gates"
 SEEDS = (0, 1, 2, 3, 4)
 COUNTS = (1, 4, 8, 16)
 MANY, GIVEN_ASKS = 16, 28
-TRAINED = "mine: trained"
 LEARNED = ("trec", "links")
 
 

@@ -8,7 +8,7 @@ open: no adapter is read twice.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +17,6 @@ from typing import Any
 
 import peft
 import torch
-import torch.nn.functional as F
 from lay_a_trail import complete
 from tasks import read_answer
 
@@ -25,11 +24,11 @@ import tokenpaths as tp
 from benchmarks.common.models import twin
 from benchmarks.common.reading import correct
 from benchmarks.common.record import environment
-from benchmarks.gates.prompts import SHOWN, TASKS, TESTED, far_test, own, wordings
-from tokenpaths.data import Choice, collate
+from benchmarks.gates.prompts import SHOWN, TASKS, TESTED, TRAINED, far_test, own, wordings
+from tokenpaths.data import Choice
 from tokenpaths.demo import demo_model, fast_dtype
-from tokenpaths.engine.batches import batches
-from tokenpaths.engine.forwards import forward
+from tokenpaths.drift.edit import kl_of_prompts
+from tokenpaths.engine.readings import runs
 from tokenpaths.lab.peers import PeftAdapter, ScLoraConfig, sc_lora
 
 RANK = 8
@@ -146,14 +145,15 @@ def known(model: Any, adapter: Any, tokenizer: Any, task: str) -> dict[str, Any]
         for name, form in wordings(task).forms.items():
             if name.startswith(f"{LEFT_OUT}: "):
                 continue
-            some = items[: SHOWN if name == "mine: trained" else TESTED]
+            some = items[: SHOWN if name == TRAINED else TESTED]
             if form.answers:
                 right[name] = correct(model, tokenizer, [Choice(form.answers, i.right, form.prompt(i)) for i in some])
             else:
                 said = complete(model, tokenizer, [form.prompt(item) for item in some])
                 right[name] = [float(read_answer(t) == read_answer(i.answer)) for t, i in zip(said, some, strict=True)]
-        nats = {} if adapter is None else apart(model, adapter, tokenizer, others(task))
-    return {"dtype": str(fast_dtype()), "right": right, "nats": nats}
+        nats = {} if adapter is None else kl_of_prompts(*runs(model, adapter), others(task), tokenizer)
+    told = {name: values.tolist() for name, values in nats.items()}
+    return {"dtype": str(fast_dtype()), "right": right, "nats": told}
 
 
 def others(task: str) -> dict[str, list[str]]:
@@ -162,22 +162,3 @@ def others(task: str) -> dict[str, list[str]]:
     asks = {name: ask for name, ask in wordings(task).asks.items() if not name.startswith(f"{LEFT_OUT}: ")}
     prompts = {name: [ask.prompt(item) for item in items] for name, ask in asks.items()}
     return prompts | far_test(task, TESTED)
-
-
-@torch.no_grad()
-def apart(model: Any, adapter: Any, tokenizer: Any, kinds: Mapping[str, Sequence[str]]) -> dict[str, list[float]]:
-    """KL(frozen || steered) of the token behind each prompt."""
-    prompts = [prompt for some in kinds.values() for prompt in some]
-    texts = tp.encode_texts(prompts, tokenizer)
-    found = [0.0] * len(texts)
-    for some in batches([len(text) for text in texts], 1500):
-        batch = collate([texts[i] for i in some])
-        rows = torch.arange(len(some)), batch.attention_mask.sum(1) - 1
-        with adapter.off():
-            before = forward(model, batch).logits[rows].float().log_softmax(-1)
-        after = forward(model, batch).logits[rows].float().log_softmax(-1)
-        kl = F.kl_div(after, before, reduction="none", log_target=True).sum(-1)
-        for i, value in zip(some, kl.tolist(), strict=True):
-            found[i] = value
-    told = iter(found)
-    return {name: [next(told) for _ in some] for name, some in kinds.items()}

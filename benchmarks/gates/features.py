@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks.gates.prompts import FITTED, HANDS, SHOWN, TASKS, TESTED, far_known, far_test, wordings
+from benchmarks.gates.prompts import FITTED, HANDS, SHOWN, TASKS, TESTED, TRAINED, far_known, far_test, wordings
 from tokenpaths.data.tokenizing import inner
 from tokenpaths.limits.requests import PROBES, features, made_asks, written
 from tokenpaths.site import Host, find_blocks, width
@@ -51,7 +51,7 @@ def of_hand(hand: str, task: str) -> list[tuple[Kind, Sequence[str]]]:
     for name, wording in {**words.forms, **words.asks}.items():
         if not name.startswith(f"{hand}: "):
             continue
-        first = name == "mine: trained"
+        first = name == TRAINED
         role: Role = "form" if name in words.forms else "ask"
         few = FITTED if role == "form" else FITTED // 2
         fitted = [wording.prompt(item) for item in rng.sample(list(items.fit), few)]

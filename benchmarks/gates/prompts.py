@@ -27,6 +27,7 @@ from tokenpaths.lab.forgetting import trec, trec_pairs
 
 HERE = Path(__file__).parent / "data"
 HANDS = ("mine", "a", "b", "c", "theirs")
+TRAINED = "mine: trained"
 PARTS = ("fit", "test")
 FITTED, SHOWN, TESTED = 24, 120, 24  # prompts of a form: for a gate, of the trained form to be tested, of others
 

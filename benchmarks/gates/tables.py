@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.common.record import Claim, of_ratio, over_seeds
+from benchmarks.gates.prompts import TRAINED
 
-TRAINED = "mine: trained"
 Values = Sequence[float]
 
 

@@ -18,16 +18,15 @@ from collections.abc import Callable, Container, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from inspect import signature
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from tokenpaths.attachment import caches
 from tokenpaths.attachment.hooks import Hook, unobserved
-from tokenpaths.attachment.moment import Decision, Moment, context_of
+from tokenpaths.attachment.moment import Decision, Moment
 from tokenpaths.attachment.moving import states_of
 from tokenpaths.checking import kind, quoted
 from tokenpaths.data.examples import Batch, Example, collate
@@ -167,22 +166,11 @@ class Deciding:
             )
         rows = [(*row[mask].tolist(), *probe.tolist()) for row, mask in zip(ids, read, strict=True)]
         batch = collate([Example(row, (False,) * len(row)) for row in rows], side="left").to(ids.device)
-        module(**_inputs(batch, self.takes, use_cache=False))
+        module(**inputs_of(batch, self.takes, use_cache=False))
 
 
-def read_behind(host: Host, batch: Batch, gate: Gate) -> list[Float[Tensor, "batch dim"]]:
-    """What a gate reads of whole prompts, which are padded before: the states behind each probe at each layer."""
-    reader = [module for module in host.path.values() if "input_ids" in signature(module.forward).parameters][-1]
-    takes = frozenset(signature(reader.forward).parameters)
-    real = batch.attention_mask.bool()
-    deciding = Deciding(
-        Moment(context_of(real, real, batch.input_ids), 0, real.shape[1]), {0: gate}, host.blocks, takes, False
-    )
-    deciding.run(lambda: reader(**_inputs(batch, takes, use_cache=True)), {}, reader)
-    return deciding.states[0]
-
-
-def _inputs(batch: Batch, takes: Container[str], use_cache: bool) -> dict[str, Any]:
+def inputs_of(batch: Batch, takes: Container[str], use_cache: bool) -> dict[str, Any]:
+    """What a module is given to read a batch that is padded before, as far as it takes it."""
     given = {
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,

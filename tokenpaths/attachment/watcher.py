@@ -16,14 +16,17 @@ from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenpaths.attachment import caches
-from tokenpaths.attachment.deciding import Deciding, undecided
+from tokenpaths.attachment.deciding import Deciding, inputs_of, undecided
 from tokenpaths.attachment.finding import PACKED, Generation, Step, moment_of, prompt_of
 from tokenpaths.attachment.hooks import EveryThread, shadow
 from tokenpaths.attachment.moment import Listener, Moment, context_of
+from tokenpaths.data.examples import Batch
 from tokenpaths.site.host import Host
+from tokenpaths.trailmap.gate import Gate
 from tokenpaths.undo import Undo, tidy
 
 _OURS = ("prompt_mask", "spans")  # what no model takes
@@ -155,6 +158,15 @@ class Watcher:
     def takes(self, argument: str) -> bool:
         """Whether the model that reads tokens takes an argument of this name."""
         return argument in self.arguments[self.reader]
+
+    def read_behind(self, batch: Batch, gate: Gate) -> list[Float[Tensor, "batch dim"]]:
+        """What a gate reads of whole prompts, which are padded before: the states behind each probe at each layer."""
+        takes = frozenset(self.arguments[self.reader])
+        real = batch.attention_mask.bool()
+        moment = Moment(context_of(real, real, batch.input_ids), 0, real.shape[1])
+        deciding = Deciding(moment, {0: gate}, self.blocks, takes, others=False)
+        deciding.run(lambda: self.reader(**inputs_of(batch, takes, use_cache=True)), {}, self.reader)
+        return deciding.states[0]
 
     def checkpointing(self) -> bool:
         """Whether a backward computes blocks again."""

@@ -10,17 +10,18 @@ trained adapter, and `fit_gate` tells them of a gate.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from tokenpaths.data.encoding import encode_texts
 from tokenpaths.data.examples import collate
 from tokenpaths.engine.batches import batches
-from tokenpaths.engine.divergence import at_least_float32
+from tokenpaths.engine.divergence import at_least_float32, kl_of_logs
 from tokenpaths.engine.readings import Run, read
 from tokenpaths.report.tables import with_interval
 from tokenpaths.stats.intervals import UNKNOWN, Interval, mean_interval, wilson
@@ -66,7 +67,7 @@ class Edit:
         )
 
 
-def _line(name: str, kinds: Sequence[Told], unit: str, missing: str, worst: Any) -> str:
+def _line(name: str, kinds: Sequence[Told], unit: str, missing: str, worst: Callable[..., Told]) -> str:
     if not kinds:
         return f"{name}: cannot tell, {missing}"
     if len(kinds) == 1:
@@ -88,18 +89,24 @@ def kl_behind(
     """
     if empty := [name for name, prompts in kinds.items() if not prompts]:
         raise ValueError(f"no prompts of the kind {empty[0]!r} were given: leave it out, or give some")
-    if not kinds:
-        return ()
-    texts = encode_texts([prompt for prompts in kinds.values() for prompt in prompts], tokenizer)
-    found = np.zeros(len(texts))
+    found = kl_of_prompts(before, after, kinds, tokenizer, max_batch_tokens)
+    return tuple(
+        Told(name, float(nats.mean()), mean_interval(nats) if len(nats) > 1 else UNKNOWN, len(nats))
+        for name, nats in found.items()
+    )
+
+
+def kl_of_prompts(
+    before: Run, after: Run, kinds: Mapping[str, Sequence[str]], tokenizer: Any, max_batch_tokens: int = 1500
+) -> dict[str, Float[np.ndarray, " prompts"]]:
+    """The same of each prompt, by kind. Raises as `kl_behind` for short prompts."""
+    texts = encode_texts([prompt for prompts in kinds.values() for prompt in prompts], tokenizer) if kinds else []
+    nats = np.zeros(len(texts))
     for some in batches([len(text) for text in texts], max_batch_tokens):
         for i, (x, y) in zip(some, read(before, after, collate([texts[i] for i in some])), strict=True):
             p, q = (torch.log_softmax(at_least_float32(reading.logits[-1]), -1) for reading in (x, y))
-            found[i] = float((p.exp() * (p - q)).sum().clamp_min(0))
-    told: list[Told] = []
+            nats[i] = float(kl_of_logs(p, q).clamp_min(0))
+    found: dict[str, Float[np.ndarray, " prompts"]] = {}
     for name, prompts in kinds.items():
-        values, found = found[: len(prompts)], found[len(prompts) :]
-        told.append(
-            Told(name, float(values.mean()), mean_interval(values) if len(values) > 1 else UNKNOWN, len(values))
-        )
-    return tuple(told)
+        found[name], nats = nats[: len(prompts)], nats[len(prompts) :]
+    return found

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenpaths.attachment.deciding import read_behind
 from tokenpaths.attachment.runs import evaluating
+from tokenpaths.attachment.watcher import Watcher
 from tokenpaths.checking import as_whole, check_list
 from tokenpaths.data.examples import Example, collate
 from tokenpaths.data.tokenizing import check_tokenizer, inner, tokenized
@@ -179,9 +179,10 @@ def features(
     """What a gate scores of prompts, in float64."""
     rows = [tuple(tokenized(tokenizer, prompt, goes_on=True)) for prompt in prompts]
     found: dict[int, Tensor] = {}
+    watcher = Watcher(host.path, host.blocks)  # of its own: nothing is hooked
     with evaluating(host.model):
         for some in batches([len(row) + max(map(len, gate.probes)) for row in rows], max_batch_tokens):
             batch = collate([Example(rows[i], (False,) * len(rows[i])) for i in some], side="left")
-            read = gate.features(read_behind(host, batch.to(host.device), gate))
+            read = gate.features(watcher.read_behind(batch.to(host.device), gate))
             found.update(zip(some, read.double().cpu(), strict=True))
     return torch.stack([found[i] for i in range(len(rows))])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from tokenpaths import files
 from tokenpaths.checking import as_whole, quoted
 from tokenpaths.files import TrailFileError
 
+FILE_NAME = "gate.safetensors"
+"""Its name in the folder of an adapter that is saved in one."""
 _MOST = 1 << 24  # of a number in a note: a damaged one may ask for any size
 
 
@@ -99,6 +102,12 @@ class Gate(nn.Module):
         Raises `OSError` where it cannot be written.
         """
         files.write(path, self.state_dict(), {"gate": self.note()})
+
+    @classmethod
+    def of_folder(cls, folder: str | os.PathLike[str]) -> Gate | None:
+        """The gate that lies in an adapter's folder; None if there is none. Raises `TrailFileError`."""
+        path = Path(folder, FILE_NAME)
+        return cls.load(path) if path.exists() else None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Gate:

@@ -19,11 +19,10 @@ from tokenpaths import files
 from tokenpaths.files import TrailFileError
 from tokenpaths.site import Site
 from tokenpaths.trailmap.adapter import Adapter, check_adapter
+from tokenpaths.trailmap.gate import FILE_NAME as GATE_FILE
 from tokenpaths.trailmap.gate import Gate
 from tokenpaths.trails.base import Trail
 from tokenpaths.undo import Undo, tidy
-
-_GATE = "gate.safetensors"
 
 
 class Together(Adapter):
@@ -109,14 +108,14 @@ class Together(Adapter):
         """
         path = Path(path)
         names = self._names()
-        if path.exists() and (odd := sorted({entry.name for entry in path.iterdir()} - {*names, _GATE})):
+        if path.exists() and (odd := sorted({entry.name for entry in path.iterdir()} - {*names, GATE_FILE})):
             raise ValueError(f"{path} holds {odd[0]}, which is of no {self!r:.60}: save to another folder")
         with files.whole(path) as beside:
             beside.mkdir(exist_ok=True)
             for name, part in zip(names, self.members, strict=True):
                 part.save(beside / name, model)
             if self.gate is not None:
-                self.gate.save(beside / _GATE)
+                self.gate.save(beside / GATE_FILE)
 
     @tidy
     def restore(self, path: str | os.PathLike[str]) -> None:
@@ -129,7 +128,7 @@ class Together(Adapter):
             raise FileNotFoundError(f"{path} is no folder: adapters are saved together in one")
         if missing := [name for name in self._names() if not (path / name).exists()]:
             raise TrailFileError(f"{path} has no {missing[0]}: it holds other adapters than {self!r:.80}")
-        gate = Gate.load(path / _GATE) if (path / _GATE).exists() else None
+        gate = Gate.of_folder(path)
         self.check_gate(gate, path)
         before = {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
         try:

@@ -33,6 +33,7 @@ from tokenpaths.files.sealing import opened
 from tokenpaths.scope import Switch
 from tokenpaths.trailmap import notes
 from tokenpaths.trailmap.adapter import Adapter
+from tokenpaths.trailmap.gate import FILE_NAME as GATE_FILE
 from tokenpaths.trailmap.gate import Gate
 from tokenpaths.undo import Undo, tidy
 
@@ -40,8 +41,7 @@ Layer: TypeAlias = BaseTunerLayer | AuxiliaryTrainingWrapper
 _WRAPPED = ("base_layer", "original_module", "model")  # children that belong to the base
 _NOT_SHOWN = ("peft_version", "base_model_name_or_path", "auto_mapping", "inference_mode", "peft_type", "revision")
 _CHECKSUMS = "checksums.json"  # ours, beside PEFT's files: PEFT passes over it
-_GATE = "gate.safetensors"
-_WRITTEN = ("README.md", "adapter_config.json", SAFETENSORS_WEIGHTS_NAME, _CHECKSUMS, _GATE)
+_WRITTEN = ("README.md", "adapter_config.json", SAFETENSORS_WEIGHTS_NAME, _CHECKSUMS, GATE_FILE)
 
 
 class PeftAdapter(Adapter):
@@ -249,7 +249,7 @@ class PeftAdapter(Adapter):
                 str(beside), selected_adapters=list(self.adapters), save_embedding_layers=False
             )
             if self.gate is not None:
-                self.gate.save(beside / _GATE)
+                self.gate.save(beside / GATE_FILE)
             files.write_json(beside / _CHECKSUMS, {"files": files.digests(beside)}, indent=1)
 
     @tidy
@@ -268,7 +268,7 @@ class PeftAdapter(Adapter):
         found = {
             name: self._read(name, Path(path) if name == "default" else Path(path, name)) for name in self.adapters
         }
-        gate = Gate.load(Path(path, _GATE)) if Path(path, _GATE).exists() else None
+        gate = Gate.of_folder(path)
         self.check_gate(gate, path)
         for name, tensors in found.items():
             set_peft_model_state_dict(self.peft_model, tensors, adapter_name=name)

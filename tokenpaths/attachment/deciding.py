@@ -1,6 +1,6 @@
 """One decision a request: the frozen model reads the prompt, and a gate opens or shuts its attachment for the row.
 
-A forward that holds a prompt runs frozen at first, with nothing moved. Then the probe is run behind the prompt, over
+A forward that holds a prompt runs frozen at first, with nothing moved. Then the probes are run behind the prompt, over
 the keys and values that this forward has cached, as far as the deepest layer that a gate reads; and every row is
 decided, for its prompt and its answer together. Where no row opens, the forward is over, and it was the frozen model's.
 Where one opens, what was cached is taken back, and the forward runs again with the attachments at work in the rows that
@@ -8,20 +8,20 @@ opened.
 
 Where there is no such cache (a recurrence, a cache of fixed size), or the prompts do not end where this forward ends
 (they are padded behind, followed by their answers, or prefilled in chunks), or do not begin in it (behind a cache that
-others filled), prompt and probe are read together in a forward of their own.
+others filled), prompt and probes are read together in a forward of their own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from tokenpaths.attachment import caches
@@ -34,6 +34,8 @@ from tokenpaths.site import Host
 from tokenpaths.site.host import text_config
 from tokenpaths.trailmap.gate import Gate
 from tokenpaths.undo import Undo
+
+Probes: TypeAlias = Sequence[tuple[int, ...]]
 
 
 class _Read(Exception):
@@ -72,14 +74,14 @@ class Deciding:
         """
         cache = caches.cache_in(named)
         if not self._ends_here() or not caches.grows(cache):
-            return self._decide(lambda probe: self._apart(module, probe))
+            return self._decide(lambda probes: self._apart(module, probes), behind=False)
         again = caches.going_back(cache)
         output = forward()
         filled = cache if cache is not None or not isinstance(output, Mapping) else caches.cache_in(output)
         if filled is None or not caches.grows(filled):
-            self._decide(lambda probe: self._apart(module, probe))
+            self._decide(lambda probes: self._apart(module, probes), behind=False)
         else:
-            self._decide(lambda probe: self._behind(module, probe, filled))
+            self._decide(lambda probes: self._behind(module, probes, filled), behind=True)
         if self.others or any(bool(decision.opens.any()) for decision in self.made.values()):
             again()
             return None
@@ -111,52 +113,63 @@ class Deciding:
         """The moment, with the decisions."""
         return replace(self.moment, decisions={**self.moment.decisions, **self.made})
 
-    def _decide(self, read: Callable[[Int[Tensor, " probe"]], None]) -> None:
-        """Decide every row by every gate; what several of them read is read once. `read` runs prompt and probe."""
-        seen: dict[tuple[int, ...], dict[int, Tensor]] = {}
-        for probe in dict.fromkeys(probe for gate in self.gates.values() for probe in gate.probes):
-            layers = sorted({layer for gate in self.gates.values() if probe in gate.probes for layer in gate.layers})
-            seen[probe] = {}
-            with self._looking(layers, seen[probe]), unobserved(), torch.no_grad(), suppress(_Read):
-                read(torch.tensor(probe, device=self.moment.context.real.device))
+    def _decide(self, read: Callable[[Probes], None], behind: bool) -> None:
+        """Decide every row by every gate; all probes are read in one forward.
+
+        `read` runs each row's prompt with every probe, the probes of a row one after another. They all begin at its
+        first column if it runs them `behind` the prompts, and else all end at its last.
+        """
+        probes = list(dict.fromkeys(probe for gate in self.gates.values() for probe in gate.probes))
+        layers = sorted({layer for gate in self.gates.values() for layer in gate.layers})
+        ends = [len(probe) - 1 if behind else -1 for probe in probes]
+        seen: dict[int, list[Tensor]] = {}
+        with self._looking(layers, ends, seen), unobserved(), torch.no_grad(), suppress(_Read):
+            read(probes)
         for number, gate in self.gates.items():
-            self.states[number] = [seen[probe][layer] for probe in gate.probes for layer in gate.layers]
+            self.states[number] = [seen[layer][probes.index(p)] for p in gate.probes for layer in gate.layers]
             opens = gate.opens(self.states[number]).cpu()
             repeats = self.moment.repeats
             opens = opens.view(-1, repeats)[:, :1].expand(-1, repeats).flatten()  # beams of a prompt go together
             self.made[number] = Decision(opens, self.width)
 
-    def _looking(self, layers: list[int], seen: dict[int, Tensor]) -> Undo:
-        """Inside, the state of the last token is looked at, and the forward ends at the deepest of the layers."""
+    def _looking(self, layers: list[int], ends: list[int], seen: dict[int, list[Tensor]]) -> Undo:
+        """Inside, states are looked at where each probe ends, and the forward is over at the deepest of the layers."""
         undo = Undo()
         for layer in layers:
 
             def look(module: nn.Module, args: Any, output: Any, layer: int = layer) -> None:
-                seen[layer] = states_of(module, output)[:, -1].detach().clone()
+                states = states_of(module, output)
+                seen[layer] = [states[i :: len(ends), end].detach().clone() for i, end in enumerate(ends)]
                 if layer == layers[-1]:
                     raise _Read
 
             undo.hook(self.blocks[layer].register_forward_hook, Hook(look))
         return undo
 
-    def _behind(self, module: Callable[..., Any], probe: Int[Tensor, " probe"], cache: Any) -> None:
-        """Run the probe behind the prompts, over what is cached of them; afterwards the cache is as it was."""
-        read = self.read
+    def _behind(self, module: Callable[..., Any], probes: Probes, cache: Any) -> None:
+        """Run the probes behind the prompts, over what is cached of them; afterwards the cache is as it was.
+
+        A shorter probe is filled up behind its end, where its own tokens do not see.
+        """
+        width = max(map(len, probes))
+        ids = torch.tensor([[*probe, *probe[-1:] * (width - len(probe))] for probe in probes], device=self.read.device)
+        read = self.read.repeat_interleave(len(probes), 0)
         back = caches.going_back(cache)
-        steps = torch.arange(len(probe), device=read.device)
         try:
+            for layer in cache.layers:
+                layer.batch_repeat_interleave(len(probes))
             module(
-                input_ids=probe.expand(len(read), -1),
-                attention_mask=torch.cat([read.long(), read.new_ones(len(read), len(probe)).long()], 1),
-                position_ids=read.sum(1, keepdim=True) + steps,
+                input_ids=ids.repeat(len(self.read), 1),
+                attention_mask=torch.cat([read.long(), read.new_ones(len(read), width).long()], 1),
+                position_ids=read.sum(1, keepdim=True) + torch.arange(width, device=read.device),
                 past_key_values=cache,
                 use_cache=True,
             )
         finally:
             back()
 
-    def _apart(self, module: Callable[..., Any], probe: Int[Tensor, " probe"]) -> None:
-        """Run prompts and probe together, without a cache. Raises `ValueError` where tokens are not known."""
+    def _apart(self, module: Callable[..., Any], probes: Probes) -> None:
+        """Run prompts and probes together, without a cache. Raises `ValueError` where tokens are not known."""
         ids, read = self.moment.context.ids, self.read
         if ids is None or bool((ids.lt(0) & read).any()):
             raise ValueError(
@@ -164,7 +177,7 @@ class Deciding:
                 "which come from a cache that was filled without the gate, or were given as embeddings: run the whole "
                 "prompt, as ids"
             )
-        rows = [(*row[mask].tolist(), *probe.tolist()) for row, mask in zip(ids, read, strict=True)]
+        rows = [(*row[mask].tolist(), *probe) for row, mask in zip(ids, read, strict=True) for probe in probes]
         batch = collate([Example(row, (False,) * len(row)) for row in rows], side="left").to(ids.device)
         module(**inputs_of(batch, self.takes, use_cache=False))
 

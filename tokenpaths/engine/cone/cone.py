@@ -150,6 +150,7 @@ class ActiveCone:
         self._below: dict[Attachment, int] = {}
         self._in_the_way: dict[int, list[nn.Module]] = {}  # modules on which a hook is in the way of leaving blocks out
         self._outputs: Mapping[int, Tensor] | None = None  # in a forward that leaves out blocks: what these return
+        self._resting = False  # while gates decide
         self._look: _Look | None = None  # in a forward that computes what is to be kept
         self._state_bytes = 0  # of a token, as it is kept
         self._beside: dict[int, int | None] = {}  # by block: what it returns beside its states, counted; None: no tuple
@@ -169,10 +170,11 @@ class ActiveCone:
         """Whether the running thread is the one that is inside the cone."""
         return threading.get_ident() == self._thread
 
-    def begin(self, moment: Moment | None, resting: bool = False) -> None: ...
+    def begin(self, moment: Moment | None, resting: bool = False) -> None:
+        self._resting = resting  # gates read prompts with probes behind them, of which nothing is kept
 
     def end(self, before: None) -> None:
-        self._outputs = None
+        self._outputs, self._resting = None, False
 
     def resume(self, plan: None, backward: int) -> None: ...
 
@@ -332,7 +334,7 @@ class ActiveCone:
         """Stands before the `forward` of a block."""
         if self._look is not None:
             return self._seen(self._look, number, forward, args, kwargs)
-        if self._outputs is None or number >= max(self._outputs, default=0):
+        if self._outputs is None or self._resting or number >= max(self._outputs, default=0):
             return forward(*args, **kwargs)
         states: Tensor = args[0] if args else kwargs["hidden_states"]
         if (output := self._outputs.get(number + 1)) is not None:  # where it is not kept, nobody looks at it

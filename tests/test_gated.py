@@ -188,6 +188,55 @@ def test_gates_of_several_maps_decide_each_for_its_own(watch: Any) -> None:
         assert chosen != (False, False) or torch.equal(gated[row], found[chosen][row])
 
 
+def test_of_maps_that_act_alone_a_request_gets_the_one_whose_gate_scores_highest_or_none(watch: Any) -> None:
+    model = watch(llama())
+    gates = gate_for(model, (1,)), gate_for(model, (2,), seed=6)
+    maps = trails(), trails(1, "DiReFT")
+    scores = torch.stack([torch.stack([score_of(model, gate, row) for row in ROWS]) for gate in gates])
+    best = scores.argmax(0).where(scores.amax(0) > 0, -1).tolist()
+    assert set(best) == {-1, 0, 1} and bool((scores > 0).all(0).any())
+    found = [written(model)]
+    for laid in maps:
+        with tp.attach(model, laid):
+            found.append(written(model))
+    with tp.attach(model, maps[0], when=gates[0], alone=True), tp.attach(model, maps[1], when=gates[1], alone=True):
+        gated = written(model)[1]
+        beams = written(model, num_beams=2)[0]
+        with maps[0].off():  # what is off stands in nobody's way
+            second = written(model)[1]
+    for row, chosen in enumerate(best):
+        assert_close(gated[row], found[chosen + 1][1][row])
+        assert chosen != -1 or torch.equal(gated[row], found[0][1][row])
+        assert_close(second[row], found[2 if scores[1, row] > 0 else 0][1][row])
+    for chosen, laid in ((0, maps[0]), (1, maps[1])):
+        with tp.attach(model, laid):
+            expected = written(model, num_beams=2)[0]
+        assert all(torch.equal(beams[i], expected[i]) for i, one in enumerate(best) if one == chosen)
+
+
+def test_rows_of_a_map_that_acts_alone_are_all_that_it_takes_from_others(watch: Any) -> None:
+    model = watch(llama())
+    gates = gate_for(model, (1,)), gate_for(model, (2,), seed=6)
+    maps = trails(), trails(1, "DiReFT")
+    scores = torch.stack([torch.stack([score_of(model, gate, row) for row in ROWS]) for gate in gates])
+    both = [i for i in range(len(ROWS)) if scores[0, i] > scores[1, i] > 0]
+    with tp.attach(model, maps[1], when=gates[1]):
+        expected = written(model)[1]
+    rows = [i for i in range(len(ROWS)) if i not in both]
+    with (
+        tp.attach(model, maps[0], when=gates[0], alone=True, rows=rows),
+        tp.attach(model, maps[1], when=gates[1], alone=True),
+    ):
+        gated = written(model)[1]
+    assert both
+    assert_close(gated[both], expected[both])
+
+
+def test_an_adapter_without_a_gate_cannot_act_alone() -> None:
+    with pytest.raises(ValueError, match="alone=True picks among adapters by their gates, and this one has none"):
+        tp.attach(llama(), trails(), alone=True)
+
+
 def test_rows_narrow_what_a_gate_opens(watch: Any) -> None:
     model = watch(llama())
     gate = gate_for(model, LAYERS[0])

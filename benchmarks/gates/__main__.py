@@ -2,6 +2,7 @@
 
     python -m benchmarks.gates                   # what is missing of the runs, then the table (some hours)
     python -m benchmarks.gates --part splits     # or adapters, cost
+    python -m benchmarks.gates --model gemma     # of Gemma 3 270M, beside SmolLM2
     python -m benchmarks.gates --table           # the table of the runs that are there
 
 `splits`    forms and asks of all hands, split at random five times: gates from 1, 4, 8 and 16 forms, read on the rest;
@@ -19,6 +20,7 @@ from __future__ import annotations
 import random
 import statistics
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,11 +34,11 @@ from benchmarks.common.kept import keep, read
 from benchmarks.common.models import twin
 from benchmarks.common.options import parser
 from benchmarks.common.record import environment, write
-from benchmarks.gates.adapters import KINDS, Run, frozen, learn
+from benchmarks.gates.adapters import KINDS, MODELS, Run, file, frozen, learn, load
 from benchmarks.gates.features import bare, gather
-from benchmarks.gates.prompts import HANDS, TASKS, TRAINED
+from benchmarks.gates.prompts import HANDS, RENAMED, TASKS, TRAINED
 from benchmarks.gates.tables import claims, show
-from tokenpaths.demo import demo_model, fast_dtype
+from tokenpaths.demo import demo_model
 from tokenpaths.limits.kinds import conformal_rank
 from tokenpaths.limits.openings import GateFit, KindRead, fitted
 from tokenpaths.trailmap.gate import Gate
@@ -109,6 +111,7 @@ def opening(
         "trained": opened[TRAINED, "form"],
         "forms": {name: opened[name, "form"] for name in unseen},
         "asks": {name: opened[name, "ask"] for name in others},
+        **({"renamed": opened[RENAMED, "renamed"]} if (RENAMED, "renamed") in opened else {}),
         "given asks": {name: opened[name, "ask"] for name in asks},
         "far": {name: opened[name, "far"] for name in far},
         "auroc asks": _auroc(yes, asked),
@@ -124,12 +127,12 @@ def _auroc(yes: Tensor, no: Tensor) -> float:
     return float((yes[:, None] > no[None]).double().mean())
 
 
-def splits(model: Any, tokenizer: Any) -> dict[str, Any]:
+def splits(model: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
     """By task: every split, and under "opens" where gates of the first hand's forms are open."""
     like = bare(model, tokenizer)
     told: dict[str, Any] = {}
     for task in TASKS:
-        found = gather(model, tokenizer, task, WORK)
+        found = gather(model, tokenizer, task, folder)
         told[task] = {str(n): [split(found, seed, n, like) for seed in SEEDS] for n in COUNTS}
         told[task] |= {f"hand {hand}": by_hand(found, like, hand) for hand in HANDS[1:] if of(found, "form", hand)}
         forms, asks = of(found, "form", "mine"), of(found, "ask", "mine")[:GIVEN_ASKS]
@@ -189,11 +192,12 @@ def table() -> None:
     show(done)
 
 
-def adapters() -> None:
-    for task in TASKS:
-        keep(WORK / f"frozen-{task}.json", partial(frozen, task))
+def adapters(model: str) -> None:
+    for task in TASKS if model == "smollm2" else LEARNED:
+        keep(file(WORK, model, "frozen", task), partial(frozen, model, task))
     for run in RUNS:
-        keep(run.file(WORK), partial(learn, run))
+        if run.model == model:
+            keep(run.file(WORK), partial(learn, run))
 
 
 RUNS = [
@@ -205,25 +209,26 @@ RUNS = [
         for n in (16, 1)
     ),
     *(Run(kind, task, MANY, 0) for kind in KINDS for task in LEARNED),
+    *(Run(kind, task, MANY, 0, "gemma") for task in LEARNED for kind in ("LoRA", "trail")),
 ]
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--part", choices=("splits", "adapters", "cost"))
+    options.add_argument("--model", choices=MODELS, default="smollm2")
     options.add_argument("--table", action="store_true")
     asked = options.parse_args()
     torch.set_num_threads(1)
     if not asked.table:
         if asked.part in (None, "splits"):
-            model, tokenizer = demo_model(dtype=fast_dtype())
-            model.requires_grad_(False)
+            folder = WORK if asked.model == "smollm2" else WORK / asked.model
             keep(
-                WORK / "splits.json",
-                lambda: {"splits": splits(model, tokenizer), "simulated": simulated(), **environment()},
+                file(WORK, asked.model, "splits"),
+                lambda: {"splits": splits(*load(asked.model), folder), "simulated": simulated(), **environment()},
             )
         if asked.part in (None, "adapters"):
-            adapters()
+            adapters(asked.model)
         if asked.part in (None, "cost"):
             keep(WORK / "cost.json", cost)
     if asked.part is None:

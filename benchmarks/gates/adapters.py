@@ -18,15 +18,14 @@ from typing import Any
 import peft
 import torch
 from lay_a_trail import complete
-from tasks import read_answer
 
 import tokenpaths as tp
 from benchmarks.common.models import twin
 from benchmarks.common.reading import correct
 from benchmarks.common.record import environment
-from benchmarks.gates.prompts import SHOWN, TASKS, TESTED, TRAINED, far_test, own, wordings
+from benchmarks.gates.prompts import RENAMED, SHOWN, TASKS, TESTED, TRAINED, far_test, own, renamed, wordings
 from tokenpaths.data import Choice
-from tokenpaths.demo import demo_model, fast_dtype
+from tokenpaths.demo import GEMMA, demo_model, fast_dtype
 from tokenpaths.drift.edit import kl_of_prompts
 from tokenpaths.engine.readings import runs
 from tokenpaths.lab.peers import PeftAdapter, ScLoraConfig, sc_lora
@@ -37,6 +36,21 @@ LEFT_OUT = "c"  # a hand that came when adapters had been read on the others
 KEPT = 48  # texts that a budget is held on
 
 
+MODELS = {"smollm2": None, "gemma": GEMMA}
+
+
+def load(model: str) -> tuple[Any, Any]:
+    base, tokenizer = demo_model(MODELS[model], dtype=fast_dtype())
+    base.requires_grad_(False)
+    return base, tokenizer
+
+
+def file(folder: Path, model: str, *told: object) -> Path:
+    """Where a run is kept; that of the first model has no name of a model."""
+    name = "-".join(map(str, (*(() if model == "smollm2" else (model,)), *told)))
+    return folder / f"{name.replace(' ', '_')}.json"
+
+
 @dataclass(frozen=True)
 class Run:
     """A method that learns a task in its trained form, or in `forms` of them by turns."""
@@ -45,10 +59,10 @@ class Run:
     task: str
     forms: int
     seed: int
+    model: str = "smollm2"
 
     def file(self, folder: Path) -> Path:
-        name = "-".join(map(str, ("adapter", self.kind, self.task, self.forms, self.seed)))
-        return folder / f"{name.replace(' ', '_')}.json"
+        return file(folder, self.model, "adapter", self.kind, self.task, self.forms, self.seed)
 
 
 @dataclass
@@ -57,7 +71,7 @@ class Made:
 
     model: Any
     adapter: Any
-    rate: float
+    rate: float | None
     goals: list[Any] = field(default_factory=list[Any])
     finish: Callable[[], Any] | None = None  # makes of the trained adapter what is read
 
@@ -77,7 +91,8 @@ def start_of_sc_lora(base: Any, tokenizer: Any, train: Sequence[tp.Example]) -> 
 
 def trail(base: Any, tokenizer: Any, train: Sequence[tp.Example]) -> Made:
     at = tp.sites(base, slice(6, None), tp.Last(3) | tp.Answer())
-    return Made(base, tp.TrailMap({site: tp.DiReFT(tp.width(base), rank=RANK) for site in at}), 3e-3)
+    rate = 3e-3 if tp.width(base) == 576 else None  # of SmolLM2; on another model `steps` finds it
+    return Made(base, tp.TrailMap({site: tp.DiReFT(tp.width(base), rank=RANK) for site in at}), rate)
 
 
 def in_a_budget(make: Callable[..., Made], base: Any, tokenizer: Any, train: Sequence[tp.Example]) -> Made:
@@ -115,8 +130,7 @@ def taught(task: str, count: int, seed: int) -> list[tuple[str, str]]:
 
 def learn(run: Run) -> dict[str, Any]:
     """Train an adapter, and read what it makes of every prompt."""
-    base, tokenizer = demo_model(dtype=fast_dtype())
-    base.requires_grad_(False)
+    base, tokenizer = load(run.model)
     train = tp.encode(taught(run.task, run.forms, run.seed), tokenizer, eos=False)
     torch.manual_seed(run.seed)
     made = KINDS[run.kind](base, tokenizer, train)
@@ -129,9 +143,13 @@ def learn(run: Run) -> dict[str, Any]:
     return {"run": vars(run), **environment(), **known(made.model, adapter, tokenizer, run.task)}
 
 
-def frozen(task: str) -> dict[str, Any]:
-    model, tokenizer = demo_model(dtype=fast_dtype())
-    return {"run": {"kind": "frozen", "task": task}, **environment(), **known(model, None, tokenizer, task)}
+def frozen(name: str, task: str) -> dict[str, Any]:
+    model, tokenizer = load(name)
+    return {
+        "run": {"kind": "frozen", "task": task, "model": name},
+        **environment(),
+        **known(model, None, tokenizer, task),
+    }
 
 
 def known(model: Any, adapter: Any, tokenizer: Any, task: str) -> dict[str, Any]:
@@ -149,11 +167,24 @@ def known(model: Any, adapter: Any, tokenizer: Any, task: str) -> dict[str, Any]
             if form.answers:
                 right[name] = correct(model, tokenizer, [Choice(form.answers, i.right, form.prompt(i)) for i in some])
             else:
-                said = complete(model, tokenizer, [form.prompt(item) for item in some])
-                right[name] = [float(read_answer(t) == read_answer(i.answer)) for t, i in zip(said, some, strict=True)]
+                right[name] = followed(model, tokenizer, [(form.prompt(item), item.answer) for item in some])
+        if task == "links":
+            form = own(task).forms["trained"]
+            pairs = [(form.prompt(item), item.answer) for item in map(renamed, items[:SHOWN])]
+            right[RENAMED] = followed(model, tokenizer, pairs)
         nats = {} if adapter is None else kl_of_prompts(*runs(model, adapter), others(task), tokenizer)
     told = {name: values.tolist() for name, values in nats.items()}
     return {"dtype": str(fast_dtype()), "right": right, "nats": told}
+
+
+def followed(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    """Whether the person in whose hands each chain ends is the right one."""
+    said = complete(model, tokenizer, [prompt for prompt, _ in pairs])
+    return [float(_end(text) == _end(answer)) for text, (_, answer) in zip(said, pairs, strict=True)]
+
+
+def _end(chain: str) -> str:
+    return (chain.split(".", 1)[0].split() or [""])[-1]
 
 
 def others(task: str) -> dict[str, list[str]]:

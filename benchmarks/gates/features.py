@@ -11,13 +11,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks.gates.prompts import FITTED, HANDS, SHOWN, TASKS, TESTED, TRAINED, far_known, far_test, wordings
+from benchmarks.gates.prompts import (
+    FITTED,
+    HANDS,
+    RENAMED,
+    SHOWN,
+    TASKS,
+    TESTED,
+    TRAINED,
+    far_known,
+    far_test,
+    renamed,
+    wordings,
+)
 from tokenpaths.data.tokenizing import inner
 from tokenpaths.limits.requests import PROBES, features, made_asks, written
 from tokenpaths.site import Host, find_blocks, width
 from tokenpaths.trailmap.gate import Gate
 
-Role = Literal["form", "ask", "made", "far"]
+Role = Literal["form", "ask", "made", "far", "renamed"]
 Kind = tuple[str, Role, Literal["fit", "test"], Any]
 
 
@@ -60,6 +72,9 @@ def of_hand(hand: str, task: str) -> list[tuple[Kind, Sequence[str]]]:
         if role == "form":
             for kind in made_asks(fitted, 0 if first else 1, plain=first, cues=48 if first else 16, seed=0):
                 made.append(((f"{name} / {kind.name}", "made", "fit", name), kind.prompts))
+    if task == "links" and hand == "mine":
+        trained = words.forms[TRAINED]
+        made.append(((RENAMED, "renamed", "test", None), [trained.prompt(renamed(i)) for i in items.test[:SHOWN]]))
     return made
 
 

@@ -12,22 +12,25 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks import make_items
+from tasks import PEOPLE, make_items
 
 from benchmarks.common.folders import DATA, KEPT
 from benchmarks.common.texts import Source, fetch, texts
 from benchmarks.compare.tasks import colours, larger
+from benchmarks.retention.parts import OTHERS
 from tokenpaths.lab.forgetting import trec, trec_pairs
 
 HERE = Path(__file__).parent / "data"
 HANDS = ("mine", "a", "b", "c", "theirs")
 TRAINED = "mine: trained"
+RENAMED = "renamed"  # the trained form of links, with names that nobody was taught
 PARTS = ("fit", "test")
 FITTED, SHOWN, TESTED = 24, 120, 24  # prompts of a form: for a gate, of the trained form to be tested, of others
 
@@ -102,11 +105,11 @@ def by_others(task: str) -> Wordings:
 
 def _wording(told: Mapping[str, Any]) -> Wording:
     keys = ("name", "template", "options")
-    answers = tuple(_spaced(str(answer), told["template"]) for answer in told.get("answers", ()))
+    answers = tuple(spaced(str(answer), told["template"]) for answer in told.get("answers", ()))
     return Wording(**{key: told[key] for key in keys if key in told}, answers=answers)
 
 
-def _spaced(answer: str, template: str) -> str:
+def spaced(answer: str, template: str) -> str:
     """An answer stands behind a space, unless the template ends in what it follows at once."""
     return answer if answer[:1].isspace() or template[-1:] in "\n([{\"'`*_>#" else f" {answer}"
 
@@ -191,6 +194,16 @@ def links() -> Items:
 
     taught, test = make_items(1200, 0), make_items(SIZES["test"], 0, held_out=True)
     return _parted([item(one) for one in taught], SIZES, [item(one) for one in test])
+
+
+def renamed(item: Item) -> Item:
+    """An item of links with other names, each one token as well."""
+    names = dict(zip(PEOPLE, OTHERS["renamed"].split(), strict=True))
+
+    def put(text: str) -> str:
+        return re.sub(r"[A-Z][a-z]+", lambda found: names[found.group()], text)
+
+    return Item({key: put(text) for key, text in item.fields.items()}, answer=put(item.answer))
 
 
 TASKS: dict[str, Callable[[], Items]] = {"trec": question_kinds, "sentiment": sentiment, "links": links}

@@ -114,7 +114,11 @@ def arms(done: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def accuracies(right: Mapping[str, Values], frozen: Mapping[str, Values]) -> dict[str, float]:
-    unseen = {name: statistics.fmean(values) for name, values in right.items() if not name.startswith("mine")}
+    unseen = {
+        name: statistics.fmean(values)
+        for name, values in right.items()
+        if not name.startswith("mine") and name != RENAMED
+    }
     return {"trained": statistics.fmean(right[TRAINED]), "unseen forms": statistics.fmean(unseen.values())}
 
 

@@ -21,7 +21,7 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from tokenpaths.attachment import caches
@@ -52,6 +52,7 @@ class Deciding:
         blocks: the blocks that they count.
         takes: the arguments of the module that reads tokens.
         others: whether something else is at work, for which the forward must run again in any case.
+        alone: of these attachments no two act on one request; and the rows that each is for, if it is not for all.
     """
 
     moment: Moment
@@ -59,6 +60,7 @@ class Deciding:
     blocks: nn.ModuleList
     takes: frozenset[str]
     others: bool
+    alone: Mapping[int, Sequence[int] | None] = field(default_factory=dict[int, Sequence[int] | None])
     made: dict[int, Decision] = field(default_factory=dict[int, Decision])
     states: dict[int, list[Tensor]] = field(default_factory=dict[int, list[Tensor]])
 
@@ -125,12 +127,24 @@ class Deciding:
         seen: dict[int, list[Tensor]] = {}
         with self._looking(layers, ends, seen), unobserved(), torch.no_grad(), suppress(_Read):
             read(probes)
+        scores: dict[int, Tensor] = {}
+        repeats = self.moment.repeats
         for number, gate in self.gates.items():
             self.states[number] = [seen[layer][probes.index(p)] for p in gate.probes for layer in gate.layers]
-            opens = gate.opens(self.states[number]).cpu()
-            repeats = self.moment.repeats
-            opens = opens.view(-1, repeats)[:, :1].expand(-1, repeats).flatten()  # beams of a prompt go together
-            self.made[number] = Decision(opens, self.width)
+            scores[number] = gate.scores(self.states[number]).cpu()[::repeats]  # beams of a prompt go together
+        highest = self._highest(scores)
+        for number, score in scores.items():
+            opens = (score > 0) & (highest == number) if number in self.alone else score > 0
+            self.made[number] = Decision(opens.repeat_interleave(repeats), self.width)
+
+    def _highest(self, scores: Mapping[int, Tensor]) -> Int[Tensor, " rows"]:
+        """Of the attachments that act alone, the number of the one with the highest score in each row that it is in."""
+        numbers = [0, *self.alone]
+        rivals = torch.full([len(numbers), len(next(iter(scores.values())))], -math.inf)
+        for rival, (number, rows) in zip(rivals[1:], self.alone.items(), strict=True):
+            there = slice(None) if rows is None else list(rows)
+            rival[there] = scores[number][there]
+        return torch.tensor(numbers)[rivals.argmax(0)]
 
     def _looking(self, layers: list[int], ends: list[int], seen: dict[int, list[Tensor]]) -> Undo:
         """Inside, states are looked at where each probe ends, and the forward is over at the deepest of the layers."""

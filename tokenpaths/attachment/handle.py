@@ -35,6 +35,7 @@ def attach(
     trails: Adapter,
     *,
     when: Gate | None = None,
+    alone: bool = False,
     strength: float = 1.0,
     rows: Sequence[int] | None = None,
     spans: Spans | None = None,
@@ -54,6 +55,8 @@ def attach(
             names.
         when: a gate, which decides once for each prompt: the row is moved, prompt and answer, or it is the frozen
             model's to the bit. Unless given, `trails.gate` if there is one.
+        alone: of the attachments that are made so, as for several tasks, a request gets one at most: of those whose
+            gates open for it, that of the highest score.
         strength: multiplies every displacement. It may be changed at run time: `handle.strength = 0.5`.
         rows: the rows of the batch that are moved; all unless given. Several maps with different rows give each row its
             own trails.
@@ -68,12 +71,12 @@ def attach(
         TypeError: `trails` is no adapter, `when` is no gate, or another argument is not of its kind.
         ValueError: a strength that is not finite, a site that the model does not have or that is named twice, a trail
             of another width, or parameters that are not finite; a gate of another model; an adapter that is no
-            `TrailMap` with a strength, with spans, or with neither gate nor rows. Nothing is changed then. In a
-            forward: the prompt that a gate must read is not known.
+            `TrailMap` with a strength, with spans, or with neither gate nor rows; `alone` without a gate. Nothing is
+            changed then. In a forward: the prompt that a gate must read is not known.
         RuntimeError: this very map is attached already, or another task has attached one. In a forward: a hooked
             module was replaced, or torch.compile meets a gate.
     """
-    attachment = _made(model, trails, when, strength, rows, spans, tokenizer, everywhere)
+    attachment = _made(model, trails, when, alone, strength, rows, spans, tokenizer, everywhere)
     try:
         attachment.lay()
     except BaseException:

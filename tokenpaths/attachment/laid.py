@@ -69,15 +69,21 @@ class Attachment:
         host: Host,
         trails: Adapter,
         gate: Gate | None = None,
+        alone: bool = False,
         strength: float = 1.0,
         rows: Sequence[int] | None = None,
         spans: Spans | None = None,
         tokenizer: Any = None,
         everywhere: bool | None = None,
     ) -> None:
+        if alone and gate is None:
+            raise ValueError(
+                "attach: alone=True picks among adapters by their gates, and this one has none: give when="
+            )
         self.host = host
         self.trails = trails
         self.gate = gate
+        self._alone = alone
         self.strength = strength
         self.number = next(_NUMBERS)
         self.everywhere = in_main_thread() if everywhere is None else everywhere
@@ -130,6 +136,11 @@ class Attachment:
         if not math.isfinite(as_number("attach: strength", strength)):
             raise ValueError(f"attach: strength {strength} is not finite")
         self._strength = strength
+
+    @property
+    def alone(self) -> bool:
+        """Whether it gives way where the gate of another such attachment has a higher score."""
+        return self._alone and self.trails.enabled
 
     @property
     def is_on(self) -> bool:

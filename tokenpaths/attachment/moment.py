@@ -59,6 +59,13 @@ class Listener(Protocol):
     """Whether it cannot be told if it is meant for threads in which it does not act."""
     gate: Any
     """What decides for each request whether it acts; None where it always does."""
+    rows: Any
+    """The rows of a batch in which it acts; None for all."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether it gives way where the gate of another such one has a higher score."""
+        ...
 
     @property
     def plan(self) -> Any: ...

@@ -75,6 +75,7 @@ class RowsOfAdapter(_InRows):
         host: Host,
         trails: Adapter,
         gate: Gate | None,
+        alone: bool = False,
         strength: float = 1.0,
         rows: Sequence[int] | None = None,
         spans: Any = None,
@@ -90,7 +91,7 @@ class RowsOfAdapter(_InRows):
         if spans is not None:
             raise ValueError(f"attach: spans are for trails, and mean nothing to a {name}")
         trails.check(host.model)
-        super().__init__(host, trails, gate, strength, rows, None, tokenizer, everywhere)
+        super().__init__(host, trails, gate, alone, strength, rows, None, tokenizer, everywhere)
 
     def _plan(self, moment: Moment) -> Plan | None:
         """None where no row is open."""

@@ -261,7 +261,8 @@ class Watcher:
         acting, names = self.acting(), self.arguments[self.reader]
         gates = {one.number: one.gate for one in asking}
         others = any(one.number and one.number not in gates for one in acting)
-        deciding = Deciding(here.now, gates, self.blocks, frozenset(names), others)
+        alone = {one.number: one.rows for one in asking if one.alone}
+        deciding = Deciding(here.now, gates, self.blocks, frozenset(names), others, alone)
         named = {**dict(zip(names, args, strict=False)), **kwargs}
         output = deciding.run(functools.partial(forward, *args, **kwargs), named, forward)
         here.now = deciding.decided()

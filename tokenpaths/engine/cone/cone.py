@@ -133,7 +133,8 @@ class ActiveCone:
         self.layers = host.blocks
         self.plan: None = None
         self.number = 0  # it moves nothing
-        self.unclear, self.gate = False, None
+        self.unclear, self.alone = False, False
+        self.gate, self.rows = None, None
         self._thread = threading.get_ident()
         self.shared: Sequence[tuple[int, ...]] = ()  # tokens that many prompts begin with
         self.narrows: bool | None = None  # whether rows may be run behind a cache; None while that is not known

@@ -28,7 +28,7 @@ FLOORS = (  # from the ground up: a room imports from the floors below its own
     "attachment testing",
     "engine",
     "drift training",
-    "limits lab",
+    "limits lab interop",
 )
 LAB = ("forgetting", "chains", "reasoning", "ab", "audit", "peers")
 """The rooms of the laboratory, in the order in which they may import each other."""

@@ -7,6 +7,7 @@ from . import demo as demo
 from . import drift as drift
 from . import engine as engine
 from . import files as files
+from . import interop as interop
 from . import lab as lab
 from . import limits as limits
 from . import matching as matching

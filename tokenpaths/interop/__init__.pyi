@@ -1,4 +1,7 @@
 """What is carried, and by which file."""
 
+from .merging import Merged as Merged
+from .merging import merge as merge
+from .peft import to_peft as to_peft
 from .pyreft import from_pyreft as from_pyreft
 from .pyreft import to_pyreft as to_pyreft

@@ -1,5 +1,6 @@
 """What is carried, and by which file."""
 
+from .adapters import from_adapters as from_adapters
 from .merging import Merged as Merged
 from .merging import merge as merge
 from .peft import to_peft as to_peft

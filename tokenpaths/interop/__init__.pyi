@@ -1,5 +1,6 @@
 """What is carried, and by which file."""
 
+from . import serve as serve
 from .adapters import from_adapters as from_adapters
 from .gguf import from_gguf as from_gguf
 from .gguf import to_gguf as to_gguf

@@ -114,7 +114,7 @@ def trails() -> TrailMap:
 CLIENT = """
 import sys
 from tokenpaths import TrailMap
-address = TrailMap.load(sys.argv[1]).push_to_hub("trail", private=True)
+address = TrailMap.load(sys.argv[1]).push_to_hub("trail", private=True, card="# Measured\n")
 print(address)
 for revision in (None, "v1"):
     TrailMap.from_pretrained("me/trail", revision=revision).save(sys.argv[2] + str(revision))
@@ -145,12 +145,12 @@ def test_what_is_pushed_to_the_hub_comes_back(hub, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"{hub.url}/me/trail/commit/{COMMIT}", "EntryNotFoundError"]
     made = (tmp_path / "made").read_bytes()
-    assert hub.files == {FILE_NAME: made}
+    assert hub.files == {FILE_NAME: made, "README.md": b"# Measured"}
     assert (tmp_path / "backNone").read_bytes() == (tmp_path / "backv1").read_bytes() == made
     assert hub.settings["name"] == "trail"
     assert hub.settings.get("visibility") == "private" or hub.settings.get("private")  # before huggingface_hub 1.0
     calls = [(method, path) for method, path, known in hub.calls if known]
-    assert ("POST", "/api/models/me/trail/commit/main") in calls
+    assert calls.count(("POST", "/api/models/me/trail/commit/main")) == 1
     assert ("HEAD", f"/me/trail/resolve/v1/{FILE_NAME}") in calls
     assert not [path for _, path, _ in hub.calls if path.startswith("/me/other") and not path.endswith(FILE_NAME)]
 

@@ -2,6 +2,7 @@
 
 from . import serve as serve
 from .adapters import from_adapters as from_adapters
+from .card import card as card
 from .gguf import from_gguf as from_gguf
 from .gguf import to_gguf as to_gguf
 from .merging import Merged as Merged

@@ -250,12 +250,15 @@ class TrailMap(Adapter):
             raise TrailFileError("its sites must name every trail, in order")
         return loaded
 
-    def push_to_hub(self, repo: str, model: nn.Module | None = None, *, private: bool | None = None) -> str:
+    def push_to_hub(
+        self, repo: str, model: nn.Module | None = None, *, card: str = "", private: bool | None = None
+    ) -> str:
         """Upload the trails to the Hugging Face Hub as `trails.safetensors`, and return the address of the commit.
 
         Args:
             repo: the repository, which is made if it is not there. Without an owner it is one of your own.
             model: the base model, to keep its name and fingerprint in the file.
+            card: the README of the repository, in the same commit: `interop.card` writes one from your measurements.
             private: whether a repository that is made is private; by default as your organisation has it.
 
         Raises as `save` does, and `huggingface_hub.errors.HfHubHTTPError` if the Hub refuses.
@@ -267,8 +270,9 @@ class TrailMap(Adapter):
             self.save(path, model)
             api = HfApi()
             made = api.create_repo(repo, private=private, exist_ok=True)  # adds the user's name where `repo` has none
-            commit = api.upload_file(path_or_fileobj=path, path_in_repo=FILE_NAME, repo_id=made.repo_id)
-            return commit.commit_url
+            if card:
+                files.write_text(Path(folder) / "README.md", card)
+            return api.upload_folder(folder_path=folder, repo_id=made.repo_id).commit_url
 
     @classmethod
     def from_pretrained(

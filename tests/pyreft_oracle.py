@@ -16,6 +16,7 @@ import importlib.util
 import io
 import types
 import warnings
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float, Int
@@ -59,6 +60,21 @@ def load_pyreft() -> types.ModuleType:
         warnings.simplefilter("ignore")
         import pyreft
     return pyreft
+
+
+@contextlib.contextmanager
+def mended() -> Iterator[None]:
+    """What `ReftModel.load` needs to make all six classes: pyreft keeps neither their dtype nor `add_bias`."""
+    module = load_pyreft().interventions
+    before = {name: getattr(module, name).__init__ for name in CLASSES.values()}
+    defaults = {"add_bias": False, "dtype": torch.float32}
+    try:
+        for name, init in before.items():
+            getattr(module, name).__init__ = lambda self, init=init, **given: init(self, **{**defaults, **given})
+        yield
+    finally:
+        for name, init in before.items():
+            getattr(module, name).__init__ = init
 
 
 def intervention(

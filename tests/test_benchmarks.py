@@ -149,3 +149,10 @@ def test_texts_are_cleaned() -> None:
     assert told == "A: Hi\nB: 1963\nA: ok\n\nA: Who\nB: Me\n"
     task = {"instruction": "Add.", "instances": [{"input": "1 1", "output": "2"}, {"input": "", "output": "3\n"}]}
     assert texts.instructions(json.dumps(task)) == "Add.\n1 1\n2\n\nAdd.\n3\n"
+
+
+def test_the_page_of_what_goes_in_and_out_is_that_of_its_result_file() -> None:
+    from benchmarks.interop.page import PAGE, page
+
+    told = json.loads((record.RESULTS / "interop.json").read_text())["raw"]
+    assert PAGE.read_text() == page(told)

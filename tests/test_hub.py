@@ -114,7 +114,7 @@ def trails() -> TrailMap:
 CLIENT = """
 import sys
 from tokenpaths import TrailMap
-address = TrailMap.load(sys.argv[1]).push_to_hub("trail", private=True, card="# Measured\n")
+address = TrailMap.load(sys.argv[1]).push_to_hub("trail", private=True, card="# Measured")
 print(address)
 for revision in (None, "v1"):
     TrailMap.from_pretrained("me/trail", revision=revision).save(sys.argv[2] + str(revision))

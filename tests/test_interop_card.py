@@ -50,10 +50,12 @@ def test_without_measurements_there_are_no_numbers_of_them() -> None:
 
 
 def test_a_drift_that_cannot_be_told_is_no_metric() -> None:
-    base, fresh = model(), tp.TrailMap({tp.Site(1): tp.LoReFT(DIM, 3)})
-    drift = tp.measure_drift(base, fresh, make_examples(6))
+    base, last = model(), tp.TrailMap({tp.Site(1, tp.Last(1)): random(tp.LoReFT(DIM, 3))})
+    texts = [tp.Example(tuple(range(3, 63)), (False,) * 60) for _ in range(4)]
+    drift = tp.measure_drift(base, last, texts)
     assert drift.too_little
-    assert ModelCard(card(fresh, base, drift={"texts": drift})).data.eval_results is None
+    text = card(last, base, drift={"texts": drift})
+    assert ModelCard(text).data.eval_results is None and "cannot tell" in text
 
 
 def test_a_folder_of_this_machine_is_not_told(tmp_path: Path) -> None:

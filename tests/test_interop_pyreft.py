@@ -37,21 +37,6 @@ def pyreft() -> Any:
         pytest.skip(str(missing))
 
 
-@contextlib.contextmanager
-def mended() -> Any:
-    """What `ReftModel.load` needs to make all six classes: pyreft keeps neither their dtype nor `add_bias`."""
-    module = pyreft_oracle.load_pyreft().interventions
-    before = {name: getattr(module, name).__init__ for name in CLASSES}
-    defaults = {"add_bias": False, "dtype": torch.float32}
-    try:
-        for name, init in before.items():
-            getattr(module, name).__init__ = lambda self, init=init, **given: init(self, **{**defaults, **given})
-        yield
-    finally:
-        for name, init in before.items():
-            getattr(module, name).__init__ = init
-
-
 def theirs(
     model: Any,
     kind: str,
@@ -156,7 +141,7 @@ def test_two_interventions_at_a_place_are_the_first_and_the_last_tokens(tmp_path
     expected = logits_of(reft, [[0, 1], [0, 1], [8], [8]])
     assert (ours(model, trails) - expected).abs().max() < EXACT
     assert to_pyreft(trails, tmp_path / "again") == "f2+l1"
-    with mended():
+    with pyreft_oracle.mended():
         again = pyreft_oracle.load_pyreft().ReftModel.load(str(tmp_path / "again"), copy.deepcopy(model))
     assert (logits_of(again, [[0, 1], [0, 1], [8], [8]]) - expected).abs().max() < EXACT
     with pytest.raises(TrailFileError, match=r"share_weights=False\), and positions='l1' has not both"):
@@ -186,7 +171,7 @@ def test_real_pyreft_loads_what_is_written_here(kind: str, rank: int, tmp_path: 
             torch.nn.init.normal_(parameter, std=0.3)
     trails = tp.TrailMap(made)
     assert to_pyreft(trails, tmp_path / "reft") == "f1+l1"
-    with mended():
+    with pyreft_oracle.mended():
         reft = pyreft_oracle.load_pyreft().ReftModel.load(str(tmp_path / "reft"), copy.deepcopy(model))
     expected = ours(model, trails)
     assert (logits_of(reft, [ENDS, ENDS]) - expected).abs().max() < EXACT * max(1, expected.abs().max().item() / 10)

@@ -50,7 +50,12 @@ class _Info(ctypes.Structure):
 class _Data(ctypes.Structure):
     """What was read: the width, and a std::vector of numbers."""
 
-    _fields_ = (("dim", ctypes.c_int32), ("begin", ctypes.c_void_p), ("end", ctypes.c_void_p), ("room", ctypes.c_void_p))
+    _fields_ = (
+        ("dim", ctypes.c_int32),
+        ("begin", ctypes.c_void_p),
+        ("end", ctypes.c_void_p),
+        ("room", ctypes.c_void_p),
+    )
 
 
 def library() -> Any:

@@ -133,8 +133,8 @@ class ActiveCone:
         self.layers = host.blocks
         self.plan: None = None
         self.number = 0  # it moves nothing
-        self.unclear, self.alone = False, False
-        self.gate, self.rows = None, None
+        self.unclear = self.alone = self._resting = False  # the last: while gates decide
+        self.gate = self.rows = None
         self._thread = threading.get_ident()
         self.shared: Sequence[tuple[int, ...]] = ()  # tokens that many prompts begin with
         self.narrows: bool | None = None  # whether rows may be run behind a cache; None while that is not known
@@ -151,7 +151,6 @@ class ActiveCone:
         self._below: dict[Attachment, int] = {}
         self._in_the_way: dict[int, list[nn.Module]] = {}  # modules on which a hook is in the way of leaving blocks out
         self._outputs: Mapping[int, Tensor] | None = None  # in a forward that leaves out blocks: what these return
-        self._resting = False  # while gates decide
         self._look: _Look | None = None  # in a forward that computes what is to be kept
         self._state_bytes = 0  # of a token, as it is kept
         self._beside: dict[int, int | None] = {}  # by block: what it returns beside its states, counted; None: no tuple

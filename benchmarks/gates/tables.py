@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.common.record import Claim, of_ratio, over_seeds
-from benchmarks.gates.prompts import TRAINED
+from benchmarks.gates.prompts import RENAMED, TRAINED
 
 Values = Sequence[float]
 
@@ -21,6 +21,8 @@ def claims(done: Mapping[str, Any]) -> list[Claim]:
     if "splits" in done:
         for told in arms(done):
             found += of_arm(told)
+    if "gemma-splits" in done:
+        found += of_other_model(done["gemma-splits"]["splits"], "gemma", "Gemma 3 270M")
     if "cost" in done:
         for name, arm, target in (("gate_shut_cost", "shut", "1.02"), ("gate_open_cost", "open", "2")):
             about = f"prefill of 400 tokens on which the gate is {arm}, over the frozen model's"
@@ -82,8 +84,30 @@ def of_splits(done: Mapping[str, Any]) -> Iterator[Claim]:
         yield over_seeds(
             f"gate_{name}_neighbours_open", f"{share} unseen other asks that open, {about}", mean(runs, "asks"), "share"
         )
+    renamed = [run["renamed"] for run in whole["links"]["16"]]
+    about = f"{share} links in the trained form with other names that open, {told}"
+    yield over_seeds("gate_renamed_open", about, renamed, "share")
     about = "share of new prompts beyond the threshold, in simulation; 0.05 is promised"
     yield Claim("conformal_false_alarm", about, done["simulated"]["measured"], "share", "0.05")
+
+
+def of_other_model(whole: Mapping[str, Any], short: str, model: str) -> Iterator[Claim]:
+    """The main figures of a model on which nothing was chosen."""
+    for count, name, forms in (("16", "", "16 forms"), ("1", "one_form_", "the trained form")):
+        runs = [run for task in whole.values() for run in task[count]]
+        about = (
+            f"gates of {model} from {forms} and 28 asks, five random splits of each of three tasks, {len(runs)} runs"
+        )
+        share = "share of prompts of"
+        for key, said, goal in (
+            ("forms", "unseen forms that open", "0.92" if count == "16" else ""),
+            ("asks", "unseen other asks that open", "0.05"),
+            ("far", "unseen far kinds that open", "0.01"),
+        ):
+            told = f"{share} {said}, {about}"
+            yield over_seeds(f"gate_{short}_{name}{key}_open", told, mean(runs, key), "share", goal)
+        told = f"{share} the trained form that open, {about}"
+        yield over_seeds(f"gate_{short}_{name}trained_open", told, [run["trained"] for run in runs], "share")
 
 
 _HANDS = {
@@ -101,7 +125,7 @@ def arms(done: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """By kind, task and number of forms: the runs, without a gate and behind it."""
     runs: dict[tuple[str, str, int], list[Any]] = {}
     for name, run in done.items():
-        if name.startswith("adapter-"):
+        if name.startswith("adapter-") and (task := run["run"]["task"]) and f"frozen-{task}" in done:
             runs.setdefault((run["run"]["kind"], run["run"]["task"], run["run"]["forms"]), []).append(run)
     for (kind, task, forms), some in sorted(runs.items()):
         opens = done["splits"]["splits"][task]["opens"][str(forms)]
@@ -135,7 +159,8 @@ def told_of(run: Mapping[str, Any], frozen: Mapping[str, Values], opens: Mapping
     lost = {name: statistics.fmean(mixed(name, values, [0.0] * len(values))) for name, values in run["nats"].items()}
     asks = [value for name, value in lost.items() if name.split(":")[0] in ("a", "b", "theirs")]
     far = [value for name, value in lost.items() if ":" not in name]
-    return {**accuracies(right, frozen), "neighbours": statistics.fmean(asks), "far": max(far)}
+    more = {"renamed": statistics.fmean(right[RENAMED])} if RENAMED in right else {}
+    return {**accuracies(right, frozen), **more, "neighbours": statistics.fmean(asks), "far": max(far)}
 
 
 def of_arm(told: Mapping[str, Any]) -> Iterator[Claim]:
@@ -150,10 +175,13 @@ def of_arm(told: Mapping[str, Any]) -> Iterator[Claim]:
         for key, name, about, unit, goal in (
             ("trained", "accuracy", "accuracy in the trained form", "share", target),
             ("unseen forms", "unseen_accuracy", "accuracy in unseen forms of other hands", "share", ""),
+            ("renamed", "renamed_accuracy", "accuracy in the trained form with other names", "share", ""),
             ("far", "worst_far_nats", "KL from the frozen model on the worst far kind", "nats", "0.002"),
             ("neighbours", "neighbour_nats", "KL from the frozen model on unseen other asks, mean", "nats", "0.05"),
         ):
             goal = goal if arm == "gated" else ""
+            if not all(key in run for run in runs):
+                continue
             yield over_seeds(f"{arm}_{short}_{name}", f"{about}, {where}", [run[key] for run in runs], unit, goal)
 
 
@@ -162,7 +190,10 @@ _TASKS = {"trec": "TREC-6", "links": "links"}
 
 def show(done: Mapping[str, Any]) -> None:
     """The tables of docs/benchmarks.md."""
-    for task, runs in done["splits"]["splits"].items():
+    whole = done["splits"]["splits"] | {
+        f"Gemma, {task}": runs for task, runs in done.get("gemma-splits", {"splits": {}})["splits"].items()
+    }
+    for task, runs in whole.items():
         print(f"\n{task}: forms | unseen forms open: mean, worst | asks | far | AUROC asks, far | open at 5 % and 1 %")
         for name, some in runs.items():
             if name in ("opens", "fits"):

@@ -21,7 +21,7 @@ def rows(told: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     return [
         (
             "pyreft 0.1.0",
-            "in: `from_pyreft`, all six classes, tied, `f+l`, a Trainer's folders without `config.json`; out: `to_pyreft`",
+            "in: `from_pyreft`, all six classes, tied, `f+l`, a Trainer's folders; out: `to_pyreft`",
             f"{largest('pyreft', 'there', 'back')} <!-- claim: pyreft_roundtrip_max_abs -->",
             "linked interventions (the later reads what the earlier made); heads, q, k, v and `mlp_activation`; "
             "out: other rules than First and Last of the prompt, other classes, gates",
@@ -88,8 +88,8 @@ SmolLM2-135M in float32, whose logits go up to 30. Each row is a test against th
 {table}
 
 No file is executed: `.bin` and `.pt` are read as tensors alone (`weights_only`), configurations as JSON, and no class
-is imported by a name from a file. A file that is damaged, holds anything else or is of another model is refused with the
-name of what is wrong.
+is imported by a name from a file. A file that is damaged, holds anything else or is of another model is refused with
+the name of what is wrong.
 
 How to: [from pyreft](how-to/from-pyreft.md), [from PEFT](how-to/from-peft.md), [serve](how-to/serve.md).
 """

@@ -131,10 +131,9 @@ class ActiveCone:
         self.host = host
         self.model = host.model
         self.layers = host.blocks
-        self.plan: None = None
         self.number = 0  # it moves nothing
         self.unclear = self.alone = self._resting = False  # the last: while gates decide
-        self.gate = self.rows = None
+        self.gate = self.rows = self.plan = None
         self._thread = threading.get_ident()
         self.shared: Sequence[tuple[int, ...]] = ()  # tokens that many prompts begin with
         self.narrows: bool | None = None  # whether rows may be run behind a cache; None while that is not known

@@ -168,7 +168,7 @@ def of_arm(told: Mapping[str, Any]) -> Iterator[Claim]:
     short = "_".join((kind.lower().replace(" ", "_").replace("-", "_"), *(["links"] if task == "links" else [])))
     short += "_of_one_form" if forms == 1 else ""
     what = f"{kind} that learned {_TASKS[task]} in {'its trained form' if forms == 1 else f'{forms} forms'}"
-    for arm in ("ungated",) if kind == "guarded trail" else ("ungated", "gated"):
+    for arm in ("ungated", "gated"):
         where = f"{what}, {'behind a gate of the same forms' if arm == 'gated' else 'without a gate'}"
         runs = told[arm]
         target = {("gated", "trec"): "0.945", ("gated", "links"): "0.89"}.get((arm, task), "")

@@ -229,6 +229,10 @@ def claims(runs: Sequence[dict[str, Any]]) -> list[Claim]:
             )
             if arm == "LoRA":
                 continue
+            if words == "taught":
+                about = f"share of far prompts, which belong to no task, for which a trail is at work, by {_LONG[arm]}"
+                far = [statistics.fmean(any(row) for row in run["far"][arm]) for run in runs]
+                found.append(over_seeds(f"routing_{_SHORT[arm]}_far", about, far, "share"))
             other = [opens(run, arm, words)[1] for run in runs]
             about = f"share of prompts at which another task's trail is at work, in {words} words, by {_LONG[arm]}"
             found.append(

@@ -91,7 +91,8 @@ No file is executed: `.bin` and `.pt` are read as tensors alone (`weights_only`)
 is imported by a name from a file. A file that is damaged, holds anything else or is of another model is refused with
 the name of what is wrong.
 
-How to: [from pyreft](how-to/from-pyreft.md), [from PEFT](how-to/from-peft.md), [serve](how-to/serve.md).
+How to: [from pyreft](how-to/from-pyreft.md), [from PEFT](how-to/from-peft.md), [serve](how-to/serve.md),
+[with what you use already](how-to/ecosystem.md).
 """
 
 

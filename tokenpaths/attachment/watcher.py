@@ -141,6 +141,9 @@ class Watcher:
             undo.hook(module.register_forward_hook, EveryThread(self._drop), always_call=True)
             if module is self.reader:
                 break
+        above = list(self.arguments)[: list(self.arguments).index(self.reader)]
+        if not any(type(module).__module__.startswith("transformers.") for module in above):
+            shadow(undo, self.reader, "forward", self._called)
         if self.writer is not None:
             shadow(undo, self.writer, "generate", self._generate)
             shadow(undo, self.writer, "prepare_inputs_for_generation", self._prepare)
@@ -251,6 +254,13 @@ class Watcher:
             here.asking = [one for one in acting if one.gate is not None and undecided(moment, one.number)]
         for listener in acting:
             listener.begin(here.now, resting=bool(here.asking))  # until it is decided
+
+    def _called(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stands before a forward that PEFT, sentence-transformers and others run past hooks, as `model.forward`."""
+        if torch.compiler.is_compiling():
+            return forward(*args, **kwargs)
+        self._forget_interrupted()
+        return forward(*args, **kwargs) if self._began(self.reader) else self.reader(*args, **kwargs)
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stands before the forward of the module that reads tokens: lets gates decide on new prompts first."""

@@ -99,7 +99,7 @@ def test_mutants_are_read_or_refused(name: str, tmp_path: Path) -> None:
     folder = shutil.copytree((FOLDER / name).parent, tmp_path / "bad")
     for file in (folder / Path(name).name, folder / "adapter_config.json"):
         whole = file.read_bytes()
-        for seed in range(200):
+        for seed in range(400):
             file.write_bytes(mutant(whole, seed))
             with contextlib.suppress(TrailFileError, FileNotFoundError, ValueError):
                 from_adapters(folder, model, "LoReFT")

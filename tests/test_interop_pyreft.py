@@ -114,6 +114,23 @@ def test_a_trainers_folder_without_a_configuration_is_read_by_its_names(kind: st
     assert (ours(model, trails) - logits_of(reft, [ENDS, ENDS])).abs().max() < EXACT
 
 
+@pytest.mark.parametrize("configured", [True, False])
+@pytest.mark.parametrize("place", [(1, "block_output"), (1, "model.layers[1].output")])
+def test_names_with_dots_of_earlier_versions_are_read(place: tuple[int, str], configured: bool, tmp_path: Path) -> None:
+    model = llama()
+    reft = theirs(model, "LoreftIntervention", [place])
+    folder = saved(reft, tmp_path / "reft")
+    (file,) = folder.glob("*.bin")
+    layer, component = place
+    key = f"comp.{component}" if "." in component else f"layer.{layer}.comp.{component}"
+    file.rename(folder / f"intkey_{key}.unit.pos.nunit.1#0.bin")
+    if not configured:
+        (folder / "config.json").unlink()
+    trails = from_pyreft(folder, model, "f1+l1")
+    assert trails.sites == (tp.Site(1, tp.First(1) | tp.Last(1)),)
+    assert (ours(model, trails) - logits_of(reft, [ENDS])).abs().max() < EXACT
+
+
 @pytest.mark.parametrize(
     ("place", "site"),
     [
@@ -271,7 +288,7 @@ def test_mutants_of_a_folder_are_read_as_they_were_or_refused(folder: Path, tmp_
     model, bad = llama(), copied(folder, tmp_path / "bad")
     for file in (sorted(bad.glob("*.bin"))[0], bad / "config.json"):
         whole = file.read_bytes()
-        for seed in range(200):
+        for seed in range(400):
             file.write_bytes(mutant(whole, seed))
             with contextlib.suppress(TrailFileError, FileNotFoundError):
                 from_pyreft(bad, model, "f1+l1")

@@ -55,6 +55,7 @@ KINDS: Mapping[str, type[Trail]] = {
     "LobireftIntervention": BiasReFT,
 }
 COMPONENTS = {"block_output": "block", "attention_output": "attention", "mlp_output": "mlp"}
+_NAME = re.compile(r"intkey_(?:layer[_.](\d+)[_.])?comp[_.](.+)[_.]unit[_.](.+)[_.]nunit[_.]\d+#(\d+)")
 _LINK, _FIELDS = (
     "intervention_link_key",
     (
@@ -159,8 +160,11 @@ def _configured(folder: Path, host: Host) -> list[_Found]:
         layer, component, unit = fields["layer"], str(fields["component"]), fields.get("unit") or "pos"
         where, number, site = f"{layer} {component}", 0, _site(folder, host, layer, component, str(unit))
         number = sum(one.where == where for one in found)
-        mid = f"layer_{layer}_comp_{component}" if "." not in component else f"comp_{component.replace('.', '_')}"
-        file = folder / f"intkey_{mid}_unit_{unit}_nunit_{fields.get('max_number_of_units') or 1}#{number}.bin"
+        key = [*([] if "." in component else ["layer", str(layer)]), "comp", component, "unit", str(unit), "nunit"]
+        key.append(f"{fields.get('max_number_of_units') or 1}#{number}.bin")
+        now, earlier = "_".join(key).replace(component, component.replace(".", "_")), ".".join(key)
+        file = folder / f"intkey_{earlier}"  # with dots, as earlier versions of pyvene wrote it
+        file = file if file.exists() else folder / f"intkey_{now}"
         found.append(_Found(where, site, number, _known(folder, kind), tensors_in(file)))
     return found
 
@@ -169,12 +173,14 @@ def _named(folder: Path, host: Host, kind: Kind | None) -> list[_Found]:
     """By the names of the files, where a Trainer left no configuration."""
     found: list[_Found] = []
     for file in sorted(folder.glob("intkey_*.bin")):
-        told = re.fullmatch(r"intkey_(?:layer_(\d+)_)?comp_(.+)_unit_(.+)_nunit_\d+#(\d+)", file.stem)
+        told = re.fullmatch(
+            r"intkey_(?:layer[_.](\d+)[_.])?comp[_.](.+)[_.]unit[_.](.+)[_.]nunit[_.]\d+#(\d+)", file.stem
+        )
         if told is None:
             raise TrailFileError(f"{file} is not named as pyreft names an intervention")
         layer, component, unit, number = told.groups()
         if layer is None:  # dots are written as underscores: model_layers[1]_output
-            inside = re.search(r"\[(\d+)\]_(output|input)$", component)
+            inside = re.search(r"[\[._](\d+)\]?[_.](output|input)$", component)
             if inside is None:
                 raise TrailFileError(f"{file}: what lies at {component!r} is not known without a config.json")
             layer, component = inside[1], f"block_{inside[2]}"
@@ -215,7 +221,7 @@ def _site(folder: Path, host: Host, layer: Any, component: str, unit: str) -> Si
         raise TrailFileError(f"{folder}: unit {unit!r:.40} of {component!r:.80} has no site here, only 'pos' has")
     if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
         raise TrailFileError(f"{folder}: {component!r:.80} lies at layer {layer!r:.40}, which is no layer")
-    dotted = re.fullmatch(r"(.+)\[(\d+)\]\.(output|input)", component)
+    dotted = re.fullmatch(r"(.+?)\.?\[?(\d+)\]?\.(output|input)", component)
     if dotted:
         name, place = f"{dotted[1]}.{dotted[2]}", int(dotted[2])
         modules = {found.removeprefix("base_model.model."): module for found, module in host.model.named_modules()}

@@ -1,4 +1,4 @@
-"""The fixtures `smollm2`, `data_folder`, `unchecked`, and `watch`, which proves what must not change."""
+"""The fixtures `smollm2`, `data_folder`, `pyreft`, `unchecked`, and `watch`, which proves what must not change."""
 
 from __future__ import annotations
 
@@ -100,6 +100,17 @@ def smollm2() -> tuple[Any, Any]:
     try:
         return demo_model(dtype=torch.float32)
     except FileNotFoundError as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
+def pyreft() -> Any:
+    """The real package; a test that needs it is skipped, with what to install, where it is absent."""
+    from pyreft_oracle import load_pyreft
+
+    try:
+        return load_pyreft()
+    except ImportError as missing:
         pytest.skip(str(missing))
 
 

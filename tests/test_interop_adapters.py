@@ -90,7 +90,7 @@ def test_an_adapter_of_another_model_is_refused() -> None:
     with pytest.raises(TrailFileError, match="the model has width 64"):
         from_adapters(FOLDER / "LoReFT-tied", wide, "LoReFT")
     with pytest.raises(ValueError, match="kind='Loreft' is none of LoReFT, NoReFT, DiReFT"):
-        from_adapters(FOLDER / "LoReFT-tied", model, "Loreft")  # type: ignore[arg-type]
+        from_adapters(FOLDER / "LoReFT-tied", model, "Loreft")
 
 
 @pytest.mark.parametrize("name", ["LoReFT-tied/pytorch_adapter.bin", "LoReFT-untied/adapter.safetensors"])

@@ -27,14 +27,7 @@ CLASSES = list(KINDS)
 IDS = torch.arange(5, 14)[None]
 ENDS = [0, 8]
 EXACT = 1e-5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def pyreft() -> Any:
-    try:
-        return pyreft_oracle.load_pyreft()
-    except ImportError as missing:
-        pytest.skip(str(missing))
+pytestmark = pytest.mark.usefixtures("pyreft")
 
 
 def theirs(
@@ -110,7 +103,7 @@ def test_a_trainers_folder_without_a_configuration_is_read_by_its_names(kind: st
     if kind not in ("LoreftIntervention", "DireftIntervention"):
         with pytest.raises(TrailFileError, match="two classes of pyreft have these tensors: name the class, kind="):
             from_pyreft(folder, model, "f1+l1")
-    trails = from_pyreft(folder, model, "f1+l1", kind=kind)  # type: ignore[arg-type]
+    trails = from_pyreft(folder, model, "f1+l1", kind=kind)
     assert (ours(model, trails) - logits_of(reft, [ENDS, ENDS])).abs().max() < EXACT
 
 
@@ -183,7 +176,7 @@ def test_real_pyreft_loads_what_is_written_here(kind: str, rank: int, tmp_path: 
     torch.manual_seed(4)
     made: dict[tp.Site, tp.Trail] = {}
     for layer in (0, 2):
-        trail = made[tp.Site(layer, tp.First(1) | tp.Last(1))] = KINDS[kind](DIM, rank)  # type: ignore[call-arg]
+        trail = made[tp.Site(layer, tp.First(1) | tp.Last(1))] = KINDS[kind](DIM, rank)
         for parameter in trail.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
     trails = tp.TrailMap(made)

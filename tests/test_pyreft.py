@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import goldens
 import pyreft_oracle
@@ -19,14 +18,7 @@ FORMULAS = list(pyreft_oracle.CLASSES)
 STREAMS = ("block", "attention", "mlp", "embedding")
 LENGTHS = (9, 6, 3)
 RULES: dict[str, Rule] = {"first": First(1), "last": Last(1), "first and last": First(1) | Last(1), "all": All()}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def pyreft() -> Any:
-    try:
-        return pyreft_oracle.load_pyreft()
-    except ImportError as missing:
-        pytest.skip(str(missing))
+pytestmark = pytest.mark.usefixtures("pyreft")
 
 
 def weights(dim: int, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ strength, the moved state is that of another map, A' = A + f B M A, c' = c + f B
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,30 +61,19 @@ def affine(trail: Trail) -> Affine | None:
         if inner is None or isinstance(trail, Scaled):
             return inner and inner.times(own.factor)
         return Affine(own.U.double().mT @ (own.U.double() @ inner.B), inner.M, inner.k, inner.full)
-    if (parts := _parts(trail, own)) is None:
+    if type(trail) not in _PARTS:  # a subclass may do something else
         return None
-    B, M, k = (part.detach().double() for part in parts)
+    B, M, k = (part.detach().double() for part in _PARTS[type(trail)](own))
     return Affine(B, M, k, full=type(trail) is RED)
 
 
-def _parts(trail: Trail, own: Any) -> tuple[Tensor, Tensor, Tensor] | None:
-    """By the very class: a subclass may do something else."""
-    match type(trail):
-        case cls if cls is LoReFT:
-            return own.R.mT, own.W - own.R, own.b
-        case cls if cls is NoReFT:
-            return own.P.mT, own.W - own.P, own.b
-        case cls if cls is DiReFT:
-            return own.W2.mT, own.W1, own.b
-        case cls if cls is DirectReFT:
-            return own.R.mT, own.W, own.b
-        case cls if cls is ConstantReFT:
-            return own.R.mT, -own.R, own.b
-        case cls if cls is BiasReFT:
-            return own.R.mT, torch.zeros_like(own.R), own.b
-        case cls if cls is Additive:
-            return own.v[:, None], torch.zeros_like(own.v)[None], torch.ones_like(own.v[:1])
-        case cls if cls is RED:
-            return torch.eye(own.dim, device=own.s.device), torch.diag(own.s - 1), own.b
-        case _:
-            return None
+_PARTS: Mapping[type[Trail], Callable[[Any], tuple[Tensor, Tensor, Tensor]]] = {
+    LoReFT: lambda t: (t.R.mT, t.W - t.R, t.b),
+    NoReFT: lambda t: (t.P.mT, t.W - t.P, t.b),
+    DiReFT: lambda t: (t.W2.mT, t.W1, t.b),
+    DirectReFT: lambda t: (t.R.mT, t.W, t.b),
+    ConstantReFT: lambda t: (t.R.mT, -t.R, t.b),
+    BiasReFT: lambda t: (t.R.mT, torch.zeros_like(t.R), t.b),
+    Additive: lambda t: (t.v[:, None], torch.zeros_like(t.v)[None], torch.ones_like(t.v[:1])),
+    RED: lambda t: (torch.eye(t.dim, device=t.s.device), torch.diag(t.s - 1), t.b),
+}

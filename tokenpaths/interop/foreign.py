@@ -1,4 +1,7 @@
-"""Files of other libraries, read without executing any: tensors out of PyTorch's zip files, safetensors and NumPy's."""
+"""Files of other libraries, read without executing any: tensors out of PyTorch's zip files, safetensors and NumPy's.
+
+And the folders that are written for them.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,14 @@ from tokenpaths.checking import kind
 from tokenpaths.files import TrailFileError
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".npy")
+
+
+def new_folder(folder: str | os.PathLike[str]) -> Path:
+    """A folder to write to. Raises `FileExistsError` where it holds files."""
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds files: write to a new folder")
+    return folder
 
 
 def tensors_in(path: str | os.PathLike[str]) -> dict[str, Tensor]:

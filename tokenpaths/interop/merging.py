@@ -19,7 +19,7 @@ from tokenpaths.attachment.hooks import Hook
 from tokenpaths.attachment.runs import evaluating
 from tokenpaths.interop.projections import Projection, Table, projections
 from tokenpaths.site import Host
-from tokenpaths.site.host import output_embedding, text_config
+from tokenpaths.site.host import output_embedding, text_config, vocabulary
 from tokenpaths.trailmap.trailmap import TrailMap
 from tokenpaths.undo import Undo, tidy
 
@@ -116,7 +116,7 @@ def merge(model: nn.Module, trails: TrailMap, *, strength: float = 1.0, savable:
 
 def _logits(host: Host, trails: TrailMap | None = None, strength: float = 1.0) -> tuple[Tensor, float]:
     """The output for some tokens, with trails attached, and how far they move it."""
-    words = host.inner.get_input_embeddings().num_embeddings  # pyright: ignore
+    words = vocabulary(host.inner) or 1
     ids = torch.arange(12, device=host.device).mul(max(1, words // 12)).remainder(words).view(2, 6)
 
     def output() -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tokenpaths.files import whole
 from tokenpaths.interop.affine import affine
+from tokenpaths.interop.foreign import new_folder
 from tokenpaths.interop.merging import scale_of_table
 from tokenpaths.interop.projections import Table, projections
 from tokenpaths.site import Host
@@ -42,9 +43,7 @@ def to_peft(trails: TrailMap, folder: str | os.PathLike[str], model: nn.Module, 
         TypeError: `trails` is no `TrailMap`.
         ValueError: what no LoRA carries, with the site and the reason. Nothing is written then.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} holds files: write to a new folder")
+    folder = new_folder(folder)
     host = Host.of(model, getattr(trails, "blocks", None))
     linear, table = projections(host, trails, strength)
     rank = max([1, *(sum(down.shape[0] for down in one.down) for one in linear)])

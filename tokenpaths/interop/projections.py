@@ -88,7 +88,7 @@ def projections(host: Host, trails: TrailMap, strength: float) -> tuple[list[Pro
     found: dict[nn.Module, Projection] = {}
     names = {module: name for name, module in host.model.named_modules()}
     heads: list[tuple[Projection, slice, Affine]] = []
-    outs: list[tuple[Projection, list[Affine]]] = []
+    outs: dict[Projection, list[Affine]] = {}
     table: list[tuple[Trail, Sequence[int] | None]] = []
     for site, trail, place in _located(host, trails):
         if site.stream == "embedding":
@@ -110,10 +110,10 @@ def projections(host: Host, trails: TrailMap, strength: float) -> tuple[list[Pro
         if place.columns is not None:
             heads.append((projection, place.columns, told))
         else:
-            outs.append((projection, [told]))
+            outs.setdefault(projection, []).append(told)
     for projection, part, told in heads:
         projection.into(part, told)
-    for projection, some in _by_module(outs):
+    for projection, some in outs.items():
         projection.out(_summed(some))
     return list(found.values()), Table(table) if table else None
 
@@ -174,11 +174,6 @@ def _check_linear(site: Site, module: nn.Module, names: dict[nn.Module, str], ho
     places = [name for name, other in host.model.named_modules(remove_duplicate=False) if other is module]
     if len(places) > 1:
         raise ValueError(f"{site}: {places[0]} and {places[1]} are one module, which would be changed twice")
-
-
-def _by_module(outs: Sequence[tuple[Projection, list[Affine]]]) -> Iterator[tuple[Projection, list[Affine]]]:
-    for projection in dict.fromkeys(projection for projection, _ in outs):
-        yield projection, [told for other, some in outs if other is projection for told in some]
 
 
 def _summed(some: Sequence[Affine]) -> Affine:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from tokenpaths.checking import quoted
 from tokenpaths.files import TrailFileError, read_json, whole
-from tokenpaths.interop.foreign import tensors_in
+from tokenpaths.interop.foreign import new_folder, tensors_in
 from tokenpaths.interop.reft import filled, kept_rotation, rotation
 from tokenpaths.site import Host, Site
 from tokenpaths.tokens import Either, First, Last, Rule
@@ -158,7 +158,7 @@ def _configured(folder: Path, host: Host) -> list[_Found]:
         shown = re.search(r"(\w+)\W*$", str(name))
         kind = shown[1] if shown else ""
         layer, component, unit = fields["layer"], str(fields["component"]), fields.get("unit") or "pos"
-        where, number, site = f"{layer} {component}", 0, _site(folder, host, layer, component, str(unit))
+        where, site = f"{layer} {component}", _site(folder, host, layer, component, str(unit))
         number = sum(one.where == where for one in found)
         key = [*([] if "." in component else ["layer", str(layer)]), "comp", component, "unit", str(unit), "nunit"]
         key.append(f"{fields.get('max_number_of_units') or 1}#{number}.bin")
@@ -173,9 +173,7 @@ def _named(folder: Path, host: Host, kind: Kind | None) -> list[_Found]:
     """By the names of the files, where a Trainer left no configuration."""
     found: list[_Found] = []
     for file in sorted(folder.glob("intkey_*.bin")):
-        told = re.fullmatch(
-            r"intkey_(?:layer[_.](\d+)[_.])?comp[_.](.+)[_.]unit[_.](.+)[_.]nunit[_.]\d+#(\d+)", file.stem
-        )
+        told = _NAME.fullmatch(file.stem)
         if told is None:
             raise TrailFileError(f"{file} is not named as pyreft names an intervention")
         layer, component, unit, number = told.groups()
@@ -287,9 +285,7 @@ def to_pyreft(trails: TrailMap, folder: str | os.PathLike[str]) -> str:
         FileExistsError: the folder holds files.
         ValueError: what pyreft does not have: another class, rule or place, or a gate. Nothing is written then.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} holds files: write to a new folder")
+    folder = new_folder(folder)
     if trails.gate is not None:
         raise ValueError("pyreft has no gates: take it away (trails.gate = None), and say so to who gets the folder")
     rules = list(dict.fromkeys(site.tokens for site in trails.sites))
@@ -344,13 +340,13 @@ def _component(site: Site) -> tuple[int, str]:
 def _positions(rules: Sequence[Rule]) -> str:
     """As pyreft names them. Raises `ValueError` for what it has no name for."""
     parts = [part for rule in rules for part in ((rule.left, rule.right) if isinstance(rule, Either) else (rule,))]
-    kinds = [type(part) for part in parts]
-    if kinds not in ([First], [Last], [First, Last]) or len(rules) > 2:
+    counted = [part for part in parts if isinstance(part, (First, Last))]
+    if [type(part) for part in parts] not in ([First], [Last], [First, Last]) or len(rules) > 2:
         raise ValueError(
             f"to_pyreft: pyreft moves the first and the last tokens of prompts, as First(n) | Last(m), and not "
             f"{', '.join(map(str, rules)):.200}"
         )
-    return "+".join(f"{'f' if isinstance(part, First) else 'l'}{part.n}" for part in parts)  # pyright: ignore
+    return "+".join(f"{'f' if isinstance(part, First) else 'l'}{part.n}" for part in counted)
 
 
 def _part(site: Site, number: int, trail: Trail) -> _Part:

@@ -40,7 +40,7 @@ def hook(trails: TrailMap, site: Site, *, strength: float = 1.0) -> Move:
     prefix that came from a cache, and requests of many threads may come in any order.
 
     Args:
-        trails: the map. The trails are put in evaluation mode as they are; they are not copied.
+        trails: the map. Its trails are not copied, and act in the mode that they are in: call `trails.eval()` first.
         site: the layer, stream and head whose states the engine hands over, counted as in the map. Its rule is not
             read: all trails of the map that lie there act, each by its own.
         strength: multiplies every displacement.
